@@ -1,0 +1,12 @@
+"""Fast, exact attention over per-head compressed KV caches for autoregressive image generation."""
+
+# torch goes first: the compiled extension must find torch's OpenMP runtime already loaded and share it.
+import torch  # noqa: F401  # isort: skip
+
+from . import ops  # noqa: F401  # registers torch.ops.ssd_kernels
+from .cache import CompressedCache
+from .info import info
+from .plan import CachePlan, HeadSpec
+
+__version__ = "0.1.0"
+__all__ = ["CachePlan", "CompressedCache", "HeadSpec", "info"]

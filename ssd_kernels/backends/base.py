@@ -1,0 +1,38 @@
+"""What a backend must offer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from ..state import LayerState
+
+
+class Backend(ABC):
+    """Computes SPEC section 3 on a `LayerState`. Arguments have been validated by the caller.
+
+    Shapes: q ``[B, Hq, D]``, k and v ``[B, H, D]``, each with a unit stride in the last dimension.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run on this machine, or None when it can."""
+
+    @abstractmethod
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why this backend cannot serve such tensors, or None when it can."""
+
+    @abstractmethod
+    def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               scale: float) -> torch.Tensor:
+        """One decode step; see `ssd_kernels.reference.decode`."""
+
+    @abstractmethod
+    def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
+                scores: torch.Tensor | None, rows: Sequence[int]) -> None:
+        """Restart rows with new prompts; see `ssd_kernels.reference.prefill`."""

@@ -1,0 +1,58 @@
+"""Backend ``cpu``: csrc/cpu, one call per layer and step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import native
+from ..state import LayerState
+from .base import Backend
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class CPUBackend(Backend):
+    """Parallel over (row, head) on torch's OpenMP threads; AVX-512, AVX2 or portable code, chosen at run time."""
+
+    name = "cpu"
+
+    def unavailable(self) -> str | None:
+        return native.missing()
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device.type != "cpu":
+            return f"it needs device cpu, got {device}"
+        if dtype not in DTYPE_CODES:
+            return f"it needs dtype float32, bfloat16 or float16, got {dtype}"
+        if head_dim % 8 or not 32 <= head_dim <= 256:
+            return f"it needs head_dim to be a multiple of 8 within 32 .. 256, got {head_dim}"
+        return None
+
+    def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               scale: float) -> torch.Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype)
+        _layer(state).decode(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q.shape[1],
+                             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+                             scale, torch.get_num_threads())
+        return out
+
+    def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
+                scores: torch.Tensor | None, rows: Sequence[int]) -> None:
+        k, v = k.contiguous(), v.contiguous()
+        scores = None if scores is None else scores.contiguous()
+        _layer(state).prefill(k.data_ptr(), v.data_ptr(), 0 if scores is None else scores.data_ptr(), k.shape[2],
+                              list(prompt_lens), list(rows), torch.get_num_threads())
+
+
+def _layer(state: LayerState) -> Any:
+    """The extension's view of the layer's tensors, made once: their addresses never change."""
+    if state.native is None:
+        layout = state.layout
+        state.native = native.extension().Layer(
+            *(tensor.data_ptr() for tensor in state.tensors), DTYPE_CODES[state.keys.dtype], state.keys.shape[0],
+            len(layout.heads), state.keys.shape[2], layout.slots, layout.scored_slots, layout.max_prompt,
+            layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt)
+    return state.native

@@ -1,0 +1,29 @@
+"""Backend ``reference``: plain torch on any device and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import reference
+from ..state import LayerState
+from .base import Backend
+
+
+class ReferenceBackend(Backend):
+    name = "reference"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        return None
+
+    def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               scale: float) -> torch.Tensor:
+        return reference.decode(state, q, k, v, scale)
+
+    def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
+                scores: torch.Tensor | None, rows: Sequence[int]) -> None:
+        reference.prefill(state, k, v, prompt_lens, scores, rows)

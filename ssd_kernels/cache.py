@@ -1,0 +1,259 @@
+"""`CompressedCache`: the KV cache of a whole model under a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from . import backends, ops
+from .layout import LayerLayout, RowView
+from .plan import CachePlan, check_int
+from .state import LayerState
+
+__all__ = ["CompressedCache"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class CompressedCache:
+    """Per-head compressed KV cache of B batch rows (SPEC sections 3 and 4).
+
+    Inference only: results carry no gradient. Steps past the end raise here; inside torch.compile and CUDA graphs
+    Python does not count, and the kernels leave a finished row untouched.
+    """
+
+    def __init__(self, plan: CachePlan, batch_size: int, num_query_heads: int, head_dim: int, max_prompt: int,
+                 num_visual_tokens: int = 576, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu", backend: str = "auto", track_scores: bool = False) -> None:
+        """
+        Args:
+            plan: what every head keeps; ``plan.num_heads`` is the number of KV heads H.
+            batch_size: B, rows; a picture with CFG takes two.
+            num_query_heads: Hq, a multiple of H (grouped-query attention).
+            head_dim: D.
+            max_prompt: longest prompt of any row, in tokens.
+            num_visual_tokens: decode steps of a whole picture.
+            dtype: of slabs, q, k, v and output: float32, bfloat16, float16 (float64 on the reference backend).
+            device: where the cache lives.
+            backend: ``"auto"`` or one of `ssd_kernels.info()`'s backends.
+            track_scores: keep scores of every head, not only of heavy ones.
+
+        Raises:
+            TypeError, ValueError: an argument out of range, or a backend that cannot serve the request.
+        """
+        if not isinstance(plan, CachePlan):
+            raise TypeError(f"plan must be a CachePlan, got {type(plan).__name__}")
+        check_int("batch_size", batch_size, 1)
+        check_int("head_dim", head_dim, 1)
+        check_int("num_query_heads", num_query_heads, 1)
+        if num_query_heads % plan.num_heads:
+            raise ValueError(f"num_query_heads must be a multiple of the plan's {plan.num_heads} KV heads, got "
+                             f"{num_query_heads}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        self.plan = plan
+        self.batch_size = batch_size
+        self.num_query_heads = num_query_heads
+        self.head_dim = head_dim
+        self.max_prompt = max_prompt
+        self.num_visual_tokens = num_visual_tokens
+        self.dtype = dtype
+        self.device = torch.empty(0, device=device).device
+        layouts = [LayerLayout.build(heads, plan, max_prompt, num_visual_tokens, track_scores)
+                   for heads in plan.layers]
+        self._backend = backends.resolve(backend, self.device, dtype, head_dim)
+        self._layers = [LayerState.allocate(layout, batch_size, head_dim, dtype, self.device) for layout in layouts]
+        self._q_shape = (batch_size, num_query_heads, head_dim)
+        self._kv_shape = (batch_size, plan.num_heads, head_dim)
+        # Host-side count, so that running past the end raises without reading the device: decode calls per layer,
+        # and the call at which each row last restarted.
+        self._calls = [0] * plan.num_layers
+        self._started = [[0] * batch_size for _ in range(plan.num_layers)]
+        self._last_call = [num_visual_tokens] * plan.num_layers
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        return self._backend.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: slabs, scores, positions, cursors and head tables of all layers."""
+        return sum(state.nbytes for state in self._layers)
+
+    def prefill(self, layer: int, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int] | torch.Tensor,
+                scores: torch.Tensor | None = None, rows: Sequence[int] | torch.Tensor | None = None) -> None:
+        """Start rows with their prompts (SPEC section 3, "Prefill").
+
+        Args:
+            layer: layer index.
+            k, v: ``[N, H, P, D]`` rotated; entry i is valid in ``[0, prompt_lens[i])``. N is the batch size, or the
+                number of ``rows``.
+            prompt_lens: N integers within 0 .. min(P, max_prompt).
+            scores: float32 ``[N, H, P]`` to start from; None for zeros.
+            rows: 1-D index of distinct batch rows to restart; the others go on undisturbed. None restarts all.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; nothing has been written then.
+        """
+        state = self._layer(layer)
+        indices = self._rows(rows)
+        for name, tensor in (("k", k), ("v", v)):
+            self._check_tensor(name, tensor, self.dtype)
+            if tensor.dim() != 4 or (tensor.shape[0], tensor.shape[1], tensor.shape[3]) != (
+                    len(indices), self.plan.num_heads, self.head_dim):
+                raise ValueError(f"{name} must be [N, H, P, D] = [{len(indices)}, {self.plan.num_heads}, P, "
+                                 f"{self.head_dim}], got {list(tensor.shape)}")
+        if k.shape != v.shape:
+            raise ValueError(f"v must have the shape of k, {list(k.shape)}, got {list(v.shape)}")
+        lengths = _integers("prompt_lens", prompt_lens)
+        if len(lengths) != len(indices):
+            raise ValueError(f"prompt_lens must hold {len(indices)} lengths, got {len(lengths)}")
+        limit = min(self.max_prompt, k.shape[2])
+        for entry, length in enumerate(lengths):
+            if not 0 <= length <= limit:
+                raise ValueError(f"prompt_lens[{entry}] must be within 0 .. {limit} (max_prompt = {self.max_prompt}, "
+                                 f"P = {k.shape[2]}), got {length}")
+        if scores is not None:
+            self._check_tensor("scores", scores, torch.float32)
+            if scores.shape != k.shape[:3]:
+                raise ValueError(f"scores must be [N, H, P] = {list(k.shape[:3])}, got {list(scores.shape)}")
+        self._backend.prefill(state, k, v, lengths, scores, indices)
+        self._restart(layer, indices)
+
+    def decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               scale: float | None = None) -> torch.Tensor:
+        """One decode step of one layer for every row: append, attend, score, evict (SPEC section 3).
+
+        Args:
+            layer: layer index.
+            q: ``[B, Hq, D]`` rotated queries. k, v: ``[B, H, D]`` rotated key and value of the new token. Unit stride
+                in the last dimension.
+            scale: factor on the dot products; None for 1 / sqrt(D).
+
+        Returns:
+            ``[B, Hq, D]``, contiguous, in the cache's dtype.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong or a row has taken ``num_visual_tokens`` steps already;
+                nothing has been written then.
+        """
+        state = self._layer(layer)
+        if not (q.shape == self._q_shape and k.shape == self._kv_shape == v.shape
+                and q.dtype == k.dtype == v.dtype == self.dtype and q.device == k.device == v.device == self.device
+                and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1):
+            self._reject_step(q, k, v)
+        if scale is None:
+            scale = 1.0 / math.sqrt(self.head_dim)
+        if torch.compiler.is_compiling():
+            out: torch.Tensor = torch.ops.ssd_kernels.decode(
+                q, k, v, *state.tensors, *ops.layout_arguments(state.layout), scale, self._backend.name)
+            return out
+        if self._calls[layer] >= self._last_call[layer]:
+            raise ValueError(f"layer {layer} has taken all num_visual_tokens = {self.num_visual_tokens} steps of a row; "
+                             "call prefill or reset to start over")
+        result = self._backend.decode(state, q, k, v, scale)
+        self._calls[layer] += 1
+        return result
+
+    def positions(self, layer: int, head: int) -> list[torch.Tensor]:
+        """Kept positions of one KV head: a LongTensor per batch row, ascending, on the cache's device."""
+        state = self._layer(layer)
+        self._check_index("head", head, self.plan.num_heads)
+        return [torch.tensor(sorted(self._kept(state, head, row)), dtype=torch.long, device=self.device)
+                for row in range(self.batch_size)]
+
+    def scores(self, layer: int, head: int) -> list[torch.Tensor]:
+        """Running score sums of one KV head, whatever its rule: per batch row float32, aligned with `positions`.
+
+        Raises:
+            ValueError: the head is not heavy and the cache was made without ``track_scores=True``.
+        """
+        state = self._layer(layer)
+        self._check_index("head", head, self.plan.num_heads)
+        span = state.layout.heads[head]
+        if span.score_offset < 0:
+            raise ValueError(f"head {head} of layer {layer} is a {span.kind} head and keeps no scores; make the cache "
+                             "with track_scores=True")
+        result = []
+        for row in range(self.batch_size):
+            kept = self._kept(state, head, row)
+            slots = [span.score_offset + kept[position] for position in sorted(kept)]
+            result.append(state.scores[row, torch.tensor(slots, dtype=torch.long, device=self.device)])
+        return result
+
+    def reset(self, rows: Sequence[int] | torch.Tensor | None = None) -> None:
+        """Empty all layers of ``rows`` (None: of every row), as if nothing had been prefilled."""
+        indices = self._rows(rows)
+        for layer, state in enumerate(self._layers):
+            state.cursors[torch.tensor(indices, dtype=torch.long, device=self.device)] = 0
+            self._restart(layer, indices)
+
+    def _kept(self, state: LayerState, head: int, row: int) -> dict[int, int]:
+        """Slot of every kept position, relative to the head's range."""
+        prompt_len, step = state.cursors[row].tolist()
+        view = RowView.of(state.layout, head, prompt_len, step)
+        slots = view.slots()
+        if view.head.kind != "heavy":
+            return dict(zip(view.positions(), slots, strict=True))
+        stored = state.positions[row, view.head.score_offset:view.head.score_offset + view.head.capacity].tolist()
+        return {stored[slot]: slot for slot in slots}
+
+    def _restart(self, layer: int, rows: Sequence[int]) -> None:
+        for row in rows:
+            self._started[layer][row] = self._calls[layer]
+        self._last_call[layer] = min(self._started[layer]) + self.num_visual_tokens
+
+    def _layer(self, layer: int) -> LayerState:
+        self._check_index("layer", layer, len(self._layers))
+        return self._layers[layer]
+
+    @staticmethod
+    def _check_index(name: str, value: int, limit: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if not 0 <= value < limit:
+            raise ValueError(f"{name} must be within 0 .. {limit - 1}, got {value}")
+
+    def _rows(self, rows: Sequence[int] | torch.Tensor | None) -> list[int]:
+        if rows is None:
+            return list(range(self.batch_size))
+        indices = _integers("rows", rows)
+        for row in indices:
+            if not 0 <= row < self.batch_size:
+                raise ValueError(f"rows must be within 0 .. {self.batch_size - 1}, got {row}")
+        if len(set(indices)) != len(indices):
+            raise ValueError(f"rows must be distinct, got {indices}")
+        return indices
+
+    def _check_tensor(self, name: str, tensor: object, dtype: torch.dtype) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+        if tensor.device != self.device:
+            raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
+
+    def _reject_step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Say which of decode's tensors is wrong and how."""
+        for name, tensor, shape in (("q", q, self._q_shape), ("k", k, self._kv_shape), ("v", v, self._kv_shape)):
+            self._check_tensor(name, tensor, self.dtype)
+            if tensor.shape != shape:
+                raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+            if tensor.stride(-1) != 1:
+                raise ValueError(f"{name} must have unit stride in its last dimension, got strides {tensor.stride()}")
+
+
+def _integers(name: str, values: Sequence[int] | torch.Tensor) -> list[int]:
+    """``values`` as a list of ints; tensors must be 1-D and of an integer dtype."""
+    if isinstance(values, torch.Tensor):
+        if values.dim() != 1:
+            raise ValueError(f"{name} must be 1-D, got shape {list(values.shape)}")
+        if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
+            raise TypeError(f"{name} must hold integers, got {values.dtype}")
+        return [int(value) for value in values.tolist()]
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a sequence of integers or a 1-D integer tensor, got {type(values).__name__}")
+    return [check_int(f"{name}[{entry}]", value, -2**31) for entry, value in enumerate(values)]

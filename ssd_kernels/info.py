@@ -1,0 +1,33 @@
+"""What was built, and what can run here."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from . import backends
+from .native import build_info
+
+
+def info() -> dict[str, Any]:
+    """What was built, which backends can run here, and why not the others.
+
+    Returns:
+        A dict of plain values: ``version``, ``torch``, ``python``, ``machine``, ``threads`` (torch's intra-op
+        threads), ``extension`` (``built``, and either ``reason`` or the compiler, the CPU instruction sets compiled
+        and the one in use, and whether CUDA was built) and ``backends`` (name -> ``available``, ``reason``).
+    """
+    from . import __version__
+
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "extension": build_info(),
+        "backends": {name: {"available": reason is None, "reason": reason}
+                     for name, reason in backends.available().items()},
+    }

@@ -1,0 +1,184 @@
+"""Where a plan's tokens live: slot ranges, the head table, and the arithmetic from cursors to slots.
+
+The same arithmetic stands in csrc/common/layout.h for the compiled backends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .plan import SCORE_RULES, CachePlan, HeadSpec, check_int, peak_tokens
+
+KEEP_ALL = 2**31 - 1
+TABLE_COLUMNS = 8
+KIND_CODES = {"full": 0, "window": 1, "heavy": 2}
+
+
+@dataclass(frozen=True)
+class HeadRange:
+    """The slots of one KV head inside a layer's slab.
+
+    A head's range starts with the prompt (``prompt_len`` slots, when the prompt is kept), directly followed by its
+    evictable tokens: a ring of ``ring`` slots for full and window heads, a packed set for heavy heads.
+
+    Attributes:
+        kind: ``"full"``, ``"window"`` or ``"heavy"``.
+        offset: first slot of the range in the slab.
+        capacity: slots in the range.
+        keep: W or M; `KEEP_ALL` for full heads.
+        recent: protected newest tokens of a heavy head.
+        rule: index into `SCORE_RULES`.
+        score_offset: first entry of the range in the layer's scores and positions, or -1 when not scored.
+        ring: evictable tokens the range has room for.
+    """
+
+    kind: str
+    offset: int
+    capacity: int
+    keep: int
+    recent: int
+    rule: int
+    score_offset: int
+    ring: int
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """Slot ranges of all KV heads of one layer.
+
+    Attributes:
+        heads: one range per KV head, in head order, contiguous.
+        slots: slots per batch row, over all heads.
+        scored_slots: slots per batch row that carry a score and a position.
+        max_prompt, num_visual_tokens, row_buffer, keep_prompt: as given to the cache; ``row_buffer`` is R.
+    """
+
+    heads: tuple[HeadRange, ...]
+    slots: int
+    scored_slots: int
+    max_prompt: int
+    num_visual_tokens: int
+    row_buffer: int
+    keep_prompt: bool
+
+    @classmethod
+    def build(cls, specs: Sequence[HeadSpec], plan: CachePlan, max_prompt: int, num_visual_tokens: int,
+              track_scores: bool = False) -> LayerLayout:
+        """Lay out one layer's heads one after the other. ``track_scores`` gives every head scores, not only heavy ones."""
+        check_int("max_prompt", max_prompt, 0)
+        check_int("num_visual_tokens", num_visual_tokens, 1)
+        heads: list[HeadRange] = []
+        offset = score_offset = 0
+        for spec in specs:
+            evictable_prompt = 0 if plan.keep_prompt else max_prompt
+            ring = peak_tokens(spec.size, evictable_prompt, num_visual_tokens, plan.row_buffer)
+            capacity = ring + max_prompt - evictable_prompt
+            scored = track_scores or spec.kind == "heavy"
+            keep = KEEP_ALL if spec.size is None else min(spec.size, KEEP_ALL)
+            heads.append(HeadRange(spec.kind, offset, capacity, keep, spec.recent, SCORE_RULES.index(spec.score),
+                                   score_offset if scored else -1, ring))
+            offset += capacity
+            score_offset += capacity if scored else 0
+        return cls(tuple(heads), offset, score_offset, max_prompt, num_visual_tokens, plan.row_buffer,
+                   plan.keep_prompt)
+
+    def table(self) -> torch.Tensor:
+        """Head table int32 [num_heads, 8]: kind, offset, capacity, keep, recent, rule, score_offset, launch order.
+
+        Launch order lists the heads by falling capacity, so that the longest start first.
+        """
+        order = sorted(range(len(self.heads)), key=lambda head: -self.heads[head].capacity)
+        rows = [[KIND_CODES[head.kind], head.offset, head.capacity, head.keep, head.recent, head.rule,
+                 head.score_offset, order[index]] for index, head in enumerate(self.heads)]
+        return torch.tensor(rows, dtype=torch.int32)
+
+    @classmethod
+    def from_table(cls, table: torch.Tensor, slots: int, scored_slots: int, max_prompt: int, num_visual_tokens: int,
+                   row_buffer: int, keep_prompt: bool) -> LayerLayout:
+        """The layout whose `table` this is.
+
+        Raises:
+            ValueError: the table is not int32 [num_heads, 8], or a range leaves the slab.
+        """
+        if table.dtype != torch.int32 or table.dim() != 2 or table.shape[1] != TABLE_COLUMNS:
+            raise ValueError(f"table must be int32 [num_heads, {TABLE_COLUMNS}], got {table.dtype} "
+                             f"{list(table.shape)}")
+        kinds = {code: kind for kind, code in KIND_CODES.items()}
+        heads = []
+        for index, (kind, offset, capacity, keep, recent, rule, score_offset, _) in enumerate(table.tolist()):
+            ring = capacity - (max_prompt if keep_prompt else 0)
+            inside = 0 <= offset and ring > 0 and offset + capacity <= slots
+            unscored = score_offset == -1 and kind != KIND_CODES["heavy"]
+            scored = 0 <= score_offset <= scored_slots - capacity
+            if kind not in kinds or not 0 <= rule < len(SCORE_RULES) or not inside or not (scored or unscored):
+                raise ValueError(f"table row {index} does not describe a range within {slots} slots and "
+                                 f"{scored_slots} scores: {table[index].tolist()}")
+            heads.append(HeadRange(kinds[kind], offset, capacity, keep, recent, rule, score_offset, ring))
+        return cls(tuple(heads), slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt)
+
+    def nbytes(self, batch_size: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes of one layer: K and V slabs, scores (float32), positions (int32), cursors and head table (int32)."""
+        slabs = 2 * batch_size * self.slots * head_dim * dtype.itemsize
+        return slabs + 8 * batch_size * self.scored_slots + 8 * batch_size + 4 * TABLE_COLUMNS * len(self.heads)
+
+
+@dataclass(frozen=True)
+class RowView:
+    """Slot arithmetic of one (batch row, head) from its cursors; nothing here reads a tensor.
+
+    Evictable tokens carry an index: visual token t has index ``first + t``, where ``first`` counts the prompt
+    tokens that are evictable. Slots are relative to the head's range.
+
+    Attributes:
+        head: the head's range.
+        base: slots that are never evicted (the prompt, when kept); evictable slots follow.
+        first: evictable prompt tokens.
+        step: visual tokens appended so far.
+        period: steps between evictions, max(R, 1).
+    """
+
+    head: HeadRange
+    base: int
+    first: int
+    step: int
+    period: int
+
+    @classmethod
+    def of(cls, layout: LayerLayout, head: int, prompt_len: int, step: int) -> RowView:
+        base = prompt_len if layout.keep_prompt else 0
+        return cls(layout.heads[head], base, prompt_len - base, step, max(layout.row_buffer, 1))
+
+    @property
+    def evictable(self) -> int:
+        """Evictable tokens held now, between two steps."""
+        block = self.step // self.period * self.period
+        return min(self.head.keep, self.first + block) + self.step - block
+
+    @property
+    def next_slot(self) -> int:
+        """Slot of the token that the next step appends."""
+        if self.head.kind == "heavy":
+            return self.base + self.evictable
+        return self.base + (self.first + self.step) % self.head.ring
+
+    def slots(self, appended: int = 0) -> list[int]:
+        """Slots of the kept set in order of age (heavy heads: in slot order), prompt first.
+
+        Args:
+            appended: 1 counts the token appended in the current, unfinished step as kept.
+        """
+        count = self.evictable + appended
+        if self.head.kind == "heavy":
+            return list(range(self.base + count))
+        newest = self.first + self.step + appended
+        ring = [self.base + index % self.head.ring for index in range(newest - count, newest)]
+        return list(range(self.base)) + ring
+
+    def positions(self, appended: int = 0) -> list[int]:
+        """Positions of a full or window head's kept set, aligned with `slots`."""
+        count = self.evictable + appended
+        newest = self.base + self.first + self.step + appended
+        return list(range(self.base)) + list(range(newest - count, newest))

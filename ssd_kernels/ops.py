@@ -1,0 +1,130 @@
+"""``torch.ops.ssd_kernels.decode`` and ``.prefill``: the operators as torch.compile and CUDA graphs see them.
+
+Registered with `torch.library.Library`, with fakes and mutation annotations. Eager calls through
+`CompressedCache` skip the dispatcher and call the backend directly; the computation is the same.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import backends
+from .layout import LayerLayout
+from .state import LayerState
+
+_CACHE = ("Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, Tensor(d!) positions, Tensor(e!) cursors, "
+          "Tensor table, int max_prompt, int num_visual_tokens, int row_buffer, bool keep_prompt")
+
+_library = torch.library.Library("ssd_kernels", "DEF")
+_library.define(f"decode(Tensor q, Tensor k, Tensor v, {_CACHE}, float scale, str backend) -> Tensor",
+                tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(f"prefill(Tensor k, Tensor v, Tensor prompt_lens, Tensor? prompt_scores, Tensor rows, {_CACHE}, "
+                "str backend) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def layout_arguments(layout: LayerLayout) -> tuple[int, int, int, bool]:
+    """The layout's scalars in the order of the operators' schema."""
+    return layout.max_prompt, layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt
+
+
+def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+           scores: torch.Tensor, positions: torch.Tensor, cursors: torch.Tensor, table: torch.Tensor,
+           max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool, scale: float,
+           backend: str) -> torch.Tensor:
+    """One decode step of one layer (SPEC section 3): append, attend, score, evict.
+
+    Args:
+        q: ``[B, Hq, D]`` rotated queries; k, v: ``[B, H, D]`` rotated key and value of the new token.
+        keys, values: slabs ``[B, S, D]``, changed in place.
+        scores (float32), positions (int32): ``[B, T]``, changed in place.
+        cursors: int32 ``[B, 2]``, changed in place.
+        table: int32 ``[H, 8]``; with the four numbers after it, the layout (`ssd_kernels.layout.LayerLayout`).
+        scale: factor on the dot products.
+        backend: a backend's name, not ``"auto"``.
+
+    Returns:
+        ``[B, Hq, D]`` in q's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes or the table do not fit together, or a row has no step left.
+    """
+    state = _state(keys, values, scores, positions, cursors, table, max_prompt, num_visual_tokens, row_buffer,
+                   keep_prompt)
+    _check_step(state, q, k, v)
+    return backends.get(backend).decode(state, q, k, v, scale)
+
+
+def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_scores: torch.Tensor | None,
+            rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor,
+            positions: torch.Tensor, cursors: torch.Tensor, table: torch.Tensor, max_prompt: int,
+            num_visual_tokens: int, row_buffer: int, keep_prompt: bool, backend: str) -> None:
+    """Restart ``rows`` of one layer with new prompts (SPEC section 3, "Prefill").
+
+    Args:
+        k, v: ``[N, H, P, D]``; entry i is valid in ``[0, prompt_lens[i])``.
+        prompt_lens, rows: integer ``[N]`` on the CPU.
+        prompt_scores: float32 ``[N, H, P]`` or None.
+        keys .. keep_prompt, backend: as in `decode`.
+
+    Raises:
+        ValueError: shapes, lengths or rows out of range.
+    """
+    state = _state(keys, values, scores, positions, cursors, table, max_prompt, num_visual_tokens, row_buffer,
+                   keep_prompt)
+    lengths, indices = [int(n) for n in prompt_lens], [int(n) for n in rows]
+    expected = (len(indices), table.shape[0], k.shape[2] if k.dim() == 4 else 0, keys.shape[2])
+    if k.shape != expected or v.shape != expected or len(lengths) != len(indices):
+        raise ValueError(f"k and v must be [N, H, P, D] = {list(expected)} with N prompt_lens, got "
+                         f"{list(k.shape)}, {list(v.shape)} and {len(lengths)}")
+    if prompt_scores is not None and prompt_scores.shape != expected[:3]:
+        raise ValueError(f"prompt_scores must be {list(expected[:3])}, got {list(prompt_scores.shape)}")
+    if any(not 0 <= n <= min(max_prompt, expected[2]) for n in lengths):
+        raise ValueError(f"prompt_lens must be within 0 .. {min(max_prompt, expected[2])}, got {lengths}")
+    if any(not 0 <= row < keys.shape[0] for row in indices) or len(set(indices)) != len(indices):
+        raise ValueError(f"rows must be distinct and within 0 .. {keys.shape[0] - 1}, got {indices}")
+    backends.get(backend).prefill(state, k, v, lengths, prompt_scores, indices)
+
+
+def _state(keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, positions: torch.Tensor,
+           cursors: torch.Tensor, table: torch.Tensor, max_prompt: int, num_visual_tokens: int, row_buffer: int,
+           keep_prompt: bool) -> LayerState:
+    layout = LayerLayout.from_table(table, keys.shape[1], scores.shape[1], max_prompt, num_visual_tokens, row_buffer,
+                                    keep_prompt)
+    batch = keys.shape[0]
+    for name, tensor, shape, dtype in (("keys", keys, (batch, layout.slots, keys.shape[-1]), keys.dtype),
+                                       ("values", values, keys.shape, keys.dtype),
+                                       ("scores", scores, (batch, layout.scored_slots), torch.float32),
+                                       ("positions", positions, (batch, layout.scored_slots), torch.int32),
+                                       ("cursors", cursors, (batch, 2), torch.int32)):
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {list(shape)} of {dtype}, got {list(tensor.shape)} of "
+                             f"{tensor.dtype} with strides {tensor.stride()}")
+    return LayerState(layout, keys, values, scores, positions, cursors, table)
+
+
+def _check_step(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    batch, _, head_dim = state.keys.shape
+    heads = len(state.layout.heads)
+    if q.dim() != 3 or q.shape[0] != batch or q.shape[2] != head_dim or q.shape[1] % heads or q.shape[1] == 0:
+        raise ValueError(f"q must be [B, Hq, D] = [{batch}, multiple of {heads}, {head_dim}], got {list(q.shape)}")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != (batch, heads, head_dim):
+            raise ValueError(f"{name} must be [B, H, D] = {[batch, heads, head_dim]}, got {list(tensor.shape)}")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype != state.keys.dtype or tensor.stride(2) != 1 or tensor.device != state.keys.device:
+            raise ValueError(f"{name} must be {state.keys.dtype} on {state.keys.device} with unit last stride, got "
+                             f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}")
+
+
+def _decode_fake(q: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _prefill_fake(*_: object) -> None:
+    return None
+
+
+_library.impl("decode", decode, "CompositeExplicitAutograd")
+_library.impl("prefill", prefill, "CompositeExplicitAutograd")
+torch.library.register_fake("ssd_kernels::decode", _decode_fake, lib=_library)
+torch.library.register_fake("ssd_kernels::prefill", _prefill_fake, lib=_library)

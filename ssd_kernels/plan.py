@@ -1,0 +1,270 @@
+"""What every head keeps: head specs and plans, as plain data."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+__all__ = ["CachePlan", "HeadSpec", "peak_tokens"]
+
+Kind = Literal["full", "window", "heavy"]
+ScoreRule = Literal["sum", "mean"]
+
+KINDS: tuple[str, ...] = ("full", "window", "heavy")
+SCORE_RULES: tuple[str, ...] = ("sum", "mean")
+PLAN_FORMAT = "ssd_kernels.plan"
+PLAN_VERSION = 1
+
+
+def check_int(name: str, value: object, minimum: int) -> int:
+    """``value`` as an int that is at least ``minimum``.
+
+    Raises:
+        TypeError: ``value`` is not an integer (bool does not count as one).
+        ValueError: ``value`` is below ``minimum``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What one KV head keeps (SPEC section 2, "head spec"). Build it with `full`, `window` or `heavy`.
+
+    Attributes:
+        kind: ``"full"``, ``"window"`` or ``"heavy"``.
+        size: W of a window head or M of a heavy head, in visual tokens; None for a full head.
+        recent: how many of a heavy head's M tokens are the newest ones, whatever their score.
+        score: eviction key of a heavy head: ``"sum"`` of the attention probability the token received, or
+            ``"mean"`` of it over the decode steps in which the token was attended to.
+    """
+
+    kind: Kind
+    size: int | None = None
+    recent: int = 0
+    score: ScoreRule = "sum"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.kind == "full":
+            if self.size is not None:
+                raise ValueError(f"size must be None for a full head, got {self.size!r}")
+        else:
+            check_int(f"size of a {self.kind} head", self.size, 1 if self.kind == "heavy" else 0)
+        check_int("recent", self.recent, 0)
+        if self.score not in SCORE_RULES:
+            raise ValueError(f"score must be one of {', '.join(SCORE_RULES)}, got {self.score!r}")
+        if self.kind != "heavy" and (self.recent != 0 or self.score != "sum"):
+            raise ValueError(f"recent and score belong to heavy heads only, got a {self.kind} head with "
+                             f"recent={self.recent}, score={self.score!r}")
+        if self.size is not None and self.recent > self.size:
+            raise ValueError(f"recent must be at most M = {self.size}, got {self.recent}")
+
+    @classmethod
+    def full(cls) -> HeadSpec:
+        """Keep every token: ordinary dense attention."""
+        return cls("full")
+
+    @classmethod
+    def window(cls, size: int) -> HeadSpec:
+        """Keep the ``size`` (W >= 0) newest visual tokens: a *spatial* head of SSD (arXiv 2510.18716, Algorithm 1)."""
+        return cls("window", size)
+
+    @classmethod
+    def heavy(cls, size: int, recent: int = 0, score: ScoreRule = "sum") -> HeadSpec:
+        """Keep the ``size`` (M >= 1) heaviest visual tokens: a *semantic* head of SSD (Algorithm 1).
+
+        Args:
+            size: M, the number of visual tokens kept.
+            recent: how many of the M are the newest tokens regardless of score; 0 is the paper's rule.
+            score: ``"sum"`` (the paper's running sum) or ``"mean"`` per decode step, so that old tokens do not
+                starve new ones.
+        """
+        return cls("heavy", size, recent, score)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: only the fields that mean something for this kind."""
+        if self.kind == "full":
+            return {"kind": "full"}
+        if self.kind == "window":
+            return {"kind": "window", "size": self.size}
+        return {"kind": "heavy", "size": self.size, "recent": self.recent, "score": self.score}
+
+    @classmethod
+    def from_dict(cls, data: object) -> HeadSpec:
+        """The head spec that `to_dict` wrote.
+
+        Raises:
+            ValueError: not an object, an unknown kind or field, or a value outside its range.
+            TypeError: a size that is not an integer.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"a head spec must be an object, got {data!r}")
+        unknown = sorted(set(data) - {"kind", "size", "recent", "score"})
+        if unknown:
+            raise ValueError(f"unknown field {unknown[0]!r} in head spec {dict(data)!r}")
+        if "kind" not in data:
+            raise ValueError(f"kind is missing in head spec {dict(data)!r}")
+        return cls(**data)
+
+
+def peak_tokens(keep: int | None, first: int, num_visual_tokens: int, row_buffer: int) -> int:
+    """Largest number of evictable tokens a head ever holds, the newest one before its eviction included.
+
+    Tokens are evicted down to ``keep`` at the end of every block of ``max(row_buffer, 1)`` steps (SPEC section 3.4).
+
+    Args:
+        keep: W or M; None keeps everything.
+        first: evictable tokens present before the first step (the prompt when it is not kept for good, else 0).
+        num_visual_tokens: decode steps of a whole picture.
+        row_buffer: R, in steps.
+    """
+    if keep is None:
+        return first + num_visual_tokens
+    period = max(row_buffer, 1)
+    # The count only ever falls at block ends, so its maximum is at the end of the last whole block or of the rest.
+    last_whole = num_visual_tokens // period * period
+    starts_and_ends = [(last_whole, num_visual_tokens)]
+    if last_whole:
+        starts_and_ends.append((last_whole - period, last_whole))
+    return max(min(keep, first + start) + end - start for start, end in starts_and_ends)
+
+
+@dataclass(frozen=True, init=False)
+class CachePlan:
+    """Head specs for every layer and KV head, plus when to evict and whether the prompt is protected.
+
+    Attributes:
+        layers: ``[num_layers][num_heads]`` head specs; every layer has the same number of KV heads.
+        row_buffer: R in steps; 0 evicts at every step, 24 is the paper's row buffer for a 24 x 24 picture.
+        keep_prompt: prompt tokens are never evicted and not counted in W or M.
+    """
+
+    layers: tuple[tuple[HeadSpec, ...], ...]
+    row_buffer: int
+    keep_prompt: bool
+
+    def __init__(self, layers: Sequence[Sequence[HeadSpec]], row_buffer: int = 0, keep_prompt: bool = True) -> None:
+        """
+        Raises:
+            TypeError: an entry is not a `HeadSpec`, or ``row_buffer`` / ``keep_prompt`` has another type.
+            ValueError: no layer, no head, layers of different lengths, or a negative ``row_buffer``.
+        """
+        try:
+            frozen = tuple(tuple(heads) for heads in layers)
+        except TypeError:
+            raise TypeError(f"layers must be a sequence of sequences of HeadSpec, got {layers!r}") from None
+        if not frozen or not frozen[0]:
+            raise ValueError("layers must hold at least one layer with at least one head, got none")
+        for index, heads in enumerate(frozen):
+            if len(heads) != len(frozen[0]):
+                raise ValueError(f"layers must all have the same number of heads: layer 0 has {len(frozen[0])}, "
+                                 f"layer {index} has {len(heads)}")
+            for head, spec in enumerate(heads):
+                if not isinstance(spec, HeadSpec):
+                    raise TypeError(f"layers[{index}][{head}] must be a HeadSpec, got {spec!r}")
+        check_int("row_buffer", row_buffer, 0)
+        if not isinstance(keep_prompt, bool):
+            raise TypeError(f"keep_prompt must be a bool, got {keep_prompt!r}")
+        object.__setattr__(self, "layers", frozen)
+        object.__setattr__(self, "row_buffer", row_buffer)
+        object.__setattr__(self, "keep_prompt", keep_prompt)
+
+    @classmethod
+    def uniform(cls, spec: HeadSpec, num_layers: int, num_heads: int, row_buffer: int = 0,
+                keep_prompt: bool = True) -> CachePlan:
+        """The same head spec for every one of ``num_layers`` x ``num_heads`` KV heads."""
+        check_int("num_layers", num_layers, 1)
+        check_int("num_heads", num_heads, 1)
+        return cls([[spec] * num_heads] * num_layers, row_buffer, keep_prompt)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads per layer."""
+        return len(self.layers[0])
+
+    def budget(self, num_visual_tokens: int = 576) -> float:
+        """Mean over heads of the largest number of visual slots a head ever holds, over ``num_visual_tokens``.
+
+        The row buffer is counted, and so is the slot of the new token that a step appends before it evicts
+        (SPEC section 2, "budget").
+        """
+        check_int("num_visual_tokens", num_visual_tokens, 1)
+        peaks = [peak_tokens(spec.size, 0, num_visual_tokens, self.row_buffer)
+                 for heads in self.layers for spec in heads]
+        return sum(peaks) / len(peaks) / num_visual_tokens
+
+    def nbytes(self, *, batch_size: int, head_dim: int, max_prompt: int, dtype: torch.dtype,
+               num_visual_tokens: int = 576) -> int:
+        """Bytes a `CompressedCache` of this plan allocates: slabs, scores, positions, cursors and head tables."""
+        from .layout import LayerLayout
+
+        check_int("batch_size", batch_size, 1)
+        check_int("head_dim", head_dim, 1)
+        return sum(LayerLayout.build(heads, self, max_prompt, num_visual_tokens).nbytes(batch_size, head_dim, dtype)
+                   for heads in self.layers)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON. The file appears whole or not at all."""
+        data = {"format": PLAN_FORMAT, "version": PLAN_VERSION, "row_buffer": self.row_buffer,
+                "keep_prompt": self.keep_prompt,
+                "layers": [[spec.to_dict() for spec in heads] for heads in self.layers]}
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(data, file, indent=1)
+                file.write("\n")
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CachePlan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not JSON, another format or version, unknown or missing fields, ragged layers, a head spec
+                out of range. The message names the file and the field.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls._from_json(data)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"plan file {os.fspath(path)}: {error}") from error
+
+    @classmethod
+    def _from_json(cls, data: object) -> CachePlan:
+        if not isinstance(data, dict):
+            raise ValueError(f"must hold a JSON object, got {type(data).__name__}")
+        fields = {"format", "version", "row_buffer", "keep_prompt", "layers"}
+        for name in sorted(fields - set(data)):
+            raise ValueError(f"{name} is missing")
+        for name in sorted(set(data) - fields):
+            raise ValueError(f"unknown field {name!r}")
+        if data["format"] != PLAN_FORMAT:
+            raise ValueError(f"format must be {PLAN_FORMAT!r}, got {data['format']!r}")
+        if data["version"] != PLAN_VERSION or isinstance(data["version"], bool):
+            raise ValueError(f"version must be {PLAN_VERSION}, got {data['version']!r}")
+        if not isinstance(data["layers"], list) or not all(isinstance(heads, list) for heads in data["layers"]):
+            raise ValueError("layers must be a list of lists of head specs")
+        layers = [[HeadSpec.from_dict(spec) for spec in heads] for heads in data["layers"]]
+        return cls(layers, data["row_buffer"], data["keep_prompt"])

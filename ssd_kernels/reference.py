@@ -1,0 +1,179 @@
+"""The specification in plain torch: SPEC section 3, one function per rule, one head at a time.
+
+Runs on any device and dtype and works on the same tensors as the compiled backends. It is the oracle they are
+tested against, so it is written to be read, not to be fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .layout import KEEP_ALL, LayerLayout, RowView
+from .plan import SCORE_RULES
+from .state import LayerState
+
+
+def decode(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """One decode step of one layer for every batch row (SPEC section 3).
+
+    Args:
+        state: the layer's cache, changed in place.
+        q: ``[B, Hq, D]`` rotated queries.
+        k, v: ``[B, H, D]`` rotated key and value of the new token.
+        scale: factor on the dot products.
+
+    Returns:
+        ``[B, Hq, D]`` in q's dtype.
+
+    Raises:
+        ValueError: a row has no step left; nothing is written then.
+    """
+    layout = state.layout
+    cursors = state.cursors.tolist()
+    check_cursors(cursors, layout)
+    group = q.shape[1] // len(layout.heads)
+    out = torch.empty_like(q)
+    for row, (prompt_len, step) in enumerate(cursors):
+        for head in range(len(layout.heads)):
+            view = RowView.of(layout, head, prompt_len, step)
+            append(state, row, view, k[row, head], v[row, head])
+            queries = slice(head * group, (head + 1) * group)
+            out[row, queries], probabilities = attend(state, row, view, q[row, queries], scale)
+            if view.head.score_offset >= 0:
+                add_scores(state, row, view, probabilities)
+            if view.head.kind == "heavy" and (step + 1) % view.period == 0:
+                evict(state, row, view)
+    state.cursors[:, 1] += 1
+    return out
+
+
+def append(state: LayerState, row: int, view: RowView, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Rule 1: store the new token's key and value ``[D]`` in the head's next slot, with score 0."""
+    slot = view.next_slot
+    state.keys[row, view.head.offset + slot] = k
+    state.values[row, view.head.offset + slot] = v
+    if view.head.score_offset >= 0:
+        state.scores[row, view.head.score_offset + slot] = 0.0
+        state.positions[row, view.head.score_offset + slot] = view.base + view.first + view.step
+
+
+def attend(state: LayerState, row: int, view: RowView, q: torch.Tensor,
+           scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rule 2: attention of ``q [G, D]`` over the kept set and the new token, accumulated in float32 or wider.
+
+    Returns:
+        output ``[G, D]`` in q's dtype, and the probabilities ``[G, C]`` in the order of ``view.slots(appended=1)``.
+    """
+    slots = torch.tensor(view.slots(appended=1), device=q.device) + view.head.offset
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys, values = state.keys[row, slots].to(wide), state.values[row, slots].to(wide)
+    probabilities = torch.softmax(scale * (q.to(wide) @ keys.T), dim=-1)
+    return (probabilities @ values).to(q.dtype), probabilities
+
+
+def add_scores(state: LayerState, row: int, view: RowView, probabilities: torch.Tensor) -> None:
+    """Rule 3: every attended slot gains the probability it received, summed over the group's query heads."""
+    slots = torch.tensor(view.slots(appended=1), device=state.scores.device) + view.head.score_offset
+    state.scores[row, slots] += probabilities.sum(0).to(torch.float32)
+
+
+def evict(state: LayerState, row: int, view: RowView) -> None:
+    """Rule 4 for a heavy head: winners from beyond the first M evictable slots overwrite the losers among those."""
+    head = view.head
+    count = view.evictable + 1
+    if count <= head.keep:
+        return
+    evictable = slice(head.score_offset + view.base, head.score_offset + view.base + count)
+    positions = state.positions[row, evictable].tolist()
+    prompt_len = view.base + view.first
+    scores = state.scores[row, evictable]
+    keys = eviction_keys(scores, positions, prompt_len, view.step + 1, SCORE_RULES[head.rule])
+    kept = survivors(keys.tolist(), positions, head.keep, head.recent)
+    losers = [index for index in range(head.keep) if index not in kept]
+    winners = [index for index in sorted(kept) if index >= head.keep]
+    for loser, winner in zip(losers, winners, strict=True):
+        for slab, offset in ((state.keys, head.offset), (state.values, head.offset),
+                             (state.scores, head.score_offset), (state.positions, head.score_offset)):
+            slab[row, offset + view.base + loser] = slab[row, offset + view.base + winner]
+
+
+def eviction_keys(scores: torch.Tensor, positions: Sequence[int], prompt_len: int, steps: int,
+                  rule: str) -> torch.Tensor:
+    """The key rule 4 sorts by: the score, or the score per decode step the token was attended to.
+
+    Args:
+        scores: float32 ``[n]``.
+        positions: positions of the same tokens.
+        prompt_len: position of visual token 0.
+        steps: decode steps taken, the current one included. A visual token has been attended to since its own step,
+            a prompt token since the first; before the first step the score stands undivided.
+        rule: ``"sum"`` or ``"mean"``.
+    """
+    if rule == "sum":
+        return scores
+    attended = [max(steps - max(position - prompt_len, 0), 1) for position in positions]
+    return scores / torch.tensor(attended, dtype=torch.float32, device=scores.device)
+
+
+def survivors(keys: Sequence[float], positions: Sequence[int], keep: int, recent: int) -> set[int]:
+    """Rule 4: indices of the ``recent`` newest tokens and then of the highest keys, ``keep`` in all.
+
+    Of equal keys the older position is evicted; a NaN key is below every other.
+    """
+    by_age = sorted(range(len(keys)), key=lambda index: positions[index], reverse=True)
+    protected = by_age[:recent]
+    contest = sorted(by_age[recent:], reverse=True,
+                     key=lambda index: (keys[index] == keys[index],
+                                        keys[index] if keys[index] == keys[index] else 0.0, positions[index]))
+    return set(protected + contest[:max(keep - recent, 0)])
+
+
+def prefill(state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
+            scores: torch.Tensor | None, rows: Sequence[int]) -> None:
+    """Restart ``rows`` with new prompts; with ``keep_prompt=False`` rule 4 is applied to them once.
+
+    Args:
+        state: the layer's cache, changed in place.
+        k, v: ``[len(rows), H, P, D]``; of entry i the first ``prompt_lens[i]`` positions are valid.
+        prompt_lens: prompt length of each of ``rows``.
+        scores: float32 ``[len(rows), H, P]`` to start from, or None for zeros.
+        rows: batch rows, each at most once.
+    """
+    layout = state.layout
+    for entry, (row, prompt_len) in enumerate(zip(rows, prompt_lens, strict=True)):
+        state.cursors[row, 0] = prompt_len
+        state.cursors[row, 1] = 0
+        for head in range(len(layout.heads)):
+            view = RowView.of(layout, head, prompt_len, 0)
+            given = torch.zeros(prompt_len) if scores is None else scores[entry, head, :prompt_len]
+            kept = torch.tensor(_prompt_survivors(view, given), dtype=torch.long, device=k.device)
+            slots = torch.tensor(view.slots(), dtype=torch.long, device=k.device)
+            state.keys[row, view.head.offset + slots] = k[entry, head, kept]
+            state.values[row, view.head.offset + slots] = v[entry, head, kept]
+            if view.head.score_offset >= 0:
+                scored = view.head.score_offset + slots
+                state.scores[row, scored] = given.to(state.scores)[kept]
+                state.positions[row, scored] = kept.to(torch.int32)
+
+
+def _prompt_survivors(view: RowView, scores: torch.Tensor) -> list[int]:
+    """Positions of the prompt tokens a head keeps, ascending."""
+    everything = list(range(view.base + view.first))
+    if view.base or view.head.keep == KEEP_ALL:
+        return everything
+    if view.head.kind == "window":
+        return everything[max(view.first - view.head.keep, 0):]
+    keys = eviction_keys(scores, everything, view.first, 0, SCORE_RULES[view.head.rule])
+    return sorted(survivors(keys.tolist(), everything, view.head.keep, view.head.recent))
+
+
+def check_cursors(cursors: Sequence[Sequence[int]], layout: LayerLayout) -> None:
+    """Raise ValueError unless every row's cursors are inside the layout and leave room for one more step."""
+    for row, (prompt_len, step) in enumerate(cursors):
+        if not 0 <= prompt_len <= layout.max_prompt:
+            raise ValueError(f"prompt_len of row {row} must be within 0 .. {layout.max_prompt}, got {prompt_len}")
+        if not 0 <= step < layout.num_visual_tokens:
+            raise ValueError(f"row {row} has taken {step} steps; the cache holds num_visual_tokens = "
+                             f"{layout.num_visual_tokens}. Call prefill or reset to start over")

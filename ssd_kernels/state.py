@@ -1,0 +1,56 @@
+"""The tensors of one layer's cache, as every backend receives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .layout import LayerLayout
+
+
+@dataclass
+class LayerState:
+    """One layer's compressed cache. B batch rows, S slots, T scored slots, D head_dim, H KV heads.
+
+    Attributes:
+        layout: slot ranges of the heads.
+        keys, values: slabs ``[B, S, D]``, contiguous; keys are stored after RoPE.
+        scores: float32 ``[B, T]``, running sums of attention probability.
+        positions: int32 ``[B, T]``, position of the token in each scored slot.
+        cursors: int32 ``[B, 2]``: prompt length, and visual tokens appended so far.
+        table: int32 ``[H, 8]``, `LayerLayout.table` on the slabs' device.
+        native: whatever a backend wants to remember about these tensors (their addresses never change).
+    """
+
+    layout: LayerLayout
+    keys: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor
+    positions: torch.Tensor
+    cursors: torch.Tensor
+    table: torch.Tensor
+    native: Any = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def allocate(cls, layout: LayerLayout, batch_size: int, head_dim: int, dtype: torch.dtype,
+                 device: torch.device) -> LayerState:
+        """Empty caches for ``batch_size`` rows, with all cursors at zero."""
+        slab = (batch_size, layout.slots, head_dim)
+        scored = (batch_size, layout.scored_slots)
+        return cls(layout,
+                   torch.zeros(slab, dtype=dtype, device=device),
+                   torch.zeros(slab, dtype=dtype, device=device),
+                   torch.zeros(scored, dtype=torch.float32, device=device),
+                   torch.zeros(scored, dtype=torch.int32, device=device),
+                   torch.zeros((batch_size, 2), dtype=torch.int32, device=device),
+                   layout.table().to(device))
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.keys, self.values, self.scores, self.positions, self.cursors, self.table
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
