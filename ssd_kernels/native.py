@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
-_C: ModuleType | None
+_C: ModuleType | None = None
+_reason = ""
 try:
-    from . import _C
-except ImportError as error:  # a source tree that was never built, or built for another Python
-    _C = None
-    _reason = f"the compiled extension did not import: {error}"
-else:
-    _reason = ""
+    _C = importlib.import_module("ssd_kernels._C")
+except ModuleNotFoundError:
+    _reason = "the compiled extension was not built for this Python (see the README, Install)"
+except ImportError as error:
+    _reason = f"the compiled extension does not load: {error}"
 
 
 def extension() -> ModuleType:

@@ -1,0 +1,107 @@
+// Python bindings: integers become pointers and structs, refusals become exceptions.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/decode.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void raise_if_refused(const ssd::Error& error, const ssd::LayerShape& shape) {
+  const std::string index = std::to_string(error.index), value = std::to_string(error.value);
+  switch (error.code) {
+    case ssd::Error::kNone: return;
+    case ssd::Error::kTable:
+      throw std::invalid_argument("table row " + index + " does not describe a range that fits the slab and its head");
+    case ssd::Error::kPromptLen:
+      throw std::invalid_argument("prompt_len of row " + index + " must be within 0 .. " +
+                                  std::to_string(shape.max_prompt) + ", got " + value);
+    case ssd::Error::kStep:
+      throw std::invalid_argument("row " + index + " has taken " + value + " steps; the cache holds num_visual_tokens = " +
+                                  std::to_string(shape.num_visual_tokens) + ". Call prefill or reset to start over");
+  }
+}
+
+class Layer {
+ public:
+  Layer(uintptr_t keys, uintptr_t values, uintptr_t scores, uintptr_t positions, uintptr_t cursors, uintptr_t table,
+        int32_t dtype, int32_t batch, int32_t heads, int32_t head_dim, int32_t slots, int32_t scored_slots,
+        int32_t max_prompt, int32_t num_visual_tokens, int32_t row_buffer, bool keep_prompt)
+      : layer_{{batch, heads, head_dim, slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt},
+               static_cast<ssd::DType>(dtype),
+               pointer<void>(keys),
+               pointer<void>(values),
+               pointer<float>(scores),
+               pointer<int32_t>(positions),
+               pointer<ssd::Cursor>(cursors),
+               pointer<const ssd::HeadRange>(table)} {
+    raise_if_refused(ssd::check_table(layer_), layer_.shape);
+  }
+
+  void decode(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int32_t query_heads, int64_t q_row_stride,
+              int64_t q_head_stride, int64_t k_row_stride, int64_t k_head_stride, int64_t v_row_stride,
+              int64_t v_head_stride, float scale, int threads) const {
+    const ssd::DecodeStep step{pointer<const void>(q), pointer<const void>(k), pointer<const void>(v), pointer<void>(out),
+                               query_heads, q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride,
+                               v_head_stride, scale};
+    ssd::Error error;
+    {
+      py::gil_scoped_release unlocked;
+      error = ssd::decode(layer_, step, threads);
+    }
+    raise_if_refused(error, layer_.shape);
+  }
+
+  void prefill(uintptr_t k, uintptr_t v, uintptr_t scores, int32_t prompt_stride,
+               const std::vector<int32_t>& prompt_lens, const std::vector<int32_t>& rows, int threads) const {
+    const ssd::Prefill prompts{pointer<const void>(k), pointer<const void>(v), pointer<const float>(scores),
+                               prompt_stride, static_cast<int32_t>(rows.size()), prompt_lens.data(), rows.data()};
+    py::gil_scoped_release unlocked;
+    ssd::prefill(layer_, prompts, threads);
+  }
+
+ private:
+  ssd::CacheLayer layer_;
+};
+
+py::dict build_info() {
+  py::list sets;
+  for (const char* const* name = ssd::kInstructionSets; *name; ++name) sets.append(*name);
+  py::dict info;
+  info["compiler"] = SSD_KERNELS_COMPILER;
+  info["instruction_sets"] = sets;
+  info["instruction_set"] = ssd::instruction_set();
+  info["cuda"] = static_cast<bool>(SSD_KERNELS_HAVE_CUDA);
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  py::class_<Layer>(module, "Layer")
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t, int32_t,
+                    int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool>(),
+           py::arg("keys"), py::arg("values"), py::arg("scores"), py::arg("positions"), py::arg("cursors"),
+           py::arg("table"), py::arg("dtype"), py::arg("batch"), py::arg("heads"), py::arg("head_dim"),
+           py::arg("slots"), py::arg("scored_slots"), py::arg("max_prompt"), py::arg("num_visual_tokens"),
+           py::arg("row_buffer"), py::arg("keep_prompt"))
+      .def("decode", &Layer::decode)
+      .def("prefill", &Layer::prefill);
+  module.def("build_info", &build_info);
+  module.def("instruction_set", &ssd::instruction_set);
+  module.def("set_instruction_set", [](const std::string& name) {
+    if (!ssd::set_instruction_set(name.c_str()))
+      throw std::invalid_argument("name must be an instruction set compiled in and present on this machine, got " + name);
+  });
+}

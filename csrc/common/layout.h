@@ -1,0 +1,115 @@
+// Where a layer's tokens live, shared by all compiled backends. The twin of ssd_kernels/layout.py, which explains it.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SSD_ALWAYS_INLINE __host__ __device__ __forceinline__
+#else
+// Internal linkage and forced inlining: this header is compiled for several instruction sets into one library, and a
+// shared weak symbol could carry the wrong one.
+#define SSD_ALWAYS_INLINE inline __attribute__((always_inline))
+#endif
+#define SSD_INLINE static SSD_ALWAYS_INLINE
+
+namespace ssd {
+
+enum HeadKind : int32_t { kFull = 0, kWindow = 1, kHeavy = 2 };
+enum ScoreRule : int32_t { kSum = 0, kMean = 1 };
+
+// One row of the head table, int32 [heads, 8].
+struct HeadRange {
+  int32_t kind;
+  int32_t offset;        // first slot in the slab
+  int32_t capacity;      // slots
+  int32_t keep;          // W or M; INT32_MAX keeps everything
+  int32_t recent;        // protected newest tokens of a heavy head
+  int32_t rule;          // ScoreRule
+  int32_t score_offset;  // first entry in scores and positions, or -1
+  int32_t launch_order;  // the head to process at this rank, longest first
+};
+
+// int32 [batch, 2].
+struct Cursor {
+  int32_t prompt_len;
+  int32_t step;  // visual tokens appended so far
+};
+
+// The layer's numbers that never change.
+struct LayerShape {
+  int32_t batch;
+  int32_t heads;  // KV heads
+  int32_t head_dim;
+  int32_t slots;         // per batch row
+  int32_t scored_slots;  // per batch row
+  int32_t max_prompt;
+  int32_t num_visual_tokens;
+  int32_t row_buffer;
+  bool keep_prompt;
+};
+
+SSD_INLINE int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+SSD_INLINE int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// A contiguous run of slots, relative to the head's range.
+struct Segment {
+  int32_t begin;
+  int32_t count;
+};
+
+// Slot arithmetic of one (batch row, head).
+struct RowView {
+  int32_t base;       // kept prompt: slots that are never evicted
+  int32_t first;      // evictable prompt tokens
+  int32_t step;       // visual tokens appended before this step
+  int32_t period;     // steps between evictions, max(R, 1)
+  int32_t evictable;  // evictable tokens held before this step
+  int32_t ring;       // evictable slots
+};
+
+SSD_INLINE RowView row_view(const LayerShape& shape, const HeadRange& head, Cursor cursor) {
+  RowView view;
+  view.base = shape.keep_prompt ? cursor.prompt_len : 0;
+  view.first = cursor.prompt_len - view.base;
+  view.step = cursor.step;
+  view.period = larger(shape.row_buffer, 1);
+  const int32_t block = view.step / view.period * view.period;
+  view.evictable = smaller(head.keep, view.first + block) + view.step - block;
+  view.ring = head.capacity - (shape.keep_prompt ? shape.max_prompt : 0);
+  return view;
+}
+
+// Slot of the token this step appends.
+SSD_INLINE int32_t next_slot(const HeadRange& head, const RowView& view) {
+  return view.base + (head.kind == kHeavy ? view.evictable : (view.first + view.step) % view.ring);
+}
+
+// Slots of the kept set and the new token, as at most three segments; returns how many.
+SSD_INLINE int32_t live_segments(const HeadRange& head, const RowView& view, Segment segments[3]) {
+  const int32_t count = view.evictable + 1;
+  const int32_t end = view.first + view.step + 1;
+  const int32_t begin = head.kind == kHeavy ? 0 : (end - count) % view.ring;
+  if (begin == 0) {
+    segments[0] = {0, view.base + count};
+    return 1;
+  }
+  const int32_t unwrapped = smaller(count, view.ring - begin);
+  int32_t used = 0;
+  if (unwrapped == count) {
+    if (view.base > 0) segments[used++] = {0, view.base};
+  } else {
+    // The wrapped part of the ring directly follows the prompt.
+    segments[used++] = {0, view.base + count - unwrapped};
+  }
+  segments[used++] = {view.base + begin, unwrapped};
+  return used;
+}
+
+SSD_INLINE bool refresh_due(const RowView& view) { return (view.step + 1) % view.period == 0; }
+
+SSD_INLINE bool cursor_valid(const LayerShape& shape, Cursor cursor) {
+  return cursor.prompt_len >= 0 && cursor.prompt_len <= shape.max_prompt && cursor.step >= 0 &&
+         cursor.step < shape.num_visual_tokens;
+}
+
+}  // namespace ssd

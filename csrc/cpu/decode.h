@@ -1,0 +1,60 @@
+// The CPU backend's entry points and what its kernels share with their dispatcher.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/layer.h"
+
+namespace ssd {
+
+// How far ahead of the computation memory is touched: enough lines in flight to cover DRAM latency on one core, few
+// enough to stay in the second-level cache.
+constexpr int64_t kPrefetchDistance = 8192;
+
+// Counts are padded to whole vectors of the widest instruction set.
+SSD_INLINE int32_t padded(int32_t count) { return (count + 15) / 16 * 16; }
+
+// One thread's working memory.
+struct Scratch {
+  float* q;        // [group, head_dim], scaled
+  float* acc;      // [group, head_dim]
+  float* inverse;  // [group], 1 / softmax denominators
+  float* logits;   // [group, padded(longest kept set)]
+  float* tile;     // [8, head_dim]
+  int64_t* ranks;  // [2, longest kept set]
+};
+
+// Steps the items [begin, end) of the layer; item i is row i % batch of the head of launch rank i / batch.
+namespace portable {
+void decode_items(const CacheLayer&, const DecodeStep&, int64_t begin, int64_t end, const Scratch&);
+}
+namespace avx2 {
+void decode_items(const CacheLayer&, const DecodeStep&, int64_t begin, int64_t end, const Scratch&);
+}
+namespace avx512 {
+void decode_items(const CacheLayer&, const DecodeStep&, int64_t begin, int64_t end, const Scratch&);
+}
+
+// Why a call was refused; nothing has been written then.
+struct Error {
+  enum Code { kNone = 0, kTable, kPromptLen, kStep } code;
+  int32_t index;  // of the table row or batch row
+  int32_t value;
+};
+
+// Whether every range of the head table lies inside the slab and can hold what its head may keep.
+Error check_table(const CacheLayer& layer);
+
+// One decode step of every row on at most `threads` threads.
+Error decode(const CacheLayer& layer, const DecodeStep& step, int threads);
+
+// Restarts rows with new prompts.
+void prefill(const CacheLayer& layer, const Prefill& prompts, int threads);
+
+// Names of the instruction sets compiled in, best first, ending with null; which one is in use; and choosing another
+// (false: unknown, or this machine lacks it).
+extern const char* const kInstructionSets[];
+const char* instruction_set();
+bool set_instruction_set(const char* name);
+
+}  // namespace ssd

@@ -1,0 +1,144 @@
+// Chooses the instruction set, checks cursors, and shares the (row, head) items out to threads.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "cpu/decode.h"
+
+namespace ssd {
+namespace {
+
+using DecodeItems = void (*)(const CacheLayer&, const DecodeStep&, int64_t, int64_t, const Scratch&);
+
+struct InstructionSet {
+  const char* name;
+  DecodeItems decode_items;
+};
+
+DecodeItems find(const char* name) {
+#if SSD_KERNELS_HAVE_X86
+  if (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return avx512::decode_items;
+  if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return avx2::decode_items;
+#endif
+  return std::strcmp(name, "portable") ? nullptr : portable::decode_items;
+}
+
+InstructionSet best() {
+  for (const char* const* name = kInstructionSets;; ++name)
+    if (DecodeItems decode_items = find(*name)) return {*name, decode_items};
+}
+
+InstructionSet& current() {
+  static InstructionSet chosen = best();
+  return chosen;
+}
+
+// Largest number of evictable tokens a head may hold; the twin of ssd_kernels/plan.py peak_tokens.
+int64_t peak_tokens(int64_t keep, int64_t first, int64_t num_visual_tokens, int64_t period) {
+  const int64_t last_whole = num_visual_tokens / period * period;
+  int64_t peak = std::min(keep, first + last_whole) + num_visual_tokens - last_whole;
+  if (last_whole > 0) peak = std::max(peak, std::min(keep, first + last_whole - period) + period);
+  return peak;
+}
+
+// Per-thread buffers that only ever grow, so that decoding does not allocate once warm.
+class Workspace {
+ public:
+  Scratch scratch(int64_t group, int64_t head_dim, int64_t longest) {
+    const int64_t query = group * head_dim, logits = group * padded(static_cast<int32_t>(longest));
+    const int64_t inverse = (group + 15) / 16 * 16;
+    const size_t floats = static_cast<size_t>(2 * query + inverse + logits + 8 * head_dim);
+    if (floats_.size() < floats) floats_.resize(floats);
+    if (ranks_.size() < static_cast<size_t>(2 * longest)) ranks_.resize(static_cast<size_t>(2 * longest));
+    float* at = floats_.data();
+    Scratch scratch;
+    scratch.q = at;
+    scratch.acc = at += query;
+    scratch.inverse = at += query;
+    scratch.logits = at += inverse;
+    scratch.tile = at += logits;
+    scratch.ranks = ranks_.data();
+    return scratch;
+  }
+
+ private:
+  std::vector<float> floats_;
+  std::vector<int64_t> ranks_;
+};
+
+thread_local Workspace workspace;
+
+}  // namespace
+
+const char* const kInstructionSets[] = {
+#if SSD_KERNELS_HAVE_X86
+    "avx512", "avx2",
+#endif
+    "portable", nullptr};
+
+const char* instruction_set() { return current().name; }
+
+bool set_instruction_set(const char* name) {
+  for (const char* const* known = kInstructionSets; *known; ++known) {
+    if (std::strcmp(*known, name)) continue;
+    const DecodeItems decode_items = find(name);
+    if (decode_items) current() = {*known, decode_items};
+    return decode_items != nullptr;
+  }
+  return false;
+}
+
+Error check_table(const CacheLayer& layer) {
+  const LayerShape& shape = layer.shape;
+  std::vector<bool> launched(static_cast<size_t>(shape.heads), false);
+  for (int32_t head = 0; head < shape.heads; ++head) {
+    const HeadRange& range = layer.heads[head];
+    const int64_t evictable_prompt = shape.keep_prompt ? 0 : shape.max_prompt;
+    const int64_t needed = peak_tokens(range.keep, evictable_prompt, shape.num_visual_tokens,
+                                       std::max(shape.row_buffer, 1)) +
+                           shape.max_prompt - evictable_prompt;
+    const bool scored = range.score_offset >= 0 &&
+                        int64_t{range.score_offset} + range.capacity <= shape.scored_slots;
+    const bool valid = range.kind >= kFull && range.kind <= kHeavy && range.offset >= 0 && range.keep >= 0 &&
+                       range.recent >= 0 && range.recent <= range.keep && range.capacity >= needed &&
+                       int64_t{range.offset} + range.capacity <= shape.slots &&
+                       (scored || (range.score_offset == -1 && range.kind != kHeavy)) && range.launch_order >= 0 &&
+                       range.launch_order < shape.heads && !launched[static_cast<size_t>(range.launch_order)];
+    if (!valid) return {Error::kTable, head, 0};
+    launched[static_cast<size_t>(range.launch_order)] = true;
+  }
+  return {Error::kNone, 0, 0};
+}
+
+Error decode(const CacheLayer& layer, const DecodeStep& step, int threads) {
+  const LayerShape& shape = layer.shape;
+  for (int32_t row = 0; row < shape.batch; ++row) {
+    const Cursor cursor = layer.cursors[row];
+    if (cursor_valid(shape, cursor)) continue;
+    if (cursor.prompt_len < 0 || cursor.prompt_len > shape.max_prompt) return {Error::kPromptLen, row, cursor.prompt_len};
+    return {Error::kStep, row, cursor.step};
+  }
+  int64_t longest = 0;
+  for (int32_t head = 0; head < shape.heads; ++head) longest = std::max<int64_t>(longest, layer.heads[head].capacity);
+  const int64_t items = int64_t{shape.batch} * shape.heads;
+  const int64_t group = step.query_heads / shape.heads;
+  // Chunks long enough for the prefetcher to run across items, short enough to even out unequal heads.
+  const int64_t chunk = std::max<int64_t>(1, items / (int64_t{threads} * 8));
+  const DecodeItems decode_items = current().decode_items;
+
+#pragma omp parallel num_threads(static_cast<int>(std::min<int64_t>(threads, items)))
+  {
+    const Scratch scratch = workspace.scratch(group, shape.head_dim, longest);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t begin = 0; begin < items; begin += chunk)
+      decode_items(layer, step, begin, std::min(begin + chunk, items), scratch);
+  }
+  for (int32_t row = 0; row < shape.batch; ++row) ++layer.cursors[row].step;
+  return {Error::kNone, 0, 0};
+}
+
+}  // namespace ssd

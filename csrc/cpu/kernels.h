@@ -1,0 +1,382 @@
+// The decode step of SPEC section 3 for a run of (row, head) items, written once and compiled once per instruction
+// set: each kernels_*.cpp defines SSD_ISA and includes this file.
+//
+// An item's kept set is read exactly once, keys and then values, and a prefetcher walks the same bytes a fixed
+// distance ahead, across the seams between keys, values and items: on cold caches that, not the instruction set,
+// decides the speed.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cpu/decode.h"
+#include "cpu/evict.h"
+#include "cpu/simd.h"
+
+namespace ssd {
+namespace {
+
+constexpr int kTile = 8;  // slots scored or accumulated together
+constexpr int64_t kLine = 64;
+
+// An item's place: which row and head, and where its kept set lies.
+struct Item {
+  int32_t row;
+  int32_t head;
+  HeadRange range;
+  RowView view;
+  Segment segments[3];
+  int32_t num_segments;
+};
+
+SSD_INLINE Item item_at(const CacheLayer& layer, int64_t index) {
+  Item item;
+  item.row = static_cast<int32_t>(index % layer.shape.batch);
+  item.head = layer.heads[index / layer.shape.batch].launch_order;
+  item.range = layer.heads[item.head];
+  item.view = row_view(layer.shape, item.range, layer.cursors[item.row]);
+  item.num_segments = live_segments(item.range, item.view, item.segments);
+  return item;
+}
+
+template <class T>
+SSD_INLINE T* first_slot(void* slab, const CacheLayer& layer, const Item& item) {
+  const int64_t slot = static_cast<int64_t>(item.row) * layer.shape.slots + item.range.offset;
+  return static_cast<T*>(slab) + slot * layer.shape.head_dim;
+}
+
+// Touches the bytes that the items [begin, end) will read, in the order in which they will be read.
+template <class T>
+class Prefetcher {
+ public:
+  Prefetcher(const CacheLayer& layer, int64_t begin, int64_t end) : layer_(layer), next_item_(begin), end_(end) {}
+
+  SSD_ALWAYS_INLINE void advance(int64_t bytes) {
+    while (bytes > 0) {
+      if (at_ == stop_ && !next_span()) return;
+      const int64_t run = std::min<int64_t>(bytes, stop_ - at_);
+      for (int64_t line = 0; line < run; line += kLine) prefetch(at_ + line);
+      at_ += run;
+      bytes -= run;
+    }
+  }
+
+ private:
+  bool next_span() {
+    if (span_ == 2 * spans_per_slab_) {
+      if (next_item_ == end_) return false;
+      item_ = item_at(layer_, next_item_++);
+      spans_per_slab_ = item_.num_segments;
+      span_ = 0;
+    }
+    void* slab = span_ < spans_per_slab_ ? layer_.keys : layer_.values;
+    const Segment segment = item_.segments[span_ % spans_per_slab_];
+    const int64_t slot_bytes = layer_.shape.head_dim * static_cast<int64_t>(sizeof(T));
+    at_ = reinterpret_cast<const char*>(first_slot<T>(slab, layer_, item_)) + segment.begin * slot_bytes;
+    stop_ = at_ + segment.count * slot_bytes;
+    ++span_;
+    return true;
+  }
+
+  const CacheLayer& layer_;
+  int64_t next_item_;
+  int64_t end_;
+  Item item_{};
+  int32_t spans_per_slab_ = 0;
+  int32_t span_ = 0;
+  const char* at_ = nullptr;
+  const char* stop_ = nullptr;
+};
+
+// logits[0, count) = q . k for `count` consecutive slots. kDim 0 takes the head_dim at run time.
+template <int kDim, class T>
+SSD_INLINE void score_tile(const float* q, const T* keys, int count, int head_dim, float* logits) {
+  const int dim = kDim ? kDim : head_dim;
+  constexpr int kUnroll = 4;
+  int slot = 0;
+  for (; slot + kUnroll <= count; slot += kUnroll) {
+    Vec dot[kUnroll] = {zero(), zero(), zero(), zero()};
+    const T* key = keys + static_cast<int64_t>(slot) * dim;
+    int d = 0;
+    for (; d + Vec::kWidth <= dim; d += Vec::kWidth) {
+      const Vec qd = load(q + d);
+      for (int u = 0; u < kUnroll; ++u) dot[u] = fma(qd, load(key + u * dim + d), dot[u]);
+    }
+    if (d < dim) {
+      const Vec qd = load_half(q + d);
+      for (int u = 0; u < kUnroll; ++u) dot[u] = fma(qd, load_half(key + u * dim + d), dot[u]);
+    }
+    for (int u = 0; u < kUnroll; ++u) logits[slot + u] = sum(dot[u]);
+  }
+  for (; slot < count; ++slot) {
+    Vec dot = zero();
+    const T* key = keys + static_cast<int64_t>(slot) * dim;
+    int d = 0;
+    for (; d + Vec::kWidth <= dim; d += Vec::kWidth) dot = fma(load(q + d), load(key + d), dot);
+    if (d < dim) dot = fma(load_half(q + d), load_half(key + d), dot);
+    logits[slot] = sum(dot);
+  }
+}
+
+// acc[0, kVectors * width) += sum over slots of p[slot] * value[slot].
+template <int kVectors, class T>
+SSD_INLINE void accumulate_block(const float* p, const T* values, int count, int dim, float* acc) {
+  Vec total[kVectors];
+  for (int i = 0; i < kVectors; ++i) total[i] = load(acc + i * Vec::kWidth);
+  for (int slot = 0; slot < count; ++slot) {
+    const Vec weight = broadcast(p[slot]);
+    const T* value = values + static_cast<int64_t>(slot) * dim;
+    for (int i = 0; i < kVectors; ++i) total[i] = fma(weight, load(value + i * Vec::kWidth), total[i]);
+  }
+  for (int i = 0; i < kVectors; ++i) store(acc + i * Vec::kWidth, total[i]);
+}
+
+template <int kDim, class T>
+SSD_INLINE void accumulate_tile(const float* p, const T* values, int count, int head_dim, float* acc) {
+  const int dim = kDim ? kDim : head_dim;
+  constexpr int kBlock = 8;  // accumulators that fit the registers of every instruction set
+  int d = 0;
+  for (; d + kBlock * Vec::kWidth <= dim; d += kBlock * Vec::kWidth)
+    accumulate_block<kBlock>(p, values + d, count, dim, acc + d);
+  for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth)
+    accumulate_block<2>(p, values + d, count, dim, acc + d);
+  for (; d + Vec::kWidth <= dim; d += Vec::kWidth) accumulate_block<1>(p, values + d, count, dim, acc + d);
+  if (d < dim) {
+    Vec total = load_half(acc + d);
+    for (int slot = 0; slot < count; ++slot)
+      total = fma(broadcast(p[slot]), load_half(values + static_cast<int64_t>(slot) * dim + d), total);
+    store_half(acc + d, total);
+  }
+}
+
+template <class T>
+SSD_INLINE void widen(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + Vec::kWidth <= count; i += Vec::kWidth) store(to + i, load(from + i));
+  if (i < count) store_half(to + i, load_half(from + i));
+}
+
+// logits[0, padded) become exp(logit - max); returns 1 / their sum over [0, count).
+SSD_INLINE float softmax_numerators(float* logits, int32_t count, int32_t padded) {
+  for (int32_t i = count; i < padded; ++i) logits[i] = -INFINITY;
+  Vec top = broadcast(-INFINITY);
+  for (int32_t i = 0; i < padded; i += Vec::kWidth) top = max(top, load(logits + i));
+  const Vec shift = broadcast(-highest(top));
+  Vec total = zero();
+  for (int32_t i = 0; i < padded; i += Vec::kWidth) {
+    const Vec p = exp_of_negative(add(load(logits + i), shift));
+    total = add(total, p);
+    store(logits + i, p);
+  }
+  return 1.0f / sum(total);
+}
+
+template <class T>
+struct Decoder {
+  const CacheLayer& layer;
+  const DecodeStep& step;
+  Scratch scratch;
+  Prefetcher<T> ahead;
+  int32_t group;
+
+
+  template <int kDim>
+  SSD_ALWAYS_INLINE void scores_of_keys(const T* keys, const Item& item, int32_t stride) {
+    const int dim = layer.shape.head_dim;
+    int32_t done = 0;
+    for (int32_t s = 0; s < item.num_segments; ++s) {
+      const Segment segment = item.segments[s];
+      for (int32_t i = 0; i < segment.count; i += kTile) {
+        const int count = smaller(kTile, segment.count - i);
+        ahead.advance(static_cast<int64_t>(count) * dim * sizeof(T));
+        const T* tile = keys + static_cast<int64_t>(segment.begin + i) * dim;
+        if (group == 1) {
+          score_tile<kDim>(scratch.q, tile, count, dim, scratch.logits + done);
+        } else {
+          widen(tile, static_cast<int64_t>(count) * dim, scratch.tile);
+          for (int32_t g = 0; g < group; ++g)
+            score_tile<kDim>(scratch.q + g * dim, scratch.tile, count, dim, scratch.logits + g * stride + done);
+        }
+        done += count;
+      }
+    }
+  }
+
+  template <int kDim>
+  SSD_ALWAYS_INLINE void weighted_values(const T* values, const Item& item, int32_t stride) {
+    const int dim = layer.shape.head_dim;
+    std::memset(scratch.acc, 0, sizeof(float) * group * dim);
+    int32_t done = 0;
+    for (int32_t s = 0; s < item.num_segments; ++s) {
+      const Segment segment = item.segments[s];
+      for (int32_t i = 0; i < segment.count; i += kTile) {
+        const int count = smaller(kTile, segment.count - i);
+        ahead.advance(static_cast<int64_t>(count) * dim * sizeof(T));
+        const T* tile = values + static_cast<int64_t>(segment.begin + i) * dim;
+        if (group == 1) {
+          accumulate_tile<kDim>(scratch.logits + done, tile, count, dim, scratch.acc);
+        } else {
+          widen(tile, static_cast<int64_t>(count) * dim, scratch.tile);
+          for (int32_t g = 0; g < group; ++g)
+            accumulate_tile<kDim>(scratch.logits + g * stride + done, scratch.tile, count, dim, scratch.acc + g * dim);
+        }
+        done += count;
+      }
+    }
+  }
+
+  // Rule 1. The new token's slot in the slabs; its score starts at 0.
+  SSD_ALWAYS_INLINE void append(T* keys, T* values, const Item& item) {
+    const int dim = layer.shape.head_dim;
+    const int32_t slot = next_slot(item.range, item.view);
+    const T* k = static_cast<const T*>(step.k) + item.row * step.k_row_stride + item.head * step.k_head_stride;
+    const T* v = static_cast<const T*>(step.v) + item.row * step.v_row_stride + item.head * step.v_head_stride;
+    std::memcpy(keys + static_cast<int64_t>(slot) * dim, k, sizeof(T) * dim);
+    std::memcpy(values + static_cast<int64_t>(slot) * dim, v, sizeof(T) * dim);
+    if (item.range.score_offset >= 0) {
+      scores_of(item)[slot] = 0.0f;
+      positions_of(item)[slot] = item.view.base + item.view.first + item.view.step;
+    }
+  }
+
+  // Rule 3: every attended slot gains its probability, once per query head of the group.
+  SSD_ALWAYS_INLINE void add_scores(const Item& item, int32_t stride, const float* inverse) {
+    for (int32_t g = 0; g < group; ++g) {
+      const float* __restrict numerators = scratch.logits + g * stride;
+      const float factor = inverse[g];
+      for (int32_t s = 0; s < item.num_segments; ++s) {
+        const Segment segment = item.segments[s];
+        float* __restrict scores = scores_of(item) + segment.begin;
+        for (int32_t i = 0; i < segment.count; ++i) scores[i] += numerators[i] * factor;
+        numerators += segment.count;
+      }
+    }
+  }
+
+  // Eviction ranks of the evictable tokens [0, count). The `recent` newest tokens are always the last `recent`
+  // positions, because each of them was protected at every refresh.
+  template <int kRule>
+  SSD_ALWAYS_INLINE void rank(const Item& item, int32_t count, int64_t* __restrict ranks) {
+    const float* __restrict scores = scores_of(item) + item.view.base;
+    const int32_t* __restrict positions = positions_of(item) + item.view.base;
+    const int32_t prompt_len = item.view.base + item.view.first;
+    const int32_t steps = item.view.step + 1;
+    const int32_t protected_from = prompt_len + steps - item.range.recent;
+    for (int32_t i = 0; i < count; ++i) {
+      float key = scores[i];
+      if (kRule == kMean) key /= static_cast<float>(attended_steps(positions[i], prompt_len, steps));
+      const int64_t value = eviction_rank(key, positions[i]);
+      ranks[i] = positions[i] >= protected_from ? kProtected : value;
+    }
+  }
+
+  // Rule 4: the tokens of lowest rank lose; winners from beyond the first M evictable slots overwrite losers there.
+  SSD_ALWAYS_INLINE void evict(T* keys, T* values, const Item& item) {
+    const int32_t count = item.view.evictable + 1;
+    const int32_t keep = item.range.keep;
+    if (count <= keep) return;
+    float* scores = scores_of(item) + item.view.base;
+    int32_t* positions = positions_of(item) + item.view.base;
+    int64_t* ranks = scratch.ranks;
+    if (item.range.rule == kMean) {
+      rank<kMean>(item, count, ranks);
+    } else {
+      rank<kSum>(item, count, ranks);
+    }
+    int64_t losing = kProtected;
+    if (count == keep + 1) {
+      for (int32_t i = 0; i < count; ++i) losing = ranks[i] < losing ? ranks[i] : losing;
+    } else {
+      std::memcpy(ranks + count, ranks, sizeof(int64_t) * count);
+      losing = losing_rank(ranks + count, count, keep);
+    }
+    T* evictable_keys = keys + static_cast<int64_t>(item.view.base) * layer.shape.head_dim;
+    T* evictable_values = values + static_cast<int64_t>(item.view.base) * layer.shape.head_dim;
+    int32_t winner = keep;
+    for (int32_t loser = 0; loser < keep; ++loser) {
+      if (ranks[loser] > losing) continue;
+      while (winner < count && ranks[winner] <= losing) ++winner;
+      if (winner == count) break;
+      move_slot(evictable_keys, winner, loser);
+      move_slot(evictable_values, winner, loser);
+      scores[loser] = scores[winner];
+      positions[loser] = positions[winner];
+      ++winner;
+    }
+  }
+
+  SSD_ALWAYS_INLINE void move_slot(T* slab, int32_t from, int32_t to) {
+    const int64_t dim = layer.shape.head_dim;
+    std::memcpy(slab + to * dim, slab + from * dim, sizeof(T) * dim);
+  }
+
+  SSD_ALWAYS_INLINE float* scores_of(const Item& item) {
+    return layer.scores + static_cast<int64_t>(item.row) * layer.shape.scored_slots + item.range.score_offset;
+  }
+  SSD_ALWAYS_INLINE int32_t* positions_of(const Item& item) {
+    return layer.positions + static_cast<int64_t>(item.row) * layer.shape.scored_slots + item.range.score_offset;
+  }
+
+  template <int kDim>
+  void run(int64_t index) {
+    const int dim = layer.shape.head_dim;
+    const Item item = item_at(layer, index);
+    T* keys = first_slot<T>(layer.keys, layer, item);
+    T* values = first_slot<T>(layer.values, layer, item);
+    append(keys, values, item);
+
+    // The scale rides on q [group, head_dim].
+    const T* q = static_cast<const T*>(step.q) + item.row * step.q_row_stride + item.head * group * step.q_head_stride;
+    for (int32_t g = 0; g < group; ++g) {
+      float* to = scratch.q + g * dim;
+      for (int d = 0; d < dim; ++d) to[d] = to_float(q[g * step.q_head_stride + d]) * step.scale;
+    }
+
+    const int32_t count = item.view.base + item.view.evictable + 1;
+    const int32_t stride = padded(count);
+    scores_of_keys<kDim>(keys, item, stride);
+    float* inverse = scratch.inverse;
+    for (int32_t g = 0; g < group; ++g)
+      inverse[g] = softmax_numerators(scratch.logits + g * stride, count, stride);
+    if (item.range.score_offset >= 0) add_scores(item, stride, inverse);
+    weighted_values<kDim>(values, item, stride);
+
+    const int64_t head = static_cast<int64_t>(item.row) * step.query_heads + item.head * group;
+    T* out = static_cast<T*>(step.out) + head * dim;
+    for (int32_t g = 0; g < group; ++g)
+      for (int d = 0; d < dim; ++d) from_float(scratch.acc[g * dim + d] * inverse[g], out + g * dim + d);
+
+    if (item.range.kind == kHeavy && refresh_due(item.view)) evict(keys, values, item);
+  }
+};
+
+template <class T>
+void decode_as(const CacheLayer& layer, const DecodeStep& step, int64_t begin, int64_t end, const Scratch& scratch) {
+  Decoder<T> decoder{layer, step, scratch, Prefetcher<T>(layer, begin, end), step.query_heads / layer.shape.heads};
+  decoder.ahead.advance(kPrefetchDistance);
+  switch (layer.shape.head_dim) {
+    case 64:
+      for (int64_t index = begin; index < end; ++index) decoder.template run<64>(index);
+      break;
+    case 128:
+      for (int64_t index = begin; index < end; ++index) decoder.template run<128>(index);
+      break;
+    default:
+      for (int64_t index = begin; index < end; ++index) decoder.template run<0>(index);
+  }
+}
+
+}  // namespace
+
+namespace SSD_ISA {
+
+void decode_items(const CacheLayer& layer, const DecodeStep& step, int64_t begin, int64_t end,
+                  const Scratch& scratch) {
+  switch (layer.dtype) {
+    case kFloat32: return decode_as<float>(layer, step, begin, end, scratch);
+    case kBFloat16: return decode_as<BFloat16>(layer, step, begin, end, scratch);
+    case kFloat16: return decode_as<Float16>(layer, step, begin, end, scratch);
+  }
+}
+
+}  // namespace SSD_ISA
+}  // namespace ssd

@@ -1,0 +1,2 @@
+#define SSD_ISA avx2
+#include "cpu/kernels.h"

@@ -1,0 +1,2 @@
+#define SSD_ISA avx512
+#include "cpu/kernels.h"

@@ -1,0 +1,2 @@
+#define SSD_ISA portable
+#include "cpu/kernels.h"

@@ -1,0 +1,50 @@
+// What the CPU backend receives: plain structs of raw pointers.
+#pragma once
+
+#include <cstdint>
+
+#include "common/layout.h"
+
+namespace ssd {
+
+enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// One layer's cache. Slabs are contiguous.
+struct CacheLayer {
+  LayerShape shape;
+  DType dtype;
+  void* keys;    // [batch, slots, head_dim]
+  void* values;  // [batch, slots, head_dim]
+  float* scores;       // [batch, scored_slots]
+  int32_t* positions;  // [batch, scored_slots]
+  Cursor* cursors;     // [batch]
+  const HeadRange* heads;
+};
+
+// One decode step. Strides are in elements; the last dimension of q, k and v has unit stride.
+struct DecodeStep {
+  const void* q;  // [batch, query_heads, head_dim]
+  const void* k;  // [batch, heads, head_dim]
+  const void* v;  // [batch, heads, head_dim]
+  void* out;      // [batch, query_heads, head_dim], contiguous
+  int32_t query_heads;
+  int64_t q_row_stride, q_head_stride;
+  int64_t k_row_stride, k_head_stride;
+  int64_t v_row_stride, v_head_stride;
+  float scale;
+};
+
+// New prompts for some rows; k and v are contiguous [count, heads, prompt_stride, head_dim].
+struct Prefill {
+  const void* k;
+  const void* v;
+  const float* scores;  // [count, heads, prompt_stride] or null
+  int32_t prompt_stride;
+  int32_t count;
+  const int32_t* prompt_lens;  // [count]
+  const int32_t* rows;         // [count]
+};
+
+SSD_INLINE int64_t item_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+}  // namespace ssd

@@ -1,0 +1,211 @@
+// A vector of floats, 16 wide with AVX-512 and 8 wide otherwise, loaded from and stored to float32, bfloat16, float16.
+//
+// Included by each kernels_*.cpp under its own compiler flags, so everything has internal linkage.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "common/layout.h"
+
+namespace ssd {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+SSD_INLINE float to_float(float x) { return x; }
+SSD_INLINE float to_float(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+SSD_INLINE float to_float(Float16 x) {
+  _Float16 value;
+  std::memcpy(&value, &x, sizeof value);
+  return static_cast<float>(value);
+}
+
+SSD_INLINE void from_float(float x, float* to) { *to = x; }
+SSD_INLINE void from_float(float x, BFloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  // Round to nearest even; a NaN stays a NaN even when its payload is all in the dropped half.
+  to->bits = static_cast<uint16_t>(x == x ? (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 : 0x7FC0);
+}
+SSD_INLINE void from_float(float x, Float16* to) {
+  const _Float16 value = static_cast<_Float16>(x);
+  std::memcpy(to, &value, sizeof value);
+}
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  static constexpr int kWidth = 16;
+  __m512 x;
+};
+SSD_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
+SSD_INLINE Vec broadcast(float a) { return {_mm512_set1_ps(a)}; }
+SSD_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+SSD_INLINE Vec load(const BFloat16* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+SSD_INLINE Vec load(const Float16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+// The last 8 elements of a head_dim that is no multiple of 16; the other lanes are zero.
+SSD_INLINE Vec load_half(const float* p) { return {_mm512_maskz_loadu_ps(0xFF, p)}; }
+SSD_INLINE Vec load_half(const BFloat16* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(0xFF, p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+SSD_INLINE Vec load_half(const Float16* p) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(0xFF, p))}; }
+SSD_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.x); }
+SSD_INLINE void store_half(float* p, Vec a) { _mm512_mask_storeu_ps(p, 0xFF, a.x); }
+SSD_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
+SSD_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
+SSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
+// The second operand wins over a NaN, so clamp(x) keeps a NaN x.
+SSD_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
+SSD_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.x, b.x)}; }
+SSD_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+SSD_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.x, n.x)}; }
+SSD_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.x); }
+SSD_INLINE float highest(Vec a) { return _mm512_reduce_max_ps(a.x); }
+
+#elif defined(__AVX2__)
+
+struct Vec {
+  static constexpr int kWidth = 8;
+  __m256 x;
+};
+SSD_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
+SSD_INLINE Vec broadcast(float a) { return {_mm256_set1_ps(a)}; }
+SSD_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+SSD_INLINE Vec load(const BFloat16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+SSD_INLINE Vec load(const Float16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+SSD_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.x); }
+SSD_INLINE Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; }
+SSD_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x)}; }
+SSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
+SSD_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.x, b.x)}; }
+SSD_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.x, b.x)}; }
+SSD_INLINE Vec round(Vec a) { return {_mm256_round_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+SSD_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.x), _mm256_set1_epi32(127));
+  return {_mm256_mul_ps(a.x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
+}
+SSD_INLINE float sum(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+SSD_INLINE float highest(Vec a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+#else
+
+struct Vec {
+  static constexpr int kWidth = 8;
+  float x[kWidth];
+};
+template <class F>
+SSD_INLINE Vec each(F f) {
+  Vec r;
+  for (int i = 0; i < Vec::kWidth; ++i) r.x[i] = f(i);
+  return r;
+}
+SSD_INLINE Vec broadcast(float a) {
+  return each([&](int) { return a; });
+}
+SSD_INLINE Vec zero() { return broadcast(0.0f); }
+template <class T>
+SSD_INLINE Vec load(const T* p) {
+  return each([&](int i) { return to_float(p[i]); });
+}
+SSD_INLINE void store(float* p, Vec a) { std::memcpy(p, a.x, sizeof a.x); }
+SSD_INLINE Vec add(Vec a, Vec b) {
+  return each([&](int i) { return a.x[i] + b.x[i]; });
+}
+SSD_INLINE Vec mul(Vec a, Vec b) {
+  return each([&](int i) { return a.x[i] * b.x[i]; });
+}
+SSD_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });
+}
+SSD_INLINE Vec max(Vec a, Vec b) {
+  return each([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; });
+}
+SSD_INLINE Vec min(Vec a, Vec b) {
+  return each([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; });
+}
+SSD_INLINE Vec round(Vec a) {
+  // Adding and taking away 1.5 * 2^23 rounds any |a| < 2^22 to the nearest integer.
+  constexpr float kMagic = 12582912.0f;
+  return each([&](int i) { return (a.x[i] + kMagic) - kMagic; });
+}
+SSD_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
+  return each([&](int i) {
+    const int32_t bits = n.x[i] == n.x[i] ? (static_cast<int32_t>(n.x[i]) + 127) * (1 << 23) : 0;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return a.x[i] * power;
+  });
+}
+SSD_INLINE float sum(Vec a) {
+  return ((a.x[0] + a.x[4]) + (a.x[2] + a.x[6])) + ((a.x[1] + a.x[5]) + (a.x[3] + a.x[7]));
+}
+SSD_INLINE float highest(Vec a) {
+  float m = a.x[0];
+  for (int i = 1; i < Vec::kWidth; ++i) m = a.x[i] > m ? a.x[i] : m;
+  return m;
+}
+
+#endif
+
+#if !defined(__AVX512F__)
+template <class T>
+SSD_INLINE Vec load_half(const T* p) {
+  return load(p);
+}
+SSD_INLINE void store_half(float* p, Vec a) { store(p, a); }
+#endif
+
+// exp(x) for x <= 0 to about 1 unit in the last place: 2^n * e^r with |r| <= ln(2) / 2. Below -87 it is 0 or nearly so.
+SSD_INLINE Vec exp_of_negative(Vec x) {
+  x = max(broadcast(-87.0f), x);
+  const Vec n = round(mul(x, broadcast(1.44269504f)));
+  Vec r = fma(n, broadcast(-0.693359375f), x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  Vec p = broadcast(1.9875691500e-4f);
+  p = fma(p, r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  p = fma(p, mul(r, r), add(r, broadcast(1.0f)));
+  return scale_by_power_of_two(p, n);
+}
+
+SSD_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+}  // namespace
+}  // namespace ssd
