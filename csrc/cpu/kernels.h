@@ -4,7 +4,6 @@
 // An item's kept set is read exactly once, keys and then values, and a prefetcher walks the same bytes a fixed
 // distance ahead, across the seams between keys, values and items: on cold caches that, not the instruction set,
 // decides the speed.
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -44,6 +43,13 @@ SSD_INLINE T* first_slot(void* slab, const CacheLayer& layer, const Item& item) 
   return static_cast<T*>(slab) + slot * layer.shape.head_dim;
 }
 
+SSD_INLINE float* item_scores(const CacheLayer& layer, const Item& item) {
+  return layer.scores + static_cast<int64_t>(item.row) * layer.shape.scored_slots + item.range.score_offset;
+}
+SSD_INLINE int32_t* item_positions(const CacheLayer& layer, const Item& item) {
+  return layer.positions + static_cast<int64_t>(item.row) * layer.shape.scored_slots + item.range.score_offset;
+}
+
 // Touches the bytes that the items [begin, end) will read, in the order in which they will be read.
 template <class T>
 class Prefetcher {
@@ -53,7 +59,7 @@ class Prefetcher {
   SSD_ALWAYS_INLINE void advance(int64_t bytes) {
     while (bytes > 0) {
       if (at_ == stop_ && !next_span()) return;
-      const int64_t run = std::min<int64_t>(bytes, stop_ - at_);
+      const int64_t run = bytes < stop_ - at_ ? bytes : stop_ - at_;
       for (int64_t line = 0; line < run; line += kLine) prefetch(at_ + line);
       at_ += run;
       bytes -= run;
@@ -62,97 +68,144 @@ class Prefetcher {
 
  private:
   bool next_span() {
-    if (span_ == 2 * spans_per_slab_) {
-      if (next_item_ == end_) return false;
-      item_ = item_at(layer_, next_item_++);
-      spans_per_slab_ = item_.num_segments;
-      span_ = 0;
-    }
-    void* slab = span_ < spans_per_slab_ ? layer_.keys : layer_.values;
-    const Segment segment = item_.segments[span_ % spans_per_slab_];
-    const int64_t slot_bytes = layer_.shape.head_dim * static_cast<int64_t>(sizeof(T));
-    at_ = reinterpret_cast<const char*>(first_slot<T>(slab, layer_, item_)) + segment.begin * slot_bytes;
-    stop_ = at_ + segment.count * slot_bytes;
+    if (span_ == num_spans_ && !next_item()) return false;
+    at_ = spans_[span_].at;
+    stop_ = at_ + spans_[span_].bytes;
     ++span_;
     return true;
   }
 
+  bool next_item() {
+    if (next_item_ == end_) return false;
+    const Item item = item_at(layer_, next_item_++);
+    span_ = num_spans_ = 0;
+    add_segments(first_slot<T>(layer_.keys, layer_, item), layer_.shape.head_dim, item);
+    if (item.range.score_offset >= 0) add_segments(item_scores(layer_, item), 1, item);
+    if (item.range.kind == kHeavy && refresh_due(item.view)) add_segments(item_positions(layer_, item), 1, item);
+    add_segments(first_slot<T>(layer_.values, layer_, item), layer_.shape.head_dim, item);
+    return true;
+  }
+
+  template <class E>
+  void add_segments(const E* first, int64_t elements_per_slot, const Item& item) {
+    for (int32_t s = 0; s < item.num_segments; ++s) {
+      const Segment segment = item.segments[s];
+      spans_[num_spans_++] = {reinterpret_cast<const char*>(first + segment.begin * elements_per_slot),
+                              static_cast<int64_t>(sizeof(E)) * segment.count * elements_per_slot};
+    }
+  }
+
+  struct Span {
+    const char* at;
+    int64_t bytes;
+  };
+
   const CacheLayer& layer_;
   int64_t next_item_;
   int64_t end_;
-  Item item_{};
-  int32_t spans_per_slab_ = 0;
+  Span spans_[4 * 3];
+  int32_t num_spans_ = 0;
   int32_t span_ = 0;
   const char* at_ = nullptr;
   const char* stop_ = nullptr;
 };
 
+// dot[u] += q . keys[u] over head_dim elements, for kSlots slots `dim` apart.
+template <int kSlots, class T>
+SSD_INLINE void dot_slots(const float* q, const T* keys, int dim, Vec dot[kSlots]) {
+  int d = 0;
+  for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth) {
+    const Vec qa = load(q + d), qb = load(q + d + Vec::kWidth);
+    for (int u = 0; u < kSlots; ++u) {
+      Vec a, b;
+      load_pair(keys + u * dim + d, a, b);
+      dot[u] = fma(qb, b, fma(qa, a, dot[u]));
+    }
+  }
+  for (; d + Vec::kWidth <= dim; d += Vec::kWidth)
+    for (int u = 0; u < kSlots; ++u) dot[u] = fma(load(q + d), load(keys + u * dim + d), dot[u]);
+  if (d < dim)
+    for (int u = 0; u < kSlots; ++u) dot[u] = fma(load_half(q + d), load_half(keys + u * dim + d), dot[u]);
+}
+
 // logits[0, count) = q . k for `count` consecutive slots. kDim 0 takes the head_dim at run time.
 template <int kDim, class T>
 SSD_INLINE void score_tile(const float* q, const T* keys, int count, int head_dim, float* logits) {
   const int dim = kDim ? kDim : head_dim;
-  constexpr int kUnroll = 4;
   int slot = 0;
-  for (; slot + kUnroll <= count; slot += kUnroll) {
-    Vec dot[kUnroll] = {zero(), zero(), zero(), zero()};
-    const T* key = keys + static_cast<int64_t>(slot) * dim;
-    int d = 0;
-    for (; d + Vec::kWidth <= dim; d += Vec::kWidth) {
-      const Vec qd = load(q + d);
-      for (int u = 0; u < kUnroll; ++u) dot[u] = fma(qd, load(key + u * dim + d), dot[u]);
-    }
-    if (d < dim) {
-      const Vec qd = load_half(q + d);
-      for (int u = 0; u < kUnroll; ++u) dot[u] = fma(qd, load_half(key + u * dim + d), dot[u]);
-    }
-    for (int u = 0; u < kUnroll; ++u) logits[slot + u] = sum(dot[u]);
+  for (; slot + 4 <= count; slot += 4) {
+    Vec dot[4] = {zero(), zero(), zero(), zero()};
+    dot_slots<4>(q, keys + static_cast<int64_t>(slot) * dim, dim, dot);
+    sum_four(dot, logits + slot);
   }
   for (; slot < count; ++slot) {
-    Vec dot = zero();
-    const T* key = keys + static_cast<int64_t>(slot) * dim;
-    int d = 0;
-    for (; d + Vec::kWidth <= dim; d += Vec::kWidth) dot = fma(load(q + d), load(key + d), dot);
-    if (d < dim) dot = fma(load_half(q + d), load_half(key + d), dot);
-    logits[slot] = sum(dot);
+    Vec dot[1] = {zero()};
+    dot_slots<1>(q, keys + static_cast<int64_t>(slot) * dim, dim, dot);
+    logits[slot] = sum(dot[0]);
   }
 }
 
-// acc[0, kVectors * width) += sum over slots of p[slot] * value[slot].
-template <int kVectors, class T>
+// acc[0, 2 * kPairs * width) += sum over slots of p[slot] * value[slot].
+template <int kPairs, class T>
 SSD_INLINE void accumulate_block(const float* p, const T* values, int count, int dim, float* acc) {
-  Vec total[kVectors];
-  for (int i = 0; i < kVectors; ++i) total[i] = load(acc + i * Vec::kWidth);
+  Vec total[2 * kPairs];
+  for (int i = 0; i < 2 * kPairs; ++i) total[i] = load(acc + i * Vec::kWidth);
   for (int slot = 0; slot < count; ++slot) {
     const Vec weight = broadcast(p[slot]);
     const T* value = values + static_cast<int64_t>(slot) * dim;
-    for (int i = 0; i < kVectors; ++i) total[i] = fma(weight, load(value + i * Vec::kWidth), total[i]);
+    for (int i = 0; i < kPairs; ++i) {
+      Vec a, b;
+      load_pair(value + 2 * i * Vec::kWidth, a, b);
+      total[2 * i] = fma(weight, a, total[2 * i]);
+      total[2 * i + 1] = fma(weight, b, total[2 * i + 1]);
+    }
   }
-  for (int i = 0; i < kVectors; ++i) store(acc + i * Vec::kWidth, total[i]);
+  for (int i = 0; i < 2 * kPairs; ++i) store(acc + i * Vec::kWidth, total[i]);
 }
 
 template <int kDim, class T>
 SSD_INLINE void accumulate_tile(const float* p, const T* values, int count, int head_dim, float* acc) {
   const int dim = kDim ? kDim : head_dim;
-  constexpr int kBlock = 8;  // accumulators that fit the registers of every instruction set
+  constexpr int kPairs = 4;  // 8 accumulators fit the registers of every instruction set
   int d = 0;
-  for (; d + kBlock * Vec::kWidth <= dim; d += kBlock * Vec::kWidth)
-    accumulate_block<kBlock>(p, values + d, count, dim, acc + d);
-  for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth)
-    accumulate_block<2>(p, values + d, count, dim, acc + d);
-  for (; d + Vec::kWidth <= dim; d += Vec::kWidth) accumulate_block<1>(p, values + d, count, dim, acc + d);
-  if (d < dim) {
-    Vec total = load_half(acc + d);
-    for (int slot = 0; slot < count; ++slot)
-      total = fma(broadcast(p[slot]), load_half(values + static_cast<int64_t>(slot) * dim + d), total);
-    store_half(acc + d, total);
+  for (; d + 2 * kPairs * Vec::kWidth <= dim; d += 2 * kPairs * Vec::kWidth)
+    accumulate_block<kPairs>(p, values + d, count, dim, acc + d);
+  for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth) accumulate_block<1>(p, values + d, count, dim, acc + d);
+  for (; d < dim; d += Vec::kWidth) {
+    const bool half = d + Vec::kWidth > dim;
+    Vec total = half ? load_half(acc + d) : load(acc + d);
+    for (int slot = 0; slot < count; ++slot) {
+      const T* value = values + static_cast<int64_t>(slot) * dim + d;
+      total = fma(broadcast(p[slot]), half ? load_half(value) : load(value), total);
+    }
+    half ? store_half(acc + d, total) : store(acc + d, total);
   }
 }
 
+// `dim` elements times `factor`, widened into lane order.
 template <class T>
-SSD_INLINE void widen(const T* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + Vec::kWidth <= count; i += Vec::kWidth) store(to + i, load(from + i));
-  if (i < count) store_half(to + i, load_half(from + i));
+SSD_INLINE void widen(const T* from, int dim, float factor, float* to) {
+  const Vec scale = broadcast(factor);
+  int d = 0;
+  for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth) {
+    Vec a, b;
+    load_pair(from + d, a, b);
+    store(to + d, mul(a, scale));
+    store(to + d + Vec::kWidth, mul(b, scale));
+  }
+  for (; d + Vec::kWidth <= dim; d += Vec::kWidth) store(to + d, mul(load(from + d), scale));
+  if (d < dim) store_half(to + d, mul(load_half(from + d), scale));
+}
+
+// The way back: `dim` floats in lane order times `factor`, rounded to T in element order.
+template <class T>
+SSD_INLINE void narrow(const float* from, int dim, float factor, T* to) {
+  const Vec scale = broadcast(factor);
+  int d = 0;
+  for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth)
+    store_pair(to + d, mul(load(from + d), scale), mul(load(from + d + Vec::kWidth), scale));
+  for (; d + Vec::kWidth <= dim; d += Vec::kWidth) store_narrow(to + d, mul(load(from + d), scale), Vec::kWidth);
+  if (d < dim) store_narrow(to + d, mul(load_half(from + d), scale), dim - d);
 }
 
 // logits[0, padded) become exp(logit - max); returns 1 / their sum over [0, count).
@@ -192,7 +245,7 @@ struct Decoder {
         if (group == 1) {
           score_tile<kDim>(scratch.q, tile, count, dim, scratch.logits + done);
         } else {
-          widen(tile, static_cast<int64_t>(count) * dim, scratch.tile);
+          for (int i = 0; i < count; ++i) widen(tile + i * dim, dim, 1.0f, scratch.tile + i * dim);
           for (int32_t g = 0; g < group; ++g)
             score_tile<kDim>(scratch.q + g * dim, scratch.tile, count, dim, scratch.logits + g * stride + done);
         }
@@ -215,7 +268,7 @@ struct Decoder {
         if (group == 1) {
           accumulate_tile<kDim>(scratch.logits + done, tile, count, dim, scratch.acc);
         } else {
-          widen(tile, static_cast<int64_t>(count) * dim, scratch.tile);
+          for (int i = 0; i < count; ++i) widen(tile + i * dim, dim, 1.0f, scratch.tile + i * dim);
           for (int32_t g = 0; g < group; ++g)
             accumulate_tile<kDim>(scratch.logits + g * stride + done, scratch.tile, count, dim, scratch.acc + g * dim);
         }
@@ -233,8 +286,8 @@ struct Decoder {
     std::memcpy(keys + static_cast<int64_t>(slot) * dim, k, sizeof(T) * dim);
     std::memcpy(values + static_cast<int64_t>(slot) * dim, v, sizeof(T) * dim);
     if (item.range.score_offset >= 0) {
-      scores_of(item)[slot] = 0.0f;
-      positions_of(item)[slot] = item.view.base + item.view.first + item.view.step;
+      item_scores(layer, item)[slot] = 0.0f;
+      item_positions(layer, item)[slot] = item.view.base + item.view.first + item.view.step;
     }
   }
 
@@ -245,7 +298,7 @@ struct Decoder {
       const float factor = inverse[g];
       for (int32_t s = 0; s < item.num_segments; ++s) {
         const Segment segment = item.segments[s];
-        float* __restrict scores = scores_of(item) + segment.begin;
+        float* __restrict scores = item_scores(layer, item) + segment.begin;
         for (int32_t i = 0; i < segment.count; ++i) scores[i] += numerators[i] * factor;
         numerators += segment.count;
       }
@@ -256,8 +309,8 @@ struct Decoder {
   // positions, because each of them was protected at every refresh.
   template <int kRule>
   SSD_ALWAYS_INLINE void rank(const Item& item, int32_t count, int64_t* __restrict ranks) {
-    const float* __restrict scores = scores_of(item) + item.view.base;
-    const int32_t* __restrict positions = positions_of(item) + item.view.base;
+    const float* __restrict scores = item_scores(layer, item) + item.view.base;
+    const int32_t* __restrict positions = item_positions(layer, item) + item.view.base;
     const int32_t prompt_len = item.view.base + item.view.first;
     const int32_t steps = item.view.step + 1;
     const int32_t protected_from = prompt_len + steps - item.range.recent;
@@ -274,8 +327,8 @@ struct Decoder {
     const int32_t count = item.view.evictable + 1;
     const int32_t keep = item.range.keep;
     if (count <= keep) return;
-    float* scores = scores_of(item) + item.view.base;
-    int32_t* positions = positions_of(item) + item.view.base;
+    float* scores = item_scores(layer, item) + item.view.base;
+    int32_t* positions = item_positions(layer, item) + item.view.base;
     int64_t* ranks = scratch.ranks;
     if (item.range.rule == kMean) {
       rank<kMean>(item, count, ranks);
@@ -309,13 +362,6 @@ struct Decoder {
     std::memcpy(slab + to * dim, slab + from * dim, sizeof(T) * dim);
   }
 
-  SSD_ALWAYS_INLINE float* scores_of(const Item& item) {
-    return layer.scores + static_cast<int64_t>(item.row) * layer.shape.scored_slots + item.range.score_offset;
-  }
-  SSD_ALWAYS_INLINE int32_t* positions_of(const Item& item) {
-    return layer.positions + static_cast<int64_t>(item.row) * layer.shape.scored_slots + item.range.score_offset;
-  }
-
   template <int kDim>
   void run(int64_t index) {
     const int dim = layer.shape.head_dim;
@@ -326,10 +372,7 @@ struct Decoder {
 
     // The scale rides on q [group, head_dim].
     const T* q = static_cast<const T*>(step.q) + item.row * step.q_row_stride + item.head * group * step.q_head_stride;
-    for (int32_t g = 0; g < group; ++g) {
-      float* to = scratch.q + g * dim;
-      for (int d = 0; d < dim; ++d) to[d] = to_float(q[g * step.q_head_stride + d]) * step.scale;
-    }
+    for (int32_t g = 0; g < group; ++g) widen(q + g * step.q_head_stride, dim, step.scale, scratch.q + g * dim);
 
     const int32_t count = item.view.base + item.view.evictable + 1;
     const int32_t stride = padded(count);
@@ -342,8 +385,7 @@ struct Decoder {
 
     const int64_t head = static_cast<int64_t>(item.row) * step.query_heads + item.head * group;
     T* out = static_cast<T*>(step.out) + head * dim;
-    for (int32_t g = 0; g < group; ++g)
-      for (int d = 0; d < dim; ++d) from_float(scratch.acc[g * dim + d] * inverse[g], out + g * dim + d);
+    for (int32_t g = 0; g < group; ++g) narrow(scratch.acc + g * dim, dim, inverse[g], out + g * dim);
 
     if (item.range.kind == kHeavy && refresh_due(item.view)) evict(keys, values, item);
   }

@@ -1,5 +1,9 @@
 // A vector of floats, 16 wide with AVX-512 and 8 wide otherwise, loaded from and stored to float32, bfloat16, float16.
 //
+// load_pair and store_pair move 2 * kWidth elements in whatever lane order is cheapest for the type: 32 bfloat16 values
+// widen with one shift and one mask when even and odd elements go to different vectors. Queries, tiles and accumulators
+// all pass through them, so the order cancels out.
+//
 // Included by each kernels_*.cpp under its own compiler flags, so everything has internal linkage.
 #pragma once
 
@@ -71,6 +75,22 @@ SSD_INLINE Vec load_half(const BFloat16* p) {
 }
 SSD_INLINE Vec load_half(const Float16* p) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(0xFF, p))}; }
 SSD_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.x); }
+SSD_INLINE void load_pair(const BFloat16* p, Vec& a, Vec& b) {
+  const __m512i both = _mm512_loadu_si512(p);
+  a = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
+  b = {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))))};
+}
+SSD_INLINE __m512i round_to_bfloat16(Vec a) {  // in the upper half of each lane
+  const __m512i bits = _mm512_castps_si512(a.x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q);
+  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
+}
+SSD_INLINE void store_pair(BFloat16* p, Vec a, Vec b) {
+  const __m512i high = _mm512_and_si512(round_to_bfloat16(b), _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
+  _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(round_to_bfloat16(a), 16), high));
+}
 SSD_INLINE void store_half(float* p, Vec a) { _mm512_mask_storeu_ps(p, 0xFF, a.x); }
 SSD_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
 SSD_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
@@ -81,6 +101,13 @@ SSD_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.x, b.x)}; }
 SSD_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 SSD_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.x, n.x)}; }
 SSD_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.x); }
+SSD_INLINE void sum_four(const Vec v[4], float* to) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0].x, v[1].x), _mm512_unpackhi_ps(v[0].x, v[1].x));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2].x, v[3].x), _mm512_unpackhi_ps(v[2].x, v[3].x));
+  const __m512 abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 SSD_INLINE float highest(Vec a) { return _mm512_reduce_max_ps(a.x); }
 
 #elif defined(__AVX2__)
@@ -100,6 +127,23 @@ SSD_INLINE Vec load(const Float16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 SSD_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.x); }
+SSD_INLINE void load_pair(const BFloat16* p, Vec& a, Vec& b) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  a = {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))};
+  b = {_mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))))};
+}
+SSD_INLINE __m256i round_to_bfloat16(Vec a) {  // in the upper half of each lane
+  const __m256i bits = _mm256_castps_si256(a.x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), nan);
+}
+SSD_INLINE void store_pair(BFloat16* p, Vec a, Vec b) {
+  const __m256i high = _mm256_and_si256(round_to_bfloat16(b), _mm256_set1_epi32(static_cast<int>(0xFFFF0000)));
+  const __m256i both = _mm256_or_si256(_mm256_srli_epi32(round_to_bfloat16(a), 16), high);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
+}
 SSD_INLINE Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; }
 SSD_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x)}; }
 SSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
@@ -114,6 +158,12 @@ SSD_INLINE float sum(Vec a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+SSD_INLINE void sum_four(const Vec v[4], float* to) {
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(v[0].x, v[1].x), _mm256_unpackhi_ps(v[0].x, v[1].x));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(v[2].x, v[3].x), _mm256_unpackhi_ps(v[2].x, v[3].x));
+  const __m256 abcd = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 }
 SSD_INLINE float highest(Vec a) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
@@ -173,6 +223,9 @@ SSD_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
 SSD_INLINE float sum(Vec a) {
   return ((a.x[0] + a.x[4]) + (a.x[2] + a.x[6])) + ((a.x[1] + a.x[5]) + (a.x[3] + a.x[7]));
 }
+SSD_INLINE void sum_four(const Vec v[4], float* to) {
+  for (int i = 0; i < 4; ++i) to[i] = sum(v[i]);
+}
 SSD_INLINE float highest(Vec a) {
   float m = a.x[0];
   for (int i = 1; i < Vec::kWidth; ++i) m = a.x[i] > m ? a.x[i] : m;
@@ -188,6 +241,24 @@ SSD_INLINE Vec load_half(const T* p) {
 }
 SSD_INLINE void store_half(float* p, Vec a) { store(p, a); }
 #endif
+
+// In element order, unless an overload above knows better.
+template <class T>
+SSD_INLINE void load_pair(const T* p, Vec& a, Vec& b) {
+  a = load(p);
+  b = load(p + Vec::kWidth);
+}
+template <class T>
+SSD_INLINE void store_narrow(T* p, Vec a, int count) {
+  float lanes[Vec::kWidth];
+  store(lanes, a);
+  for (int i = 0; i < count; ++i) from_float(lanes[i], p + i);
+}
+template <class T>
+SSD_INLINE void store_pair(T* p, Vec a, Vec b) {
+  store_narrow(p, a, Vec::kWidth);
+  store_narrow(p + Vec::kWidth, b, Vec::kWidth);
+}
 
 // exp(x) for x <= 0 to about 1 unit in the last place: 2^n * e^r with |r| <= ln(2) / 2. Below -87 it is 0 or nearly so.
 SSD_INLINE Vec exp_of_negative(Vec x) {

@@ -1,0 +1,64 @@
+# Every target sets itself up from a fresh clone: a virtual environment, a constrained install, a build.
+#
+#   make demo      draw pictures with a small Janus, full cache beside compressed -> demo/
+#   make test      all tests that need no GPU
+#   make bench     time one decode step against torch's attention
+#   make lint      ruff, mypy --strict, clang-format       (make format repairs what can be repaired)
+#
+# On a machine with a GPU, `make test CONSTRAINTS=` takes torch as pip finds it, not the CPU build.
+
+PYTHON      ?= python3
+VENV        ?= .venv
+CONSTRAINTS ?= constraints/cpu.txt
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN         := $(VENV)/bin
+PIP         := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13,<4' ninja 'cmake>=3.24'
+SOURCES     := $(shell find csrc -type f)
+CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/.built
+	$(BIN)/ssd-janus demo --out demo
+
+# Passive waiting: on a busy machine, threads that spin while they wait slow each other down a hundredfold.
+test: export OMP_WAIT_POLICY := passive
+test: $(VENV)/.built
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.built
+	$(BIN)/ssd-bench kernel
+
+lint: $(VENV)/.built $(VENV)/.lint
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf build ssd_kernels/_C.*.so $(VENV)/.installed $(VENV)/.built $(VENV)/.lint
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes before the rest and alone: only it may come from the index of CPU builds (PyPI's own build for Linux is the
+# CUDA one, gigabytes more). Where that index cannot be reached, pip says so and takes what else it finds.
+$(VENV)/.installed: pyproject.toml setup.py $(CONSTRAINTS) | $(BIN)/python
+	@echo "== installing into $(VENV) (a minute or two)"
+	$(PIP) $(BUILD_TOOLS)
+	$(PIP) --no-deps $(if $(CONSTRAINTS),--extra-index-url $(TORCH_INDEX) --retries 1 --timeout 30) 'torch>=2.11'
+	$(PIP) --no-build-isolation -e '.[test]'
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed CMakeLists.txt $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/.lint: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP) ruff mypy clang-format
+	@touch $@

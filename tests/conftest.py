@@ -1,0 +1,27 @@
+"""Settings of every test: threads, seeds and hypothesis profiles."""
+
+import os
+
+# Before torch loads its OpenMP runtime: idle threads sleep, so that tests share a machine politely.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+THREADS = 2
+
+settings.register_profile("ci", derandomize=True, database=None, deadline=None, max_examples=30,
+                          suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads() -> None:
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

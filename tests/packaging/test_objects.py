@@ -1,0 +1,34 @@
+"""The compiled files: code of one instruction set stays in its own file, and OpenMP is torch's."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+OBJECTS = sorted((ROOT / "build" / f"cmake-{sys.implementation.cache_tag}").glob("**/csrc/cpu/kernels_*.o"))
+
+
+@pytest.mark.skipif(not OBJECTS, reason="needs the build folder of this checkout")
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm (binutils)")
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.name)
+def test_no_weak_functions(path):
+    """The linker keeps one copy of a weak function (an inline or template one) for all files.
+
+    If it keeps the copy that was compiled for AVX-512, the portable code crashes on a machine without it. So the
+    kernels' helpers live in unnamed namespaces, and nothing of the standard library is instantiated there.
+    """
+    symbols = subprocess.run(["nm", "-C", path], check=True, capture_output=True, text=True).stdout
+    assert not re.findall(r"^[0-9a-f]+ W .*", symbols, re.MULTILINE)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+def test_one_openmp_runtime():
+    code = "import ssd_kernels._C; print(*{line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line})"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert len(run.stdout.split()) == 1, run.stdout
