@@ -9,7 +9,7 @@ namespace ssd {
 
 // How far ahead of the computation memory is touched: enough lines in flight to cover DRAM latency on one core, few
 // enough to stay in the second-level cache.
-constexpr int64_t kPrefetchDistance = 65536;
+constexpr int64_t kPrefetchDistance = 16384;
 
 // Counts are padded to whole vectors of the widest instruction set.
 SSD_INLINE int32_t padded(int32_t count) { return (count + 15) / 16 * 16; }

@@ -79,10 +79,19 @@ class Prefetcher {
     if (next_item_ == end_) return false;
     const Item item = item_at(layer_, next_item_++);
     span_ = num_spans_ = 0;
-    add_segments(first_slot<T>(layer_.keys, layer_, item), layer_.shape.head_dim, item);
+    T* keys = first_slot<T>(layer_.keys, layer_, item);
+    T* values = first_slot<T>(layer_.values, layer_, item);
+    // The append comes first of all; a store that misses would hold up every store behind it.
+    const int64_t slot_bytes = layer_.shape.head_dim * static_cast<int64_t>(sizeof(T));
+    const int64_t slot = next_slot(item.range, item.view) * slot_bytes;
+    for (int64_t line = 0; line < slot_bytes; line += kLine) {
+      prefetch_for_writing(reinterpret_cast<const char*>(keys) + slot + line);
+      prefetch_for_writing(reinterpret_cast<const char*>(values) + slot + line);
+    }
+    add_segments(keys, layer_.shape.head_dim, item);
     if (item.range.score_offset >= 0) add_segments(item_scores(layer_, item), 1, item);
     if (item.range.kind == kHeavy && refresh_due(item.view)) add_segments(item_positions(layer_, item), 1, item);
-    add_segments(first_slot<T>(layer_.values, layer_, item), layer_.shape.head_dim, item);
+    add_segments(values, layer_.shape.head_dim, item);
     return true;
   }
 
@@ -305,21 +314,24 @@ struct Decoder {
     }
   }
 
-  // Eviction ranks of the evictable tokens [0, count). The `recent` newest tokens are always the last `recent`
+  // Eviction ranks of the evictable tokens [0, count); returns the lowest. The `recent` newest tokens are always the last `recent`
   // positions, because each of them was protected at every refresh.
   template <int kRule>
-  SSD_ALWAYS_INLINE void rank(const Item& item, int32_t count, int64_t* __restrict ranks) {
+  SSD_ALWAYS_INLINE int64_t rank(const Item& item, int32_t count, int64_t* __restrict ranks) {
     const float* __restrict scores = item_scores(layer, item) + item.view.base;
     const int32_t* __restrict positions = item_positions(layer, item) + item.view.base;
     const int32_t prompt_len = item.view.base + item.view.first;
     const int32_t steps = item.view.step + 1;
     const int32_t protected_from = prompt_len + steps - item.range.recent;
+    int64_t lowest = kProtected;
     for (int32_t i = 0; i < count; ++i) {
       float key = scores[i];
       if (kRule == kMean) key /= static_cast<float>(attended_steps(positions[i], prompt_len, steps));
       const int64_t value = eviction_rank(key, positions[i]);
       ranks[i] = positions[i] >= protected_from ? kProtected : value;
+      lowest = ranks[i] < lowest ? ranks[i] : lowest;
     }
+    return lowest;
   }
 
   // Rule 4: the tokens of lowest rank lose; winners from beyond the first M evictable slots overwrite losers there.
@@ -330,30 +342,27 @@ struct Decoder {
     float* scores = item_scores(layer, item) + item.view.base;
     int32_t* positions = item_positions(layer, item) + item.view.base;
     int64_t* ranks = scratch.ranks;
-    if (item.range.rule == kMean) {
-      rank<kMean>(item, count, ranks);
-    } else {
-      rank<kSum>(item, count, ranks);
-    }
-    int64_t losing = kProtected;
+    const int64_t lowest = item.range.rule == kMean ? rank<kMean>(item, count, ranks) : rank<kSum>(item, count, ranks);
+    const auto overwrite = [&](int32_t loser, int32_t winner) {
+      move_slot(keys, item.view.base + winner, item.view.base + loser);
+      move_slot(values, item.view.base + winner, item.view.base + loser);
+      scores[loser] = scores[winner];
+      positions[loser] = positions[winner];
+    };
     if (count == keep + 1) {
-      for (int32_t i = 0; i < count; ++i) losing = ranks[i] < losing ? ranks[i] : losing;
-    } else {
-      std::memcpy(ranks + count, ranks, sizeof(int64_t) * count);
-      losing = losing_rank(ranks + count, count, keep);
+      int32_t loser = 0;
+      while (loser < keep && ranks[loser] != lowest) ++loser;
+      if (loser < keep) overwrite(loser, keep);
+      return;
     }
-    T* evictable_keys = keys + static_cast<int64_t>(item.view.base) * layer.shape.head_dim;
-    T* evictable_values = values + static_cast<int64_t>(item.view.base) * layer.shape.head_dim;
+    std::memcpy(ranks + count, ranks, sizeof(int64_t) * count);
+    const int64_t losing = losing_rank(ranks + count, count, keep);
     int32_t winner = keep;
     for (int32_t loser = 0; loser < keep; ++loser) {
       if (ranks[loser] > losing) continue;
       while (winner < count && ranks[winner] <= losing) ++winner;
       if (winner == count) break;
-      move_slot(evictable_keys, winner, loser);
-      move_slot(evictable_values, winner, loser);
-      scores[loser] = scores[winner];
-      positions[loser] = positions[winner];
-      ++winner;
+      overwrite(loser, winner++);
     }
   }
 

@@ -277,6 +277,7 @@ SSD_INLINE Vec exp_of_negative(Vec x) {
 }
 
 SSD_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+SSD_INLINE void prefetch_for_writing(const void* p) { __builtin_prefetch(p, 1, 2); }
 
 }  // namespace
 }  // namespace ssd

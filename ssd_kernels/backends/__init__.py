@@ -62,7 +62,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
         if reason:
             raise ValueError(f"backend={name!r} cannot be used: {reason}")
         return backend
-    reasons = []
+    reasons: list[str] = []
     for backend in _REGISTRY.values():
         reason = backend.unavailable() or backend.unsupported(device, dtype, head_dim)
         if reason is None:
