@@ -59,5 +59,5 @@ def kernel(
         table.add_row(row.name, row.does, f"{row.microseconds:.0f}", f"{row.median_microseconds:.0f}",
                       f"{row.bytes / row.microseconds / 1e3:.1f}", f"{row.ratio:.2f}")
     Console().print(table)
-    Console().print(f"{about['processor']}, {about['threads']} threads, load {about['load']:.1f}, torch {about['torch']}, "
-                    f"{about['instruction_set']}; 'ours' is ssd_kernels heavy")
+    Console().print(f"{about['processor']}, {about['threads']} threads, load {about['load']:.1f}, "
+                    f"torch {about['torch']}, {about['instruction_set']}; 'ours' is ssd_kernels heavy")

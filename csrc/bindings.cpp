@@ -21,14 +21,16 @@ T* pointer(uintptr_t address) {
 void raise_if_refused(const ssd::Error& error, const ssd::LayerShape& shape) {
   const std::string index = std::to_string(error.index), value = std::to_string(error.value);
   switch (error.code) {
-    case ssd::Error::kNone: return;
+    case ssd::Error::kNone:
+      return;
     case ssd::Error::kTable:
       throw std::invalid_argument("table row " + index + " does not describe a range that fits the slab and its head");
     case ssd::Error::kPromptLen:
       throw std::invalid_argument("prompt_len of row " + index + " must be within 0 .. " +
                                   std::to_string(shape.max_prompt) + ", got " + value);
     case ssd::Error::kStep:
-      throw std::invalid_argument("row " + index + " has taken " + value + " steps; the cache holds num_visual_tokens = " +
+      throw std::invalid_argument("row " + index + " has taken " + value +
+                                  " steps; the cache holds num_visual_tokens = " +
                                   std::to_string(shape.num_visual_tokens) + ". Call prefill or reset to start over");
   }
 }
@@ -52,9 +54,18 @@ class Layer {
   void decode(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int32_t query_heads, int64_t q_row_stride,
               int64_t q_head_stride, int64_t k_row_stride, int64_t k_head_stride, int64_t v_row_stride,
               int64_t v_head_stride, float scale, int threads) const {
-    const ssd::DecodeStep step{pointer<const void>(q), pointer<const void>(k), pointer<const void>(v), pointer<void>(out),
-                               query_heads, q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride,
-                               v_head_stride, scale};
+    const ssd::DecodeStep step{pointer<const void>(q),
+                               pointer<const void>(k),
+                               pointer<const void>(v),
+                               pointer<void>(out),
+                               query_heads,
+                               q_row_stride,
+                               q_head_stride,
+                               k_row_stride,
+                               k_head_stride,
+                               v_row_stride,
+                               v_head_stride,
+                               scale};
     ssd::Error error;
     {
       py::gil_scoped_release unlocked;
@@ -65,8 +76,13 @@ class Layer {
 
   void prefill(uintptr_t k, uintptr_t v, uintptr_t scores, int32_t prompt_stride,
                const std::vector<int32_t>& prompt_lens, const std::vector<int32_t>& rows, int threads) const {
-    const ssd::Prefill prompts{pointer<const void>(k), pointer<const void>(v), pointer<const float>(scores),
-                               prompt_stride, static_cast<int32_t>(rows.size()), prompt_lens.data(), rows.data()};
+    const ssd::Prefill prompts{pointer<const void>(k),
+                               pointer<const void>(v),
+                               pointer<const float>(scores),
+                               prompt_stride,
+                               static_cast<int32_t>(rows.size()),
+                               prompt_lens.data(),
+                               rows.data()};
     py::gil_scoped_release unlocked;
     ssd::prefill(layer_, prompts, threads);
   }
@@ -102,6 +118,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("instruction_set", &ssd::instruction_set);
   module.def("set_instruction_set", [](const std::string& name) {
     if (!ssd::set_instruction_set(name.c_str()))
-      throw std::invalid_argument("name must be an instruction set compiled in and present on this machine, got " + name);
+      throw std::invalid_argument("name must be an instruction set compiled in and present on this machine, got " +
+                                  name);
   });
 }

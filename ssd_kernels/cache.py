@@ -152,8 +152,8 @@ class CompressedCache:
                 q, k, v, *state.tensors, *ops.layout_arguments(state.layout), scale, self._backend.name)
             return out
         if self._calls[layer] >= self._last_call[layer]:
-            raise ValueError(f"layer {layer} has taken all num_visual_tokens = {self.num_visual_tokens} steps of a row; "
-                             "call prefill or reset to start over")
+            raise ValueError(f"layer {layer} has taken all num_visual_tokens = {self.num_visual_tokens} steps of a "
+                             "row; call prefill or reset to start over")
         result = self._backend.decode(state, q, k, v, scale)
         self._calls[layer] += 1
         return result

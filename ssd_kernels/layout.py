@@ -67,7 +67,7 @@ class LayerLayout:
     @classmethod
     def build(cls, specs: Sequence[HeadSpec], plan: CachePlan, max_prompt: int, num_visual_tokens: int,
               track_scores: bool = False) -> LayerLayout:
-        """Lay out one layer's heads one after the other. ``track_scores`` gives every head scores, not only heavy ones."""
+        """Lay out one layer's heads one after the other; ``track_scores`` gives all of them scores, not only heavy."""
         check_int("max_prompt", max_prompt, 0)
         check_int("num_visual_tokens", num_visual_tokens, 1)
         heads: list[HeadRange] = []

@@ -98,11 +98,10 @@ Error check_table(const CacheLayer& layer) {
   for (int32_t head = 0; head < shape.heads; ++head) {
     const HeadRange& range = layer.heads[head];
     const int64_t evictable_prompt = shape.keep_prompt ? 0 : shape.max_prompt;
-    const int64_t needed = peak_tokens(range.keep, evictable_prompt, shape.num_visual_tokens,
-                                       std::max(shape.row_buffer, 1)) +
-                           shape.max_prompt - evictable_prompt;
-    const bool scored = range.score_offset >= 0 &&
-                        int64_t{range.score_offset} + range.capacity <= shape.scored_slots;
+    const int64_t needed =
+        peak_tokens(range.keep, evictable_prompt, shape.num_visual_tokens, std::max(shape.row_buffer, 1)) +
+        shape.max_prompt - evictable_prompt;
+    const bool scored = range.score_offset >= 0 && int64_t{range.score_offset} + range.capacity <= shape.scored_slots;
     const bool valid = range.kind >= kFull && range.kind <= kHeavy && range.offset >= 0 && range.keep >= 0 &&
                        range.recent >= 0 && range.recent <= range.keep && range.capacity >= needed &&
                        int64_t{range.offset} + range.capacity <= shape.slots &&
@@ -119,7 +118,8 @@ Error decode(const CacheLayer& layer, const DecodeStep& step, int threads) {
   for (int32_t row = 0; row < shape.batch; ++row) {
     const Cursor cursor = layer.cursors[row];
     if (cursor_valid(shape, cursor)) continue;
-    if (cursor.prompt_len < 0 || cursor.prompt_len > shape.max_prompt) return {Error::kPromptLen, row, cursor.prompt_len};
+    if (cursor.prompt_len < 0 || cursor.prompt_len > shape.max_prompt)
+      return {Error::kPromptLen, row, cursor.prompt_len};
     return {Error::kStep, row, cursor.step};
   }
   int64_t longest = 0;

@@ -13,8 +13,8 @@ enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 struct CacheLayer {
   LayerShape shape;
   DType dtype;
-  void* keys;    // [batch, slots, head_dim]
-  void* values;  // [batch, slots, head_dim]
+  void* keys;          // [batch, slots, head_dim]
+  void* values;        // [batch, slots, head_dim]
   float* scores;       // [batch, scored_slots]
   int32_t* positions;  // [batch, scored_slots]
   Cursor* cursors;     // [batch]

@@ -56,8 +56,7 @@ void prefill(const CacheLayer& layer, const Prefill& prompts, int threads) {
       for (size_t i = 0; i < kept.size(); ++i) {
         const int32_t position = kept[i];
         int32_t slot = static_cast<int32_t>(i);
-        if (range.kind != kHeavy && position >= view.base)
-          slot = view.base + (position - view.base) % view.ring;
+        if (range.kind != kHeavy && position >= view.base) slot = view.base + (position - view.base) % view.ring;
         const int64_t from = (index * prompts.prompt_stride + position) * slot_bytes;
         const int64_t to = (row * shape.slots + range.offset + slot) * slot_bytes;
         std::memcpy(static_cast<char*>(layer.keys) + to, static_cast<const char*>(prompts.k) + from,

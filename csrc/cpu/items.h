@@ -1,0 +1,117 @@
+// The (row, head) items of a decode step: where each one's kept set lies, and touching it ahead of its use.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/layer.h"
+#include "cpu/simd.h"
+
+namespace ssd {
+namespace {
+
+constexpr int64_t kLine = 64;
+
+// An item's place: which row and head, and where its kept set lies.
+struct Item {
+  int32_t row;
+  int32_t head;
+  HeadRange range;
+  RowView view;
+  Segment segments[3];
+  int32_t num_segments;
+};
+
+SSD_INLINE Item item_at(const CacheLayer& layer, int64_t index) {
+  Item item;
+  item.row = static_cast<int32_t>(index % layer.shape.batch);
+  item.head = layer.heads[index / layer.shape.batch].launch_order;
+  item.range = layer.heads[item.head];
+  item.view = row_view(layer.shape, item.range, layer.cursors[item.row]);
+  item.num_segments = live_segments(item.range, item.view, item.segments);
+  return item;
+}
+
+template <class T>
+SSD_INLINE T* first_slot(void* slab, const CacheLayer& layer, const Item& item) {
+  const int64_t slot = static_cast<int64_t>(item.row) * layer.shape.slots + item.range.offset;
+  return static_cast<T*>(slab) + slot * layer.shape.head_dim;
+}
+
+SSD_INLINE float* item_scores(const CacheLayer& layer, const Item& item) {
+  return layer.scores + static_cast<int64_t>(item.row) * layer.shape.scored_slots + item.range.score_offset;
+}
+SSD_INLINE int32_t* item_positions(const CacheLayer& layer, const Item& item) {
+  return layer.positions + static_cast<int64_t>(item.row) * layer.shape.scored_slots + item.range.score_offset;
+}
+
+// Touches the bytes that the items [begin, end) will read, in the order in which they will be read.
+template <class T>
+class Prefetcher {
+ public:
+  Prefetcher(const CacheLayer& layer, int64_t begin, int64_t end) : layer_(layer), next_item_(begin), end_(end) {}
+
+  SSD_ALWAYS_INLINE void advance(int64_t bytes) {
+    while (bytes > 0) {
+      if (at_ == stop_ && !next_span()) return;
+      const int64_t run = bytes < stop_ - at_ ? bytes : stop_ - at_;
+      for (int64_t line = 0; line < run; line += kLine) prefetch(at_ + line);
+      at_ += run;
+      bytes -= run;
+    }
+  }
+
+ private:
+  bool next_span() {
+    if (span_ == num_spans_ && !next_item()) return false;
+    at_ = spans_[span_].at;
+    stop_ = at_ + spans_[span_].bytes;
+    ++span_;
+    return true;
+  }
+
+  bool next_item() {
+    if (next_item_ == end_) return false;
+    const Item item = item_at(layer_, next_item_++);
+    span_ = num_spans_ = 0;
+    T* keys = first_slot<T>(layer_.keys, layer_, item);
+    T* values = first_slot<T>(layer_.values, layer_, item);
+    // The append comes first of all; a store that misses would hold up every store behind it.
+    const int64_t slot_bytes = layer_.shape.head_dim * static_cast<int64_t>(sizeof(T));
+    const int64_t slot = next_slot(item.range, item.view) * slot_bytes;
+    for (int64_t line = 0; line < slot_bytes; line += kLine) {
+      prefetch_for_writing(reinterpret_cast<const char*>(keys) + slot + line);
+      prefetch_for_writing(reinterpret_cast<const char*>(values) + slot + line);
+    }
+    add_segments(keys, layer_.shape.head_dim, item);
+    if (item.range.score_offset >= 0) add_segments(item_scores(layer_, item), 1, item);
+    if (item.range.kind == kHeavy && refresh_due(item.view)) add_segments(item_positions(layer_, item), 1, item);
+    add_segments(values, layer_.shape.head_dim, item);
+    return true;
+  }
+
+  template <class E>
+  void add_segments(const E* first, int64_t elements_per_slot, const Item& item) {
+    for (int32_t s = 0; s < item.num_segments; ++s) {
+      const Segment segment = item.segments[s];
+      spans_[num_spans_++] = {reinterpret_cast<const char*>(first + segment.begin * elements_per_slot),
+                              static_cast<int64_t>(sizeof(E)) * segment.count * elements_per_slot};
+    }
+  }
+
+  struct Span {
+    const char* at;
+    int64_t bytes;
+  };
+
+  const CacheLayer& layer_;
+  int64_t next_item_;
+  int64_t end_;
+  Span spans_[4 * 3];
+  int32_t num_spans_ = 0;
+  int32_t span_ = 0;
+  const char* at_ = nullptr;
+  const char* stop_ = nullptr;
+};
+
+}  // namespace
+}  // namespace ssd

@@ -1,0 +1,128 @@
+// The inner loops: a few slots at a time, in vectors.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/simd.h"
+
+namespace ssd {
+namespace {
+
+constexpr int kTile = 8;  // slots scored or accumulated together
+
+// dot[u] += q . keys[u] over head_dim elements, for kSlots slots `dim` apart.
+template <int kSlots, class T>
+SSD_INLINE void dot_slots(const float* q, const T* keys, int dim, Vec dot[kSlots]) {
+  int d = 0;
+  for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth) {
+    const Vec qa = load(q + d), qb = load(q + d + Vec::kWidth);
+    for (int u = 0; u < kSlots; ++u) {
+      Vec a, b;
+      load_pair(keys + u * dim + d, a, b);
+      dot[u] = fma(qb, b, fma(qa, a, dot[u]));
+    }
+  }
+  for (; d + Vec::kWidth <= dim; d += Vec::kWidth)
+    for (int u = 0; u < kSlots; ++u) dot[u] = fma(load(q + d), load(keys + u * dim + d), dot[u]);
+  if (d < dim)
+    for (int u = 0; u < kSlots; ++u) dot[u] = fma(load_half(q + d), load_half(keys + u * dim + d), dot[u]);
+}
+
+// logits[0, count) = q . k for `count` consecutive slots. kDim 0 takes the head_dim at run time.
+template <int kDim, class T>
+SSD_INLINE void score_tile(const float* q, const T* keys, int count, int head_dim, float* logits) {
+  const int dim = kDim ? kDim : head_dim;
+  int slot = 0;
+  for (; slot + 4 <= count; slot += 4) {
+    Vec dot[4] = {zero(), zero(), zero(), zero()};
+    dot_slots<4>(q, keys + static_cast<int64_t>(slot) * dim, dim, dot);
+    sum_four(dot, logits + slot);
+  }
+  for (; slot < count; ++slot) {
+    Vec dot[1] = {zero()};
+    dot_slots<1>(q, keys + static_cast<int64_t>(slot) * dim, dim, dot);
+    logits[slot] = sum(dot[0]);
+  }
+}
+
+// acc[0, 2 * kPairs * width) += sum over slots of p[slot] * value[slot].
+template <int kPairs, class T>
+SSD_INLINE void accumulate_block(const float* p, const T* values, int count, int dim, float* acc) {
+  Vec total[2 * kPairs];
+  for (int i = 0; i < 2 * kPairs; ++i) total[i] = load(acc + i * Vec::kWidth);
+  for (int slot = 0; slot < count; ++slot) {
+    const Vec weight = broadcast(p[slot]);
+    const T* value = values + static_cast<int64_t>(slot) * dim;
+    for (int i = 0; i < kPairs; ++i) {
+      Vec a, b;
+      load_pair(value + 2 * i * Vec::kWidth, a, b);
+      total[2 * i] = fma(weight, a, total[2 * i]);
+      total[2 * i + 1] = fma(weight, b, total[2 * i + 1]);
+    }
+  }
+  for (int i = 0; i < 2 * kPairs; ++i) store(acc + i * Vec::kWidth, total[i]);
+}
+
+template <int kDim, class T>
+SSD_INLINE void accumulate_tile(const float* p, const T* values, int count, int head_dim, float* acc) {
+  const int dim = kDim ? kDim : head_dim;
+  constexpr int kPairs = 4;  // 8 accumulators fit the registers of every instruction set
+  int d = 0;
+  for (; d + 2 * kPairs * Vec::kWidth <= dim; d += 2 * kPairs * Vec::kWidth)
+    accumulate_block<kPairs>(p, values + d, count, dim, acc + d);
+  for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth) accumulate_block<1>(p, values + d, count, dim, acc + d);
+  for (; d < dim; d += Vec::kWidth) {
+    const bool half = d + Vec::kWidth > dim;
+    Vec total = half ? load_half(acc + d) : load(acc + d);
+    for (int slot = 0; slot < count; ++slot) {
+      const T* value = values + static_cast<int64_t>(slot) * dim + d;
+      total = fma(broadcast(p[slot]), half ? load_half(value) : load(value), total);
+    }
+    half ? store_half(acc + d, total) : store(acc + d, total);
+  }
+}
+
+// `dim` elements times `factor`, widened into lane order.
+template <class T>
+SSD_INLINE void widen(const T* from, int dim, float factor, float* to) {
+  const Vec scale = broadcast(factor);
+  int d = 0;
+  for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth) {
+    Vec a, b;
+    load_pair(from + d, a, b);
+    store(to + d, mul(a, scale));
+    store(to + d + Vec::kWidth, mul(b, scale));
+  }
+  for (; d + Vec::kWidth <= dim; d += Vec::kWidth) store(to + d, mul(load(from + d), scale));
+  if (d < dim) store_half(to + d, mul(load_half(from + d), scale));
+}
+
+// The way back: `dim` floats in lane order times `factor`, rounded to T in element order.
+template <class T>
+SSD_INLINE void narrow(const float* from, int dim, float factor, T* to) {
+  const Vec scale = broadcast(factor);
+  int d = 0;
+  for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth)
+    store_pair(to + d, mul(load(from + d), scale), mul(load(from + d + Vec::kWidth), scale));
+  for (; d + Vec::kWidth <= dim; d += Vec::kWidth) store_narrow(to + d, mul(load(from + d), scale), Vec::kWidth);
+  if (d < dim) store_narrow(to + d, mul(load_half(from + d), scale), dim - d);
+}
+
+// logits[0, padded) become exp(logit - max); returns 1 / their sum over [0, count).
+SSD_INLINE float softmax_numerators(float* logits, int32_t count, int32_t padded) {
+  for (int32_t i = count; i < padded; ++i) logits[i] = -INFINITY;
+  Vec top = broadcast(-INFINITY);
+  for (int32_t i = 0; i < padded; i += Vec::kWidth) top = max(top, load(logits + i));
+  const Vec shift = broadcast(-highest(top));
+  Vec total = zero();
+  for (int32_t i = 0; i < padded; i += Vec::kWidth) {
+    const Vec p = exp_of_negative(add(load(logits + i), shift));
+    total = add(total, p);
+    store(logits + i, p);
+  }
+  return 1.0f / sum(total);
+}
+
+}  // namespace
+}  // namespace ssd
