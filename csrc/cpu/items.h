@@ -75,26 +75,32 @@ class Prefetcher {
     span_ = num_spans_ = 0;
     T* keys = first_slot<T>(layer_.keys, layer_, item);
     T* values = first_slot<T>(layer_.values, layer_, item);
-    // The append comes first of all; a store that misses would hold up every store behind it.
-    const int64_t slot_bytes = layer_.shape.head_dim * static_cast<int64_t>(sizeof(T));
-    const int64_t slot = next_slot(item.range, item.view) * slot_bytes;
-    for (int64_t line = 0; line < slot_bytes; line += kLine) {
-      prefetch_for_writing(reinterpret_cast<const char*>(keys) + slot + line);
-      prefetch_for_writing(reinterpret_cast<const char*>(values) + slot + line);
-    }
-    add_segments(keys, layer_.shape.head_dim, item);
-    if (item.range.score_offset >= 0) add_segments(item_scores(layer_, item), 1, item);
-    if (item.range.kind == kHeavy && refresh_due(item.view)) add_segments(item_positions(layer_, item), 1, item);
-    add_segments(values, layer_.shape.head_dim, item);
+    add_segments(keys, item);
+    add_segments(values, item);
+    // Small things, all at once, outside the count of bytes that paces the rest. The append comes first of all, and a
+    // store that misses would hold up every store behind it.
+    const int64_t head_dim = layer_.shape.head_dim;
+    const int64_t slot = next_slot(item.range, item.view);
+    touch(keys + slot * head_dim, head_dim, prefetch_for_writing);
+    touch(values + slot * head_dim, head_dim, prefetch_for_writing);
+    if (item.range.score_offset >= 0) touch(item_scores(layer_, item), item.range.capacity, prefetch_for_writing);
+    if (item.range.kind == kHeavy && refresh_due(item.view))
+      touch(item_positions(layer_, item), item.range.capacity, prefetch);
     return true;
   }
 
-  template <class E>
-  void add_segments(const E* first, int64_t elements_per_slot, const Item& item) {
+  template <class E, class F>
+  SSD_ALWAYS_INLINE static void touch(const E* from, int64_t count, F f) {
+    const char* at = reinterpret_cast<const char*>(from);
+    for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(E)); byte += kLine) f(at + byte);
+  }
+
+  void add_segments(const T* first, const Item& item) {
+    const int64_t slot_bytes = layer_.shape.head_dim * static_cast<int64_t>(sizeof(T));
     for (int32_t s = 0; s < item.num_segments; ++s) {
       const Segment segment = item.segments[s];
-      spans_[num_spans_++] = {reinterpret_cast<const char*>(first + segment.begin * elements_per_slot),
-                              static_cast<int64_t>(sizeof(E)) * segment.count * elements_per_slot};
+      spans_[num_spans_++] = {reinterpret_cast<const char*>(first) + segment.begin * slot_bytes,
+                              segment.count * slot_bytes};
     }
   }
 
@@ -106,7 +112,7 @@ class Prefetcher {
   const CacheLayer& layer_;
   int64_t next_item_;
   int64_t end_;
-  Span spans_[4 * 3];
+  Span spans_[2 * 3];
   int32_t num_spans_ = 0;
   int32_t span_ = 0;
   const char* at_ = nullptr;

@@ -33,10 +33,9 @@ class CPUBackend(Backend):
 
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                scale: float) -> torch.Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         _layer(state).decode(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q.shape[1],
-                             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-                             scale, torch.get_num_threads())
+                             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], scale, torch.get_num_threads())
         return out
 
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
