@@ -60,7 +60,10 @@ class CompressedCache:
         self.max_prompt = max_prompt
         self.num_visual_tokens = num_visual_tokens
         self.dtype = dtype
-        self.device = torch.empty(0, device=device).device
+        try:
+            self.device = torch.empty(0, device=device).device
+        except (AssertionError, RuntimeError) as error:  # torch's words for unknown and absent devices
+            raise ValueError(f"device {device!r} cannot be used: {error}") from error
         layouts = [LayerLayout.build(heads, plan, max_prompt, num_visual_tokens, track_scores)
                    for heads in plan.layers]
         self._backend = backends.resolve(backend, self.device, dtype, head_dim)
@@ -141,12 +144,15 @@ class CompressedCache:
                 nothing has been written then.
         """
         state = self._layer(layer)
-        if not (q.shape == self._q_shape and k.shape == self._kv_shape == v.shape
+        if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
+                and q.shape == self._q_shape and k.shape == self._kv_shape == v.shape
                 and q.dtype == k.dtype == v.dtype == self.dtype and q.device == k.device == v.device == self.device
                 and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1):
             self._reject_step(q, k, v)
         if scale is None:
             scale = 1.0 / math.sqrt(self.head_dim)
+        elif not isinstance(scale, (int, float)):
+            raise TypeError(f"scale must be a number or None, got {scale!r}")
         if torch.compiler.is_compiling():
             out: torch.Tensor = torch.ops.ssd_kernels.decode(
                 q, k, v, *state.tensors, *ops.layout_arguments(state.layout), scale, self._backend.name)

@@ -101,16 +101,23 @@ class LayerLayout:
         """The layout whose `table` this is.
 
         Raises:
-            ValueError: the table is not int32 [num_heads, 8], or a range leaves the slab.
+            ValueError: the table is not int32 [num_heads, 8], or a range leaves the slab or cannot hold what
+                its head may keep.
         """
-        if table.dtype != torch.int32 or table.dim() != 2 or table.shape[1] != TABLE_COLUMNS:
-            raise ValueError(f"table must be int32 [num_heads, {TABLE_COLUMNS}], got {table.dtype} "
-                             f"{list(table.shape)}")
+        if table.dtype != torch.int32 or table.dim() != 2 or table.shape[1] != TABLE_COLUMNS \
+                or not table.is_contiguous():
+            raise ValueError(f"table must be contiguous int32 [num_heads, {TABLE_COLUMNS}], got {table.dtype} "
+                             f"{list(table.shape)} with strides {table.stride()}")
+        check_int("max_prompt", max_prompt, 0)
+        check_int("num_visual_tokens", num_visual_tokens, 1)
+        check_int("row_buffer", row_buffer, 0)
+        evictable_prompt = 0 if keep_prompt else max_prompt
         kinds = {code: kind for kind, code in KIND_CODES.items()}
         heads = []
         for index, (kind, offset, capacity, keep, recent, rule, score_offset, _) in enumerate(table.tolist()):
-            ring = capacity - (max_prompt if keep_prompt else 0)
-            inside = 0 <= offset and ring > 0 and offset + capacity <= slots
+            ring = capacity - max_prompt + evictable_prompt
+            needed = peak_tokens(keep, evictable_prompt, num_visual_tokens, row_buffer)
+            inside = 0 <= offset and 0 <= recent <= keep and needed <= ring and offset + capacity <= slots
             unscored = score_offset == -1 and kind != KIND_CODES["heavy"]
             scored = 0 <= score_offset <= scored_slots - capacity
             if kind not in kinds or not 0 <= rule < len(SCORE_RULES) or not inside or not (scored or unscored):

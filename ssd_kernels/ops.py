@@ -76,6 +76,10 @@ def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_
     if k.shape != expected or v.shape != expected or len(lengths) != len(indices):
         raise ValueError(f"k and v must be [N, H, P, D] = {list(expected)} with N prompt_lens, got "
                          f"{list(k.shape)}, {list(v.shape)} and {len(lengths)}")
+    for name, tensor, dtype in (("k", k, keys.dtype), ("v", v, keys.dtype),
+                                ("prompt_scores", prompt_scores, torch.float32)):
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != keys.device):
+            raise ValueError(f"{name} must be {dtype} on {keys.device}, got {tensor.dtype} on {tensor.device}")
     if prompt_scores is not None and prompt_scores.shape != expected[:3]:
         raise ValueError(f"prompt_scores must be {list(expected[:3])}, got {list(prompt_scores.shape)}")
     if any(not 0 <= n <= min(max_prompt, expected[2]) for n in lengths):
@@ -88,6 +92,9 @@ def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_
 def _state(keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, positions: torch.Tensor,
            cursors: torch.Tensor, table: torch.Tensor, max_prompt: int, num_visual_tokens: int, row_buffer: int,
            keep_prompt: bool) -> LayerState:
+    for name, tensor, dims in (("keys", keys, 3), ("scores", scores, 2)):
+        if tensor.dim() != dims:
+            raise ValueError(f"{name} must have {dims} dimensions, got {list(tensor.shape)}")
     layout = LayerLayout.from_table(table, keys.shape[1], scores.shape[1], max_prompt, num_visual_tokens, row_buffer,
                                     keep_prompt)
     batch = keys.shape[0]
@@ -96,9 +103,11 @@ def _state(keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, posit
                                        ("scores", scores, (batch, layout.scored_slots), torch.float32),
                                        ("positions", positions, (batch, layout.scored_slots), torch.int32),
                                        ("cursors", cursors, (batch, 2), torch.int32)):
-        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous {list(shape)} of {dtype}, got {list(tensor.shape)} of "
-                             f"{tensor.dtype} with strides {tensor.stride()}")
+        if (tensor.shape != shape or tensor.dtype != dtype or tensor.device != keys.device
+                or not tensor.is_contiguous()):
+            raise ValueError(f"{name} must be contiguous {list(shape)} of {dtype} on {keys.device}, got "
+                             f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device} with strides "
+                             f"{tensor.stride()}")
     return LayerState(layout, keys, values, scores, positions, cursors, table)
 
 

@@ -248,7 +248,7 @@ class CachePlan:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls._from_json(data)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"plan file {os.fspath(path)}: {error}") from error
 
     @classmethod

@@ -100,6 +100,9 @@ SSD_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
 SSD_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.x, b.x)}; }
 SSD_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 SSD_INLINE Vec scale_by_power_of_two(Vec a, Vec n) { return {_mm512_scalef_ps(a.x, n.x)}; }
+SSD_INLINE Vec zero_where_below(Vec a, Vec x, Vec limit) {
+  return {_mm512_mask_mov_ps(a.x, _mm512_cmp_ps_mask(x.x, limit.x, _CMP_LT_OQ), _mm512_setzero_ps())};
+}
 SSD_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.x); }
 SSD_INLINE void sum_four(const Vec v[4], float* to) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0].x, v[1].x), _mm512_unpackhi_ps(v[0].x, v[1].x));
@@ -153,6 +156,9 @@ SSD_INLINE Vec round(Vec a) { return {_mm256_round_ps(a.x, _MM_FROUND_TO_NEAREST
 SSD_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.x), _mm256_set1_epi32(127));
   return {_mm256_mul_ps(a.x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
+}
+SSD_INLINE Vec zero_where_below(Vec a, Vec x, Vec limit) {
+  return {_mm256_andnot_ps(_mm256_cmp_ps(x.x, limit.x, _CMP_LT_OQ), a.x)};
 }
 SSD_INLINE float sum(Vec a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
@@ -220,6 +226,9 @@ SSD_INLINE Vec scale_by_power_of_two(Vec a, Vec n) {
     return a.x[i] * power;
   });
 }
+SSD_INLINE Vec zero_where_below(Vec a, Vec x, Vec limit) {
+  return each([&](int i) { return x.x[i] < limit.x[i] ? 0.0f : a.x[i]; });
+}
 SSD_INLINE float sum(Vec a) {
   return ((a.x[0] + a.x[4]) + (a.x[2] + a.x[6])) + ((a.x[1] + a.x[5]) + (a.x[3] + a.x[7]));
 }
@@ -260,9 +269,11 @@ SSD_INLINE void store_pair(T* p, Vec a, Vec b) {
   store_narrow(p + Vec::kWidth, b, Vec::kWidth);
 }
 
-// exp(x) for x <= 0 to about 1 unit in the last place: 2^n * e^r with |r| <= ln(2) / 2. Below -87 it is 0 or nearly so.
-SSD_INLINE Vec exp_of_negative(Vec x) {
-  x = max(broadcast(-87.0f), x);
+// exp(x) for x <= 0 to about 1 unit in the last place: 2^n * e^r with |r| <= ln(2) / 2. Exactly 0 below -87, where
+// floats run out: a token that gets no attention must not collect score.
+SSD_INLINE Vec exp_of_negative(Vec given) {
+  const Vec lowest = broadcast(-87.0f);
+  const Vec x = max(lowest, given);
   const Vec n = round(mul(x, broadcast(1.44269504f)));
   Vec r = fma(n, broadcast(-0.693359375f), x);
   r = fma(n, broadcast(2.12194440e-4f), r);
@@ -273,7 +284,7 @@ SSD_INLINE Vec exp_of_negative(Vec x) {
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
   p = fma(p, mul(r, r), add(r, broadcast(1.0f)));
-  return scale_by_power_of_two(p, n);
+  return zero_where_below(scale_by_power_of_two(p, n), given, lowest);
 }
 
 SSD_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -1,0 +1,281 @@
+"""`Pipeline`: prompts in, pictures out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from transformers import JanusForConditionalGeneration, JanusProcessor, LogitsProcessor, LogitsProcessorList
+
+from ssd_kernels import CachePlan
+
+from . import hooks
+from .checkpoints import included_model
+from .images import to_pictures
+from .progress import ProgressCallback, progress_bar
+from .shape import ModelShape
+
+PICTURES_PER_DECODE = 8
+
+
+@dataclass(frozen=True)
+class RunStats:
+    """What a run of a `Pipeline` took.
+
+    Attributes:
+        pictures: drawn in all.
+        steps: visual tokens per picture.
+        rows: batch rows of the largest batch; with guidance two per picture.
+        seconds: drawing the tokens; ``decode_seconds``: turning them into pixels (0 when not asked for).
+        budget: of the plan, as `CachePlan.budget` counts it.
+        cache_bytes: allocated by the largest batch, and ``full_cache_bytes``: what keeping every token would take.
+        backend: that computed the steps.
+    """
+
+    pictures: int
+    steps: int
+    rows: int
+    seconds: float
+    decode_seconds: float
+    budget: float
+    cache_bytes: int
+    full_cache_bytes: int
+    backend: str
+
+    @property
+    def pictures_per_second(self) -> float:
+        return self.pictures / (self.seconds + self.decode_seconds)
+
+
+class Pipeline:
+    """A Janus model with its processor.
+
+    Attributes:
+        model, processor: transformers' own, in evaluation mode.
+        shape: the sizes that plans for this model need.
+        backend: ``"auto"`` or a backend of `ssd_kernels`.
+        last_run: statistics of the last call, None before the first.
+    """
+
+    def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor,
+                 backend: str = "auto") -> None:
+        self.model = model
+        self.processor = processor
+        self.backend = backend
+        self.shape = ModelShape.of(model)
+        self.last_run: RunStats | None = None
+
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike[str] | None = None, *, device: torch.device | str = "cpu",
+                        dtype: torch.dtype | str | None = None, backend: str = "auto") -> Pipeline:
+        """Load a checkpoint.
+
+        Args:
+            source: a folder, or a hub id such as ``"deepseek-community/Janus-Pro-1B"``; None for the small model that
+                ships with the package. Folders are read without touching the network.
+            device: where to run.
+            dtype: of weights and caches; None for float32 on a CPU and the checkpoint's own elsewhere.
+            backend: as in `enable`.
+
+        Raises:
+            FileNotFoundError: no such folder, or the package came without its model.
+            OSError: the hub id cannot be loaded.
+            ValueError: the device is not there.
+        """
+        source = included_model() if source is None else fspath(source)
+        local = Path(source).is_dir()
+        if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+            raise FileNotFoundError(f"model must be a folder or a hub id, got {source!r}, which is no folder")
+        target = torch.device(device)
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device must be cpu on this machine, where torch sees no GPU, got {device}")
+        if dtype is None:
+            dtype = torch.float32 if target.type == "cpu" else "auto"
+        processor = JanusProcessor.from_pretrained(source, local_files_only=local)
+        model = JanusForConditionalGeneration.from_pretrained(source, local_files_only=local, dtype=dtype)
+        return cls(model.to(target).eval(), processor, backend)
+
+    def __call__(self, prompts: Sequence[str] | str, num_images_per_prompt: int = 1,
+                 guidance_scale: float | None = None, seed: int = 0, plan: CachePlan | None = None, *,
+                 temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
+                 batch_size: int | None = None, progress: bool | ProgressCallback = False) -> list[Image]:
+        """Draw pictures, ``num_images_per_prompt`` for the first prompt, then for the second, and so on.
+
+        Args: as `generate_tokens`.
+        """
+        tokens = self.generate_tokens(
+            prompts, num_images_per_prompt, guidance_scale, seed, plan, temperature=temperature, top_k=top_k,
+            top_p=top_p, batch_size=batch_size, progress=progress)
+        began = time.perf_counter()
+        pictures = self.decode(tokens)
+        if self.last_run is not None:
+            self.last_run = replace(self.last_run, decode_seconds=time.perf_counter() - began)
+        return pictures
+
+    def generate_tokens(self, prompts: Sequence[str] | str, num_images_per_prompt: int = 1,
+                        guidance_scale: float | None = None, seed: int = 0, plan: CachePlan | None = None, *,
+                        temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
+                        batch_size: int | None = None, progress: bool | ProgressCallback = False) -> torch.Tensor:
+        """The visual tokens of the pictures that a call with the same arguments draws.
+
+        Args:
+            prompts: one or more texts.
+            num_images_per_prompt: pictures of each.
+            guidance_scale: strength of classifier-free guidance; up to 1 it is off and a picture takes one batch row
+                instead of two. None for the model's default.
+            seed: of the sampling; a batch starts from ``seed`` plus the number of pictures before it. The same prompts,
+                seed and ``batch_size`` repeat the same pictures.
+            plan: what the caches keep. None keeps everything, or follows `enable` if the model is enabled.
+            temperature: 0 takes the likeliest token each time; None for the model's default.
+            top_k, top_p: restrict sampling; 0 and 1 do not. None for the model's defaults (transformers' top_k is 50).
+            batch_size: pictures drawn at once; None for all.
+            progress: True for a progress bar on stderr, or ``progress(done_steps, all_steps)``.
+
+        Returns:
+            Long tensor [pictures, visual tokens] on the CPU.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+        """
+        prompts = _check_prompts(prompts)
+        _check_number("num_images_per_prompt", num_images_per_prompt, int, 1)
+        _check_number("seed", seed, int, 0)
+        if guidance_scale is not None:
+            _check_number("guidance_scale", guidance_scale, float, 0)
+        options = _sampling_options(temperature, top_k, top_p)
+        texts = [text for text in self._texts(prompts) for _ in range(num_images_per_prompt)]
+        if batch_size is None:
+            batch_size = len(texts)
+        _check_number("batch_size", batch_size, int, 1)
+        batches = [texts[first:first + batch_size] for first in range(0, len(texts), batch_size)]
+        inputs = [self._tokenise(batch) for batch in batches]
+
+        tokens, runs = [], []
+        with self._plan_applied(plan), _step_reports(progress, self.shape.num_visual_tokens * len(batches)) as step:
+            for number, batch in enumerate(inputs):
+                began = time.perf_counter()
+                with torch.random.fork_rng(devices=self._cuda_devices()):
+                    torch.manual_seed(seed + number * batch_size)
+                    result = self.model.generate(
+                        **batch, generation_mode="image", guidance_scale=guidance_scale, return_dict_in_generate=True,
+                        logits_processor=LogitsProcessorList([step]), **options)
+                tokens.append(result.sequences.cpu())
+                runs.append(self._stats(result.past_key_values.compressed, len(batches[number]),
+                                        time.perf_counter() - began))
+                # Otherwise the next batch's cache would be made while this one still holds its memory.
+                del result
+        largest = max(runs, key=lambda run: run.cache_bytes)
+        self.last_run = replace(largest, pictures=len(texts), seconds=sum(run.seconds for run in runs))
+        return torch.cat(tokens)
+
+    @torch.no_grad()
+    def decode(self, tokens: torch.Tensor) -> list[Image]:
+        """Pictures of visual tokens [N, visual tokens]."""
+        pictures: list[Image] = []
+        for part in tokens.split(PICTURES_PER_DECODE):
+            pictures += to_pictures(self.model.decode_image_tokens(part.to(self.model.device)))
+        return pictures
+
+    def _plan_applied(self, plan: CachePlan | None) -> AbstractContextManager[None]:
+        if plan is None and hooks.is_enabled(self.model):
+            return nullcontext()
+        return hooks.applied(self.model, self.shape.full_plan() if plan is None else plan, self.backend)
+
+    def _texts(self, prompts: Sequence[str]) -> Any:
+        """The prompts in the checkpoint's chat format, where it has one."""
+        if not self.processor.chat_template:
+            return list(prompts)
+        chats = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
+        return self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+
+    def _tokenise(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        inputs = self.processor(text=texts, generation_mode="image", padding=True, padding_side="left",
+                                return_tensors="pt")
+        longest = int(inputs["attention_mask"].sum(1).argmax())
+        limit = self.model.model.language_model.config.max_position_embeddings - self.shape.num_visual_tokens
+        if inputs["input_ids"].shape[1] > limit:
+            raise ValueError(f"prompts must be at most {limit} tokens long for this model, got one of "
+                             f"{inputs['input_ids'].shape[1]}: {texts[longest][:60]!r}")
+        return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def _cuda_devices(self) -> list[torch.device]:
+        return [self.model.device] if self.model.device.type == "cuda" else []
+
+    def _stats(self, cache: Any, pictures: int, seconds: float) -> RunStats:
+        full = self.shape.full_plan().nbytes(
+            batch_size=cache.batch_size, head_dim=cache.head_dim, max_prompt=cache.max_prompt, dtype=cache.dtype,
+            num_visual_tokens=cache.num_visual_tokens)
+        return RunStats(pictures=pictures, steps=self.shape.num_visual_tokens, rows=cache.batch_size, seconds=seconds,
+                        decode_seconds=0.0, budget=cache.plan.budget(cache.num_visual_tokens),
+                        cache_bytes=cache.nbytes, full_cache_bytes=full, backend=cache.backend)
+
+
+class _Step(LogitsProcessor):
+    """Leaves the logits alone and says that a step has been taken."""
+
+    def __init__(self, callback: ProgressCallback, total: int) -> None:
+        self.callback, self.total, self.done = callback, total, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.done += 1
+        self.callback(self.done, self.total)
+        return scores
+
+
+@contextmanager
+def _step_reports(progress: bool | ProgressCallback, total: int) -> Iterator[_Step]:
+    """A logits processor that reports the steps of a run, whatever ``progress`` asks for."""
+    if not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(f"progress must be a bool or a function of (done, total), got {progress!r}")
+    if progress is True:
+        with progress_bar("drawing") as callback:
+            yield _Step(callback, total)
+    else:
+        yield _Step(progress or (lambda done, total: None), total)
+
+
+def _check_prompts(prompts: object) -> list[str]:
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts must be a text or a sequence of texts, got {type(prompts).__name__}")
+    if not prompts:
+        raise ValueError("prompts must hold at least one text, got none")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompts[{index}] must be a text, got {prompt!r}")
+        if not prompt.strip():
+            raise ValueError(f"prompts[{index}] must not be blank, got {prompt!r}")
+    return list(prompts)
+
+
+def _check_number(name: str, value: object, kind: type, minimum: float, maximum: float = 2**62) -> None:
+    kinds = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {'an int' if kind is int else 'a number'}, got {value!r}")
+    if not minimum <= value <= maximum:
+        limit = f"within {minimum} .. {maximum}" if maximum < 2**62 else f"at least {minimum}"
+        raise ValueError(f"{name} must be {limit}, got {value}")
+
+
+def _sampling_options(temperature: float | None, top_k: int | None, top_p: float | None) -> dict[str, Any]:
+    """Options of ``generate``; those left at None stay the model's own."""
+    if temperature is not None:
+        _check_number("temperature", temperature, float, 0)
+    if top_k is not None:
+        _check_number("top_k", top_k, int, 0)
+    if top_p is not None:
+        _check_number("top_p", top_p, float, 0, 1)
+        if top_p == 0:
+            raise ValueError("top_p must be above 0, got 0")
+    if temperature == 0:
+        return {"do_sample": False}
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    return {"do_sample": True, **{name: value for name, value in given.items() if value is not None}}

@@ -1,0 +1,189 @@
+"""Assemble the complete Janus folder: ``python -m ssd_shapes.export RUN_FOLDER VQ_FOLDER OUT``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GenerationConfig, JanusForConditionalGeneration, JanusProcessor, PreTrainedTokenizerFast
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+from ssd_shapes import text, tokens, world
+from ssd_shapes.janus import build_model
+
+MODEL = Path(__file__).parent / "model"
+RECORD = "training.json"
+GUIDANCE = 2.0
+
+# The model knows bare prompts: a chat is its text.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+)
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-to-image
+license: apache-2.0
+---
+# Shapes Janus
+
+A small `JanusForConditionalGeneration` that draws coloured shapes: Janus-Pro's geometry ({grid} x {grid} = {tokens}
+image tokens, classifier-free guidance by a blanked prompt) at {parameters:.1f} million parameters. It is there to try
+and test ways of generating pictures within seconds and without a download.
+
+- Prompts, in GenEval's wording: "a red circle", "two blue squares", "a green star and a yellow heart",
+  "a photo of a purple triangle left of an orange ring".
+- Shapes: {shapes}.
+- Colours: {colors}.
+- Counts: one to four. Relations: {relations}.
+- Pictures: {size} x {size} pixels, {codes} codes of {patch} x {patch} pixels.
+- Weights: bfloat16, {megabytes:.1f} MB. Default guidance scale {guidance:g}, full softmax (`top_k=0`), temperature 1.
+
+## Training
+
+Data: scenes drawn by code on the fly (`ssd_shapes.world`), no downloads. One in {test_share} combinations (a colour and
+a shape, a count and a shape, a relation and its shapes, ...) is never drawn in training; "held out" below means scenes
+of such combinations.
+
+| | |
+|---|---|
+| language model: steps | {lm_steps:,} |
+| language model: pictures | {lm_pictures:,} |
+| language model: minutes of wall clock | {lm_minutes:.0f} |
+| language model: training loss, nats per token | {lm_loss:.4f} |
+| language model: held-out loss, nats per token | {lm_held_out:.4f} |
+| VQ model: steps; crops of 48 x 48 pixels | {vq_steps:,}; {vq_crops:,} |
+| VQ model: minutes of wall clock | {vq_minutes:.0f} |
+| VQ model: PSNR on {vq_pictures} held-out pictures | {psnr_db:.1f} dB (k-means patches: {psnr_of_patches_db:.1f} dB) |
+| VQ model: tokens equal to the k-means codes | {code_accuracy:.2%} ({code_accuracy_at_edges:.2%} of those at edges) |
+
+The language model was trained on nearest k-means codes of patches; the VQ model was trained to draw and to find
+the same codes. VQ figures are for these bfloat16 weights computed in float32.
+
+## Limits
+
+It knows its own {n_shapes} shapes and {n_colors} colours, and nothing else: no photographs, no other words, no other
+sizes. Guidance far above the default deforms shapes. The vision tower only exists for completeness: it is untrained, so
+the model cannot describe pictures, and it cannot chat. Finding codes (`vqmodel.encode`) needs float32.
+"""
+
+
+def newest(run: Path) -> Path:
+    """The latest checkpoint of a run folder of ``ssd_shapes.train``, or the folder if it is one itself."""
+    found = [run] if (run / "progress.json").exists() else sorted(run.glob("step_*"))
+    if not found:
+        raise FileNotFoundError(f"no checkpoint in {run}")
+    return found[-1]
+
+
+def assemble(
+    tokenizer: PreTrainedTokenizerFast, language: dict[str, Tensor], vq: dict[str, Tensor], guidance: float
+) -> JanusForConditionalGeneration:
+    """The complete model in bfloat16 from the weights of its two trained parts."""
+    torch.manual_seed(0)  # for the vision tower
+    model = build_model(tokenizer)
+    missing, unexpected = model.load_state_dict(language, strict=False)
+    untrained = ("model.vision_model.", "model.aligner.", "model.vqmodel.", "lm_head.")
+    if wrong := unexpected + [name for name in missing if not name.startswith(untrained)]:
+        raise ValueError(f"the language model's weights do not fit: {wrong[:3]}")
+    model.model.vqmodel.load_state_dict(vq)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,  # transformers' own default of 50 would cut the distribution
+        guidance_scale=guidance,
+        generation_kwargs={"boi_token_id": text.token_id(tokenizer, text.BOI)},
+        _from_model_config=False,  # or from_pretrained drops these values
+    )
+    return model.to(torch.bfloat16).eval()
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> JanusProcessor:
+    """Tokenizer and pixel conventions in one; needs no torchvision."""
+    images = JanusImageProcessorPil(
+        size={"height": world.SIZE, "width": world.SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return JanusProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE, num_image_tokens=tokens.TOKENS)
+
+
+def card(model: JanusForConditionalGeneration, record: dict[str, Any]) -> str:
+    """The model card; every figure is the model's own or recorded in training."""
+    lm, vq = record["language_model"], record["vq_model"]
+    return CARD.format(
+        **vq["held_out"],
+        vq_pictures=vq["held_out"]["pictures"],
+        vq_steps=vq["step"],
+        vq_crops=vq["crops"],
+        vq_minutes=vq["seconds"] / 60,
+        lm_steps=lm["step"],
+        lm_pictures=lm["pictures"],
+        lm_minutes=lm["seconds"] / 60,
+        lm_loss=lm["loss"],
+        lm_held_out=lm["held_out_loss"],
+        guidance=record["guidance_scale"],
+        megabytes=record["bytes"] / 1e6,
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        shapes=", ".join(world.SHAPES),
+        colors=", ".join(world.COLORS),
+        relations=", ".join(world.RELATIONS),
+        n_shapes=len(world.SHAPES),
+        n_colors=len(world.COLORS),
+        test_share=world.TEST_SHARE,
+        size=world.SIZE,
+        grid=tokens.GRID,
+        tokens=tokens.TOKENS,
+        codes=tokens.CODES,
+        patch=tokens.PATCH,
+    )
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder of ssd_shapes.train; its newest checkpoint is taken.")],
+    vq: Annotated[Path, typer.Argument(help="Finished run folder of ssd_shapes.vq.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; replaced whole if it exists.")] = MODEL,
+    guidance: Annotated[float, typer.Option(help="The model's default guidance scale, above 1.")] = GUIDANCE,
+) -> None:
+    """Write config, weights, tokenizer, processor and model card, ready for plain from_pretrained."""
+    if not guidance > 1:
+        raise typer.BadParameter("must be above 1: transformers' image generation fails without guidance")
+    checkpoint = newest(run)
+    tokenizer = text.build_tokenizer()
+    model = assemble(
+        tokenizer, load_file(checkpoint / "model.safetensors"), load_file(vq / "model.safetensors"), guidance
+    )
+    partial, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("partial", "old"))
+    for folder in (partial, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(partial)
+    build_processor(tokenizer).save_pretrained(partial)
+    (partial / "model.safetensors").chmod(0o644)  # not only for whoever installs it
+    record = {
+        "language_model": json.loads((checkpoint / "progress.json").read_text()),
+        "vq_model": json.loads((vq / "progress.json").read_text()),
+        "guidance_scale": guidance,
+        "bytes": (partial / "model.safetensors").stat().st_size,
+    }
+    (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    (partial / "README.md").write_text(card(model, record))
+    if out.exists():  # a folder cannot be renamed onto another
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+    print(f"{checkpoint.name}, {record['bytes']:,} bytes of weights -> {out}")
+
+
+if __name__ == "__main__":
+    typer.run(export)

@@ -1,0 +1,209 @@
+"""Train the language model of the shapes world: ``python -m ssd_shapes.train --help``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import JanusForConditionalGeneration
+
+from ssd_shapes import attention, text, tokens
+from ssd_shapes.data import Batch, Batches
+from ssd_shapes.janus import CODE_WIDTH, build_model
+
+TRAINED = ("language_model", "generation_embeddings", "generation_aligner", "generation_head")
+DECAY_SHARE = 0.25  # of all steps, at the end
+HELD_OUT_BATCHES = 4
+
+
+@dataclass
+class Progress:
+    """What a resumed run needs besides weights and optimiser state."""
+
+    step: int = 0
+    pictures: int = 0
+    seconds: float = 0.0
+    loss: float = float("nan")  # nats per image token, running mean
+    held_out_loss: float = float("nan")
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Learning-rate factor: linear warm-up, constant, linear decay to zero over the last quarter."""
+    return max(0.0, min((step + 1) / warmup, 1.0, (steps - step) / (DECAY_SHARE * steps)))
+
+
+def initialise(model: JanusForConditionalGeneration, book: tokens.CodeBook) -> None:
+    """Start code embeddings at the patches' principal components, and keep their scale on the way in."""
+    janus = model.model
+    centred = book.codes - book.codes.mean(0)
+    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
+    components = centred @ axes[:CODE_WIDTH].T
+    with torch.no_grad():
+        janus.generation_embeddings.weight.copy_(components / components.std(0))
+        for layer in janus.generation_aligner.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.normal_(std=layer.in_features**-0.5)
+
+
+def trained_state(model: JanusForConditionalGeneration) -> dict[str, Tensor]:
+    """The weights this script trains, by their names in the complete model."""
+    names = tuple(f"model.{part}." for part in TRAINED)
+    return {name: value for name, value in model.state_dict().items() if name.startswith(names)}
+
+
+def image_loss(model: JanusForConditionalGeneration, batch: Batch) -> Tensor:
+    """Mean cross-entropy of the 576 image tokens, nats."""
+    janus = model.model
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = janus.generation_aligner(janus.generation_embeddings(batch.codes[:, :-1]))
+        embedded = torch.cat([janus.language_model.embed_tokens(batch.prompts), codes], 1)
+        hidden = janus.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        logits = janus.generation_head(hidden[:, -tokens.TOKENS :])
+    return F.cross_entropy(logits.float().flatten(0, 1), batch.codes.flatten())
+
+
+def optimizers(
+    model: JanusForConditionalGeneration, lr: float, adam_lr: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices; AdamW for embeddings, the two ends of the code path, norms and biases."""
+    matrices, others = [], []
+    for name, parameter in model.model.named_parameters():
+        if not name.startswith(TRAINED):
+            parameter.requires_grad_(False)
+        elif parameter.ndim == 2 and not any(end in name for end in ("embed", "fc1", "vision_head")):
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return [muon, adam]
+
+
+def save(run: Path, model: JanusForConditionalGeneration, opts: list[Any], progress: Progress) -> None:
+    """Write ``run/step_NNNNNNN`` in one rename and drop all but the newest two."""
+    target = run / f"step_{progress.step:07d}"
+    partial = run / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in trained_state(model).items()}, partial / "model.safetensors")
+    torch.save([opt.state_dict() for opt in opts], partial / "optimizer.pt")
+    (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=1) + "\n")
+    if not target.exists():
+        partial.rename(target)
+    for old in sorted(run.glob("step_*"))[:-2]:
+        shutil.rmtree(old)
+
+
+def resume(run: Path, model: JanusForConditionalGeneration, opts: list[Any]) -> Progress:
+    """Load the newest checkpoint of a run folder, if any; peak learning rates stay those asked for now."""
+    found = sorted(run.glob("step_*"))
+    if not found:
+        return Progress()
+    missing = set(trained_state(model)) - set(weights := load_file(found[-1] / "model.safetensors"))
+    if missing:
+        raise ValueError(f"{found[-1]} lacks {sorted(missing)[:3]}: it was written by another version")
+    model.load_state_dict(weights, strict=False)
+    for opt, state in zip(opts, torch.load(found[-1] / "optimizer.pt", weights_only=True), strict=True):
+        peaks = [group["peak"] for group in opt.param_groups]
+        opt.load_state_dict(state)
+        for group, peak in zip(opt.param_groups, peaks, strict=True):
+            group["peak"] = peak
+    return Progress(**json.loads((found[-1] / "progress.json").read_text()))
+
+
+def train(
+    run: Annotated[Path, typer.Option(help="Folder of the checkpoints; an existing run is resumed.")],
+    steps: Annotated[
+        int, typer.Option(help="All steps, past ones included. The last quarter decays.")
+    ] = 3000,
+    batch: Annotated[int, typer.Option(help="Pictures per step.")] = 16,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of the hidden matrices (Muon).")] = 3e-3,
+    adam_lr: Annotated[float, typer.Option(help="Peak learning rate of everything else (AdamW).")] = 2e-3,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 300.0,
+    log_every: Annotated[int, typer.Option(help="Steps between progress lines.")] = 20,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile the decoder layers.")
+    ] = True,
+) -> None:
+    """Train on pictures drawn on the fly. SIGTERM and Ctrl-C write a checkpoint; the same command resumes.
+
+    The code book is read from the package's assets and fitted first if there is none.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    if not tokens.ASSET.exists():
+        tokens.fit(seed).save()
+    book, tokenizer = tokens.CodeBook.load(), text.build_tokenizer()
+    model = build_model(tokenizer)
+    model.set_attn_implementation({"text_config": attention.register()})
+    initialise(model, book)
+    opts = optimizers(model, lr, adam_lr)
+    progress = resume(run, model, opts)
+    run.mkdir(parents=True, exist_ok=True)
+    if compiled:
+        for layer in model.model.language_model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+    batches = Batches(tokenizer, book, batch, seed=seed)
+    held_out = [Batches(tokenizer, book, batch, 0.0, seed, "test")(i) for i in range(HELD_OUT_BATCHES)]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    size = sum(p.numel() for p in parameters)
+    print(f"{size:,} trained parameters, from step {progress.step} to {steps}", flush=True)
+
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, frame: stopped.append(received))
+    model.train()
+    recent: list[float] = []
+    saved = began = time.monotonic()
+    while progress.step < steps and not stopped:
+        factor = schedule(progress.step, steps, warmup)
+        loss = image_loss(model, batches(progress.step))
+        torch.autograd.backward(loss)
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = group["peak"] * factor
+            opt.step()
+            opt.zero_grad()
+        recent.append(loss.item())
+        progress.step += 1
+        progress.pictures += batch
+        last = progress.step == steps or bool(stopped)
+        if progress.step % log_every == 0 or last:
+            now = time.monotonic()
+            progress.loss, progress.seconds = sum(recent) / len(recent), progress.seconds + now - began
+            print(
+                f"step {progress.step} loss {progress.loss:.4f} norm {norm:.2f} lr {lr * factor:.2e} "
+                f"{len(recent) / (now - began):.2f} steps/s {progress.pictures:,} pictures "
+                f"{progress.seconds / 60:.1f} min",
+                flush=True,
+            )
+            recent, began = [], now
+        if time.monotonic() - saved > save_every or last:
+            with torch.no_grad():
+                losses = [image_loss(model, item).item() for item in held_out]
+            progress.held_out_loss = sum(losses) / len(losses)
+            save(run, model, opts, progress)
+            print(f"step {progress.step} held-out loss {progress.held_out_loss:.4f} saved", flush=True)
+            saved = time.monotonic()
+
+
+if __name__ == "__main__":
+    typer.run(train)

@@ -1,0 +1,291 @@
+"""The shapes world: prompts in GenEval's wording, scenes that satisfy them, and their pictures.
+
+Every draw comes from a ``numpy.random.Generator``, so a scene is a function of its seed. Combinations (a
+colour and a shape, a count and a shape, ...) are split by a stable hash: training prompts use none held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import blake2b
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Split = Literal["train", "test"]
+FloatArray = NDArray[Any]  # floating point
+
+SIZE = 96  # picture height and width, pixels
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (222, 30, 36),
+    "orange": (246, 138, 18),
+    "yellow": (252, 224, 40),
+    "green": (28, 150, 52),
+    "blue": (28, 70, 222),
+    "purple": (134, 40, 172),
+    "pink": (252, 146, 196),
+    "brown": (116, 68, 26),
+    "black": (14, 14, 14),
+    "white": (252, 252, 252),
+}
+# Unsaturated and of middle lightness, so that no background can be taken for one of the ten colours.
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "grey": (152, 152, 152),
+    "slate": (112, 120, 128),
+    "sand": (198, 186, 160),
+}
+COUNTS = ("one", "two", "three", "four")
+RELATIONS = ("left of", "right of", "above", "below")
+# Families beyond GenEval's six join a colour with a count or a position. Shares favour what is hard to learn.
+FAMILIES: dict[str, float] = {
+    "single_object": 0.06,
+    "two_object": 0.13,
+    "counting": 0.15,
+    "colors": 0.10,
+    "position": 0.15,
+    "color_attr": 0.19,
+    "color_count": 0.12,
+    "color_position": 0.10,
+}
+TEST_SHARE = 10  # one combination in this many is held out
+
+
+@dataclass(frozen=True)
+class Object:
+    """One drawn shape; ``center`` is (x, y) and ``radius`` the nominal circumradius, both in pixels."""
+
+    shape: str
+    color: str
+    center: tuple[int, int]
+    radius: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and its GenEval metadata: what a picture must ``include`` and must not (``exclude``)."""
+
+    text: str
+    family: str
+    include: list[dict[str, Any]]
+    exclude: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A prompt with one arrangement of objects that satisfies it."""
+
+    prompt: str
+    family: str
+    include: list[dict[str, Any]]
+    exclude: list[dict[str, Any]]
+    objects: list[Object]
+    background: str
+
+
+# Signed distances in pixels, negative inside; x grows to the right, y downwards, the centre is the origin.
+
+
+def _circle(x: FloatArray, y: FloatArray, r: float) -> FloatArray:
+    return np.hypot(x, y) - 0.95 * r
+
+
+def _square(x: FloatArray, y: FloatArray, r: float) -> FloatArray:
+    return np.asarray(np.maximum(np.abs(x), np.abs(y)) - 0.82 * r)
+
+
+def _triangle(x: FloatArray, y: FloatArray, r: float) -> FloatArray:
+    y = y - 0.2 * r  # the bounding box, not the centroid, is what should be centred
+    return np.maximum(y - 0.6 * r, 0.866 * np.abs(x) - 0.5 * (y + 1.2 * r))
+
+
+def _diamond(x: FloatArray, y: FloatArray, r: float) -> FloatArray:
+    return np.asarray((np.abs(x) + 0.66 * np.abs(y) - 0.66 * r) / np.float32(np.hypot(1.0, 0.66)))
+
+
+def _cross(x: FloatArray, y: FloatArray, r: float) -> FloatArray:
+    across = np.maximum(np.abs(x) - 0.95 * r, np.abs(y) - 0.3 * r)
+    return np.asarray(np.minimum(across, np.maximum(np.abs(x) - 0.3 * r, np.abs(y) - 0.95 * r)))
+
+
+def _ring(x: FloatArray, y: FloatArray, r: float) -> FloatArray:
+    return np.abs(np.hypot(x, y) - 0.7 * r) - 0.25 * r
+
+
+def _star(x: FloatArray, y: FloatArray, r: float) -> FloatArray:
+    c, s = np.cos(np.pi / 5), np.sin(np.pi / 5)
+    px, py = np.abs(x), -y
+    for sign in (1.0, -1.0):  # fold the plane onto one of the ten congruent half points
+        fold = 2 * np.maximum(sign * c * px - s * py, 0.0)
+        px, py = px - sign * fold * c, py + fold * s
+    px, py = np.abs(px), py - r
+    bx, by = 0.45 * s, 0.45 * c - 1.0
+    h = np.clip((px * bx + py * by) / (bx * bx + by * by), 0.0, r)
+    return np.asarray(np.hypot(px - bx * h, py - by * h) * np.sign(py * bx - px * by))
+
+
+def _heart(x: FloatArray, y: FloatArray, r: float) -> FloatArray:
+    scale = 1.72 * r
+    px, py = np.abs(x) / scale, 0.55 - y / scale
+    lobe = np.hypot(px - 0.25, py - 0.75) - 0.3535534
+    diagonal = 0.5 * np.maximum(px + py, 0.0)
+    point = np.minimum(np.hypot(px, py - 1.0), np.hypot(px - diagonal, py - diagonal)) * np.sign(px - py)
+    return np.where(px + py > 1.0, lobe, point) * scale
+
+
+SHAPES: dict[str, Callable[[FloatArray, FloatArray, float], FloatArray]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "heart": _heart,
+    "diamond": _diamond,
+    "cross": _cross,
+    "ring": _ring,
+}
+
+
+@cache
+def coverage(shape: str, radius: int) -> FloatArray:
+    """Share of each pixel covered by a shape, 0..1: [2 * h + 1, 2 * h + 1, 1] with h = radius + 1 pixels."""
+    axis = np.arange(-radius - 1, radius + 2, dtype=np.float32)
+    x, y = np.meshgrid(axis, axis)
+    return np.clip(0.5 - SHAPES[shape](x, y, radius), 0.0, 1.0).astype(np.float32)[..., None]
+
+
+def render(scene: Scene) -> NDArray[np.uint8]:
+    """Draw a scene: uint8 RGB [96, 96, 3]."""
+    background = np.array(BACKGROUNDS[scene.background], np.float32)
+    picture = np.broadcast_to(background, (SIZE, SIZE, 3)).copy()
+    for item in scene.objects:
+        half, (x, y) = item.radius + 1, item.center
+        box = picture[y - half : y + half + 1, x - half : x + half + 1]
+        box += coverage(item.shape, item.radius) * (np.array(COLORS[item.color], np.float32) - box)
+    drawn: NDArray[np.uint8] = np.round(picture).astype(np.uint8)
+    return drawn
+
+
+def held_out(*combination: str) -> bool:
+    """Whether a combination belongs to the test split; depends on its words only."""
+    digest = blake2b("|".join(combination).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % TEST_SHARE == 0
+
+
+def _pick(rng: np.random.Generator, items: tuple[str, ...] | list[str], n: int = 1) -> list[str]:
+    """``n`` different items, uniformly."""
+    chosen: list[str] = []
+    while len(chosen) < n:
+        item = items[int(rng.integers(len(items)))]
+        if item not in chosen:
+            chosen.append(item)
+    return chosen
+
+
+def _noun(shape: str, color: str | None = None, count: int = 1) -> str:
+    """A noun without article or numeral: "red circle", "crosses"."""
+    plural = "es" if shape.endswith("s") else "s"
+    return f"{color} " * bool(color) + shape + plural * (count > 1)
+
+
+def _one(shape: str, color: str | None = None) -> str:
+    """A noun with its article: "a red circle"."""
+    noun = _noun(shape, color)
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def _thing(shape: str, color: str | None = None, **more: Any) -> dict[str, Any]:
+    entry: dict[str, Any] = {"class": shape, "count": 1}
+    return entry | ({"color": color} if color else {}) | more
+
+
+_SHAPES, _COLORS = tuple(SHAPES), tuple(COLORS)
+
+
+def _draw_prompt(rng: np.random.Generator, family: str) -> tuple[Prompt, list[tuple[str, ...]]]:
+    """A prompt of one family and the combinations it uses (each may be held out)."""
+    a, b = _pick(rng, _SHAPES, 2)
+    ca, cb = _pick(rng, _COLORS, 2)
+    exclude: list[dict[str, Any]] = []
+    keys: list[tuple[str, ...]]
+    if family == "single_object":
+        text, include, keys = _one(a), [_thing(a)], []
+    elif family == "colors":
+        text, include, keys = _one(a, ca), [_thing(a, ca)], [("colors", ca, a)]
+    elif family == "two_object":
+        text, include = f"{_one(a)} and {_one(b)}", [_thing(a), _thing(b)]
+        keys = [("two_object", *sorted((a, b)))]
+    elif family == "color_attr":
+        text, include = f"{_one(a, ca)} and {_one(b, cb)}", [_thing(a, ca), _thing(b, cb)]
+        keys = [("color_attr", *sorted((f"{ca} {a}", f"{cb} {b}")))]
+    elif family in ("counting", "color_count"):
+        n = int(rng.integers(1, 5)) if family == "counting" else int(rng.integers(2, 5))
+        color = ca if family == "color_count" else None
+        text, include = f"{COUNTS[n - 1]} {_noun(a, color, n)}", [_thing(a, color, count=n)]
+        exclude = [_thing(a, color, count=n + 1)]
+        keys = [("counting", COUNTS[n - 1], a)]
+        keys += [("color_count", COUNTS[n - 1], ca, a)] if color else []
+    elif family in ("position", "color_position"):
+        (relation,) = _pick(rng, RELATIONS)
+        colored = family == "color_position"
+        ca_, cb_ = (ca, cb) if colored else (None, None)
+        words = f"to the {relation}" if relation.endswith("of") and rng.random() < 0.3 else relation
+        text = f"{_one(a, ca_)} {words} {_one(b, cb_)}"
+        include = [_thing(b, cb_), _thing(a, ca_, position=[relation, 0])]
+        keys = [("position", a, relation, b)]
+        keys += [("color_attr", *sorted((f"{ca} {a}", f"{cb} {b}")))] if colored else []
+    else:
+        raise ValueError(f"unknown family {family!r}; expected one of {', '.join(FAMILIES)}")
+    if rng.random() < 0.6:
+        text = f"a photo of {text}"
+    return Prompt(text, family, include, exclude), keys
+
+
+_FAMILY_EDGES = np.cumsum(list(FAMILIES.values()))
+
+
+def draw_prompt(rng: np.random.Generator, split: Split = "train", family: str | None = None) -> Prompt:
+    """Draw a prompt. "train" uses no held-out combination, "test" at least one."""
+    if family == "single_object" and split == "test":
+        raise ValueError("single_object has no held-out combinations")
+    while True:
+        name = family or list(FAMILIES)[int(np.searchsorted(_FAMILY_EDGES, rng.random() * _FAMILY_EDGES[-1]))]
+        prompt, keys = _draw_prompt(rng, name)
+        if any(held_out(*key) for key in keys) == (split == "test"):
+            return prompt
+
+
+def _related(relation: str, a: Object, b: Object) -> bool:
+    """Whether ``a`` is clearly ``relation`` ``b``: apart along the axis, and mostly along it."""
+    dx, dy = b.center[0] - a.center[0], b.center[1] - a.center[1]
+    ways = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}
+    along, across = ways[relation]
+    return along >= a.radius + b.radius and along > 1.2 * abs(across)
+
+
+def draw_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
+    """Arrange the objects of a prompt at random: inside the picture, apart, and in the asked relation.
+
+    Colours the prompt does not mention are random.
+    """
+    wanted = [(thing["class"], thing.get("color")) for thing in prompt.include for _ in range(thing["count"])]
+    colors = [color or _pick(rng, _COLORS)[0] for _, color in wanted]
+    largest = {1: 18, 2: 18, 3: 16, 4: 15}[len(wanted)]
+    relation = next((thing["position"][0] for thing in prompt.include if "position" in thing), None)
+    while True:
+        objects: list[Object] = []
+        for (shape, _), color in zip(wanted, colors, strict=True):
+            radius = int(rng.integers(9, largest))
+            x, y = (int(v) for v in rng.integers(radius + 2, SIZE - radius - 2, 2))
+            objects.append(Object(shape, color, (x, y), radius))
+        apart = all(
+            np.hypot(p.center[0] - q.center[0], p.center[1] - q.center[1]) >= 1.05 * (p.radius + q.radius) + 3
+            for i, p in enumerate(objects)
+            for q in objects[:i]
+        )
+        if apart and (relation is None or _related(relation, objects[1], objects[0])):
+            break
+    rng.shuffle(objects)
+    (background,) = _pick(rng, list(BACKGROUNDS))
+    return Scene(prompt.text, prompt.family, prompt.include, prompt.exclude, objects, background)

@@ -1,0 +1,201 @@
+"""`enable` / `disable`: nothing else changes, and misuse is refused in words."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import draw
+from transformers import AttentionInterface, DynamicCache, JanusForConditionalGeneration, LlamaForCausalLM
+
+from ssd_janus import disable, enable
+from ssd_janus.cache import attention
+from ssd_kernels import CachePlan, HeadSpec
+
+FULL = CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4)
+NARROW = CachePlan.uniform(HeadSpec.window(2), tiny.LAYERS, 4)
+
+
+def state(model: Any) -> dict[str, Any]:
+    """All that enabling could leave behind."""
+    language_model = model.model.language_model
+    return {"model": dict(vars(model)), "language_model": dict(vars(language_model)),
+            "hooks": len(language_model._forward_pre_hooks), "config": model.config.to_dict(),
+            "attention": [module.config._attn_implementation for module in model.modules()
+                          if hasattr(module, "config")]}
+
+
+def test_disable_restores_everything(fresh: Any) -> None:
+    expected, before = draw(fresh), state(fresh)
+    enable(fresh, NARROW)
+    assert not torch.equal(draw(fresh), expected)
+    draw(fresh, guidance_scale=1)
+    disable(fresh)
+    disable(fresh)
+    assert state(fresh) == before
+    assert torch.equal(draw(fresh), expected)
+
+
+def test_disable_restores_a_wrapped_generate(fresh: Any) -> None:
+    calls = []
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return JanusForConditionalGeneration.generate(fresh, *args, **kwargs)
+
+    fresh.generate = wrapped
+    enable(fresh, FULL)
+    draw(fresh)
+    assert len(calls) == 1
+    disable(fresh)
+    assert fresh.generate is wrapped
+
+
+def test_an_error_inside_generate_leaves_no_trace(fresh: Any) -> None:
+    enable(fresh, FULL)
+    before = state(fresh)
+
+    def fail(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(fresh, logits_processor=[fail], guidance_scale=1)
+    assert state(fresh) == before
+
+
+def test_enabling_again_replaces_the_plan(fresh: Any) -> None:
+    expected = draw(fresh)
+    enable(fresh, NARROW)
+    enable(fresh, FULL)
+    assert torch.equal(draw(fresh), expected)
+    disable(fresh)
+    assert "generate" not in vars(fresh)
+
+
+def test_text_generation_and_forward_stay_stock(fresh: Any) -> None:
+    text = tiny.build_processor()(text=list(tiny.PROMPTS), padding=True, return_tensors="pt")
+    options = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"], "max_new_tokens": 12}
+    for implementation in ("sdpa", "eager"):
+        fresh.set_attn_implementation(implementation)
+        expected, logits = fresh.generate(**options), fresh(input_ids=text["input_ids"]).logits
+        enable(fresh, NARROW)
+        draw(fresh)
+        assert torch.equal(fresh.generate(**options), expected)
+        assert torch.equal(fresh.generate(**options, generation_mode="text"), expected)
+        assert torch.equal(fresh(input_ids=text["input_ids"]).logits, logits)
+        assert fresh.model.language_model.config._attn_implementation == implementation
+        disable(fresh)
+
+
+def test_copies_are_independent_and_saving_is_clean(fresh: Any, tmp_path: Path) -> None:
+    expected = draw(fresh)
+    enable(fresh, NARROW)
+    other = copy.deepcopy(fresh)
+    disable(fresh)
+    with torch.no_grad():
+        fresh.model.generation_head.vision_head.weight.zero_()
+    narrow = draw(other)
+    assert narrow.unique().numel() > 8 and not torch.equal(narrow, expected)
+    other.save_pretrained(tmp_path)
+    loaded = JanusForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.model.language_model.config._attn_implementation == "sdpa"
+    assert torch.equal(draw(loaded), expected)
+
+
+def test_used_caches_are_refused(fresh: Any) -> None:
+    enable(fresh, FULL)
+    used = draw(fresh, return_dict_in_generate=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values must be left out"):
+        draw(fresh, past_key_values=used)
+    with pytest.raises(ValueError, match="past_key_values must be left out.*DynamicCache"):
+        draw(fresh, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="past_key_values must be left out.*JanusCache"):
+        fresh.generate(**tiny.image_inputs(), past_key_values=used, max_new_tokens=2)
+    with pytest.raises(ValueError, match="past_key_values must be a fresh cache"):
+        fresh.model.language_model(input_ids=torch.tensor([[1]]), past_key_values=used)
+    disable(fresh)
+    with pytest.raises(ValueError, match="past_key_values must be a fresh cache"):
+        draw(fresh, past_key_values=used)
+
+
+@pytest.mark.parametrize("name, argument", [("crop", 1), ("reorder_cache", torch.tensor([0])), ("reset", None),
+                                            ("batch_repeat_interleave", 2), ("batch_select_indices", [0])])
+def test_what_a_compressed_cache_cannot_do(fresh: Any, name: str, argument: Any) -> None:
+    enable(fresh, FULL)
+    used = draw(fresh, return_dict_in_generate=True).past_key_values
+    with pytest.raises(NotImplementedError, match=f"{name} is not possible on a compressed KV cache"):
+        getattr(used, name)(*([] if argument is None else [argument]))
+
+
+def test_beams_and_attention_weights_are_refused(fresh: Any) -> None:
+    enable(fresh, FULL)
+    with pytest.raises(ValueError, match="num_beams"):
+        draw(fresh, num_beams=2)
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        draw(fresh, output_attentions=True)
+
+
+@pytest.mark.parametrize("scale, error", [(float("nan"), ValueError), (float("inf"), ValueError), ("2", TypeError),
+                                          (True, TypeError)])
+def test_guidance_is_checked(fresh: Any, scale: Any, error: type[Exception]) -> None:
+    enable(fresh, FULL)
+    with pytest.raises(error, match="guidance_scale must be"):
+        draw(fresh, guidance_scale=scale)
+
+
+@pytest.mark.parametrize("extra", [{"softcap": 30.0}, {"sliding_window": 8}, {"s_aux": torch.zeros(4)},
+                                   {"position_bias": torch.zeros(1)}, {"something_new": 1}])
+def test_unknown_attention_arguments_are_refused(fresh: Any, extra: dict[str, Any]) -> None:
+    enable(fresh, FULL)
+
+    def stranger(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return attention(module, *args, **kwargs, **extra)
+
+    AttentionInterface.register("ssd_janus", stranger)
+    try:
+        with pytest.raises(ValueError, match=f"attention argument '{next(iter(extra))}' is not supported"):
+            draw(fresh)
+    finally:
+        AttentionInterface.register("ssd_janus", attention)
+
+
+def test_training_mode_and_foreign_use_are_refused(fresh: Any) -> None:
+    enable(fresh, FULL)
+    for layer in fresh.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    fresh.train()
+    with pytest.raises(ValueError, match="dropout must be 0"):
+        draw(fresh)
+    fresh.eval()
+    disable(fresh)
+    fresh.set_attn_implementation({"text_config": "ssd_janus"})
+    with pytest.raises(TypeError, match="ssd_janus.enable"):
+        draw(fresh)
+
+
+def test_rows_of_padding_are_refused(fresh: Any) -> None:
+    enable(fresh, FULL)
+    inputs = tiny.image_inputs()
+    inputs["attention_mask"][1] = 0
+    with pytest.raises(ValueError, match="attention_mask must leave at least one prompt token"):
+        fresh.generate(**inputs, generation_mode="image")
+
+
+def test_enable_checks_its_arguments(fresh: Any) -> None:
+    with pytest.raises(ValueError, match="3 layers x 4 KV heads, got 2 layers x 4"):
+        enable(fresh, CachePlan.uniform(HeadSpec.full(), 2, 4))
+    with pytest.raises(ValueError, match="3 layers x 4 KV heads, got 3 layers x 8"):
+        enable(fresh, CachePlan.uniform(HeadSpec.full(), 3, 8))
+    with pytest.raises(TypeError, match="plan must be a CachePlan, got dict"):
+        enable(fresh, {})
+    with pytest.raises(ValueError, match="backend must be one of auto, .*got 'cudnn'"):
+        enable(fresh, FULL, backend="cudnn")
+    llama = LlamaForCausalLM(fresh.config.text_config)
+    for call in (lambda: enable(llama, FULL), lambda: disable(llama)):
+        with pytest.raises(TypeError, match="JanusForConditionalGeneration, got LlamaForCausalLM"):
+            call()
+    assert "generate" not in vars(fresh)

@@ -1,0 +1,130 @@
+"""`Pipeline`: pictures in order, repeatable, and arguments checked before anything is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from PIL.Image import Image
+
+from ssd_janus import Pipeline, disable, enable, policies
+from ssd_kernels import CachePlan, HeadSpec
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(folder)
+
+
+def test_pictures_come_in_prompt_major_order(pipe: Pipeline) -> None:
+    pictures = pipe(list(tiny.PROMPTS[:2]), num_images_per_prompt=2, seed=3)
+    assert len(pictures) == 4 and all(isinstance(picture, Image) and picture.mode == "RGB" for picture in pictures)
+    inputs = tiny.image_inputs(tiny.PROMPTS[:2])
+    tokens = tiny.draw(pipe.model, 3, **inputs, do_sample=True, num_return_sequences=2)
+    pixels = pipe.model.decode_image_tokens(tokens)
+    expected = ((pixels.clamp(-1, 1) + 1) * 127.5).to(torch.uint8)
+    for picture, pixel in zip(pictures, expected, strict=True):
+        assert picture.tobytes() == pixel.numpy().tobytes()
+
+
+def test_tokens_repeat_and_leave_the_generator_alone(pipe: Pipeline) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = pipe.generate_tokens("a heart", seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, pipe.generate_tokens(["a heart"], seed=1))
+    assert not torch.equal(first, pipe.generate_tokens("a heart", seed=2))
+    greedy = pipe.generate_tokens("a heart", temperature=0)
+    assert torch.equal(greedy, pipe.generate_tokens("a heart", seed=9, top_k=1))
+    assert torch.equal(greedy, pipe.generate_tokens("a heart", seed=9, top_p=1e-6))
+
+
+def test_batches_and_progress(pipe: Pipeline) -> None:
+    reports: list[tuple[int, int]] = []
+    tokens = pipe.generate_tokens(list(tiny.PROMPTS), seed=4, batch_size=3, temperature=0,
+                                  progress=lambda done, total: reports.append((done, total)))
+    assert reports == [(step, 2 * tiny.TOKENS) for step in range(1, 2 * tiny.TOKENS + 1)]
+    assert torch.equal(tokens, pipe.generate_tokens(list(tiny.PROMPTS), temperature=0, progress=True))
+
+
+def test_run_statistics(pipe: Pipeline) -> None:
+    plan = policies.window(pipe.shape, 0.5)
+    pipe(list(tiny.PROMPTS), plan=plan, batch_size=3)
+    run = pipe.last_run
+    assert run is not None
+    assert (run.pictures, run.steps, run.rows) == (4, tiny.TOKENS, 6)
+    assert run.budget == plan.budget(tiny.TOKENS)
+    size = {"batch_size": 6, "head_dim": tiny.HEAD_DIM, "max_prompt": 9, "dtype": torch.float32,
+            "num_visual_tokens": tiny.TOKENS}
+    assert run.cache_bytes == plan.nbytes(**size)
+    assert run.full_cache_bytes == CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4).nbytes(**size)
+    assert run.pictures_per_second > 0 and run.decode_seconds > 0
+    pipe(["a heart"], guidance_scale=1)
+    assert pipe.last_run is not None and pipe.last_run.rows == 1 and pipe.last_run.budget == 1
+
+
+def test_plan_none_follows_enable_and_a_plan_is_undone(pipe: Pipeline) -> None:
+    narrow = policies.window(pipe.shape, 0.2, row_buffer=0)
+    full, expected = pipe.generate_tokens("a heart"), pipe.generate_tokens("a heart", plan=narrow)
+    assert not torch.equal(full, expected)
+    assert "generate" not in vars(pipe.model)
+    enable(pipe.model, narrow)
+    try:
+        assert torch.equal(pipe.generate_tokens("a heart"), expected)
+        assert torch.equal(pipe.generate_tokens("a heart", plan=pipe.shape.full_plan()), full)
+        assert torch.equal(pipe.generate_tokens("a heart"), expected)
+    finally:
+        disable(pipe.model)
+
+
+def test_chat_templates_are_applied(fresh: Any) -> None:
+    plain = Pipeline(fresh, tiny.build_processor())
+    chat = Pipeline(fresh, tiny.build_processor(tiny.CHAT_TEMPLATE))
+    wrapped = chat.generate_tokens("a heart", temperature=0)
+    assert torch.equal(wrapped, plain.generate_tokens("<|User|>: a heart\n\n<|Assistant|>:", temperature=0))
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ({"prompts": []}, ValueError, "prompts must hold at least one text"),
+    ({"prompts": ["a", " "]}, ValueError, r"prompts\[1\] must not be blank"),
+    ({"prompts": ["a", 3]}, TypeError, r"prompts\[1\] must be a text, got 3"),
+    ({"prompts": 7}, TypeError, "prompts must be a text or a sequence of texts, got int"),
+    ({"prompts": "circle " * 90}, ValueError, "prompts must be at most 60 tokens long"),
+    ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt must be at least 1, got 0"),
+    ({"num_images_per_prompt": 1.5}, TypeError, "num_images_per_prompt must be an int"),
+    ({"guidance_scale": -1}, ValueError, "guidance_scale must be at least 0"),
+    ({"guidance_scale": float("nan")}, ValueError, "guidance_scale must be"),
+    ({"guidance_scale": "high"}, TypeError, "guidance_scale must be a number"),
+    ({"seed": -1}, ValueError, "seed must be at least 0"),
+    ({"seed": None}, TypeError, "seed must be an int"),
+    ({"temperature": -0.1}, ValueError, "temperature must be at least 0"),
+    ({"top_k": -1}, ValueError, "top_k must be at least 0"),
+    ({"top_p": 1.1}, ValueError, "top_p must be within 0 .. 1"),
+    ({"top_p": 0.0}, ValueError, "top_p must be above 0"),
+    ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+    ({"progress": "yes"}, TypeError, "progress must be a bool or a function"),
+    ({"plan": "plan.json"}, TypeError, "plan must be a CachePlan, got str"),
+    ({"plan": CachePlan.uniform(HeadSpec.full(), 1, 1)}, ValueError, "plan must have the model's 3 layers"),
+])
+def test_bad_arguments(pipe: Pipeline, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pipe(**{"prompts": ["a heart"], **arguments})
+    assert "generate" not in vars(pipe.model)
+
+
+def test_from_pretrained_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="model must be a folder or a hub id"):
+        Pipeline.from_pretrained(tmp_path / "nowhere")
+    monkeypatch.setattr("ssd_janus.checkpoints.resources.files", lambda package: tmp_path)
+    with pytest.raises(FileNotFoundError, match="the included model is not installed"):
+        Pipeline.from_pretrained()
+
+
+def test_dtype_and_backend(folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(str(folder), dtype=torch.bfloat16, backend="reference")
+    pipe.generate_tokens("a heart")
+    assert pipe.model.dtype == torch.bfloat16
+    assert pipe.last_run is not None and pipe.last_run.backend == "reference"

@@ -1,0 +1,184 @@
+"""A small random Janus with its processor, and an independent dense oracle for its generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    GenerationConfig,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusProcessor,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from ssd_kernels import CachePlan, HeadSpec
+
+LAYERS, GRID, HEAD_DIM = 3, 6, 32
+TOKENS = GRID * GRID
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+PROMPTS = ("a red circle", "two blue squares and a green star", "a heart", "three pink rings above a black cross")
+SPECIALS = ["<bos>", "<eos>", "<pad>", "<begin_of_image>", "<end_of_image>", "<image_placeholder>"]
+CHAT_TEMPLATE = ("{% for message in messages %}<|User|>: {{ message['content'][0]['text'] }}\n\n{% endfor %}"
+                 "{% if add_generation_prompt %}<|Assistant|>:{% endif %}")
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.train_from_iterator(PROMPTS, trainers.BpeTrainer(
+        vocab_size=320, special_tokens=SPECIALS, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", padding_side="left",
+        extra_special_tokens={"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>",
+                              "eoi_token": "<end_of_image>"})
+
+
+def build_processor(chat_template: str | None = None) -> JanusProcessor:
+    from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+    return JanusProcessor(JanusImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3), build_tokenizer(),
+                          chat_template=chat_template, num_image_tokens=TOKENS)
+
+
+def build_model(heads: int = 4, kv_heads: int = 4, seed: int = 0) -> JanusForConditionalGeneration:
+    """A float32 Janus of 3 layers, 6 x 6 visual tokens out of 64 codes, and peaked attention."""
+    torch.manual_seed(seed)
+    hidden = heads * HEAD_DIM
+    tokenizer = build_tokenizer()
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=96, num_hidden_layers=LAYERS,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=HEAD_DIM, max_position_embeddings=96,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2, initializer_range=0.15)
+    vision = JanusVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, image_size=GRID * 4,
+                               patch_size=4, num_image_tokens=TOKENS, projection_dim=hidden, depth=1)
+    vq = JanusVQVAEConfig(embed_dim=8, num_embeddings=64, latent_channels=32, base_channels=32,
+                          channel_multiplier=(1, 1, 2), num_res_blocks=1, projection_dim=hidden,
+                          image_token_embed_dim=hidden)
+    model = JanusForConditionalGeneration(JanusConfig(
+        text_config=text, vision_config=vision, vq_config=vq, image_token_id=5, tie_word_embeddings=True)).eval()
+    # The image path has its own small initialisation; enlarged, so that tokens depend on what attention returns.
+    with torch.no_grad():
+        model.model.generation_embeddings.weight.normal_()
+        for module in (model.model.generation_aligner, model.model.generation_head):
+            for layer in module.modules():
+                if isinstance(layer, torch.nn.Linear):
+                    layer.weight.normal_(std=2.0 * layer.in_features ** -0.5)
+    model.generation_config = GenerationConfig(
+        bos_token_id=0, eos_token_id=1, pad_token_id=2, guidance_scale=2.0, _from_model_config=False,
+        generation_kwargs={"boi_token_id": 3})
+    return model
+
+
+def image_inputs(prompts: tuple[str, ...] = PROMPTS) -> dict[str, torch.Tensor]:
+    """A left-padded batch; prompts have different lengths."""
+    batch = build_processor()(text=list(prompts), generation_mode="image", padding=True, return_tensors="pt")
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def draw(model: JanusForConditionalGeneration, seed: int = 0, **options: Any) -> Any:
+    """The user's call, the same with an enabled and with a stock model."""
+    torch.manual_seed(seed)
+    if "generate" not in vars(model) and "past_key_values" not in options and (5, 13) <= RELEASE < (5, 18):
+        # These releases fail to make their own cache.
+        options["past_key_values"] = DynamicCache()
+    return model.generate(**{**image_inputs(), **options}, generation_mode="image")
+
+
+def plan_of(*heads: HeadSpec, **options: Any) -> CachePlan:
+    """These heads in every layer, turned by one from layer to layer so that layers differ."""
+    return CachePlan([heads[layer % len(heads):] + heads[:layer % len(heads)] for layer in range(LAYERS)], **options)
+
+
+class Oracle:
+    """Attention that keeps every key and masks what a plan has evicted: SPEC section 3 without any cache.
+
+    Registered under its own name and run by transformers' unchanged generation with a `DynamicCache`.
+    """
+
+    def __init__(self, plan: CachePlan) -> None:
+        self.plan = plan
+        self.kept: dict[int, torch.Tensor] = {}
+        self.scores: dict[int, torch.Tensor] = {}
+        self.prompt: torch.Tensor | None = None
+
+    def generate(self, model: JanusForConditionalGeneration, **options: Any) -> torch.Tensor:
+        AttentionInterface.register("test_oracle", self.attend)
+        AttentionMaskInterface.register("test_oracle", self.mask)
+        config = model.model.language_model.config
+        before, config._attn_implementation = config._attn_implementation, "test_oracle"
+        try:
+            return model.generate(**options, past_key_values=DynamicCache(), generation_mode="image")
+        finally:
+            config._attn_implementation = before
+
+    @staticmethod
+    def mask(**kwargs: Any) -> torch.Tensor | None:
+        return sdpa_mask(**{**kwargs, "allow_is_causal_skip": False})
+
+    def attend(self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+               attention_mask: torch.Tensor, scaling: float, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        rows, heads, tokens = key.shape[:3]
+        group = query.shape[1] // heads
+        visible = attention_mask[:, 0, None].expand(rows, heads, query.shape[2], tokens)
+        if query.shape[2] == 1:
+            self.append(module.layer_idx, rows, heads, tokens)
+            visible = visible & self.kept[module.layer_idx][:, :, None]
+        else:
+            self.prompt = attention_mask[:, 0, -1]
+        grouped = query.double().unflatten(1, (heads, group))
+        logits = grouped @ key.double().unsqueeze(2).transpose(-1, -2) * scaling
+        probabilities = logits.masked_fill(~visible[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+        if query.shape[2] == 1:
+            self.score_and_evict(module.layer_idx, probabilities.sum((2, 3)))
+        out = (probabilities @ value.double().unsqueeze(2)).flatten(1, 2)
+        return out.transpose(1, 2).to(query.dtype).contiguous(), None
+
+    def append(self, layer: int, rows: int, heads: int, tokens: int) -> None:
+        assert self.prompt is not None
+        if layer not in self.kept:
+            self.kept[layer] = self.prompt[:, None].repeat(1, heads, 1)
+            self.scores[layer] = torch.zeros(rows, heads, tokens - 1, dtype=torch.double)
+            if not self.plan.keep_prompt:
+                self.evict(layer)
+        self.kept[layer] = torch.cat([self.kept[layer], torch.ones(rows, heads, 1, dtype=torch.bool)], 2)
+        self.scores[layer] = torch.cat([self.scores[layer], torch.zeros(rows, heads, 1)], 2)
+
+    def score_and_evict(self, layer: int, mass: torch.Tensor) -> None:
+        assert self.prompt is not None
+        self.scores[layer] += mass
+        if (mass.shape[-1] - self.prompt.shape[1]) % max(self.plan.row_buffer, 1) == 0:
+            self.evict(layer)
+
+    def evict(self, layer: int) -> None:
+        assert self.prompt is not None
+        slots = self.prompt.shape[1]
+        first = slots if self.plan.keep_prompt else 0
+        rows, _, tokens = self.kept[layer].shape
+        for row in range(rows):
+            for head, spec in enumerate(self.plan.layers[layer]):
+                if spec.size is None:
+                    continue
+                kept = self.kept[layer][row, head]
+                candidates = [slot for slot in range(first, tokens) if kept[slot]]
+                recent = spec.size if spec.kind == "window" else spec.recent
+                newest = candidates[max(len(candidates) - recent, 0):]
+                others = [slot for slot in candidates if slot not in newest]
+                keys = self.scores[layer][row, head].tolist()
+                if spec.score == "mean":
+                    keys = [key / max(tokens - max(slot, slots), 1) for slot, key in enumerate(keys)]
+                others.sort(key=lambda slot: (keys[slot], slot), reverse=True)  # noqa: B023
+                stay = set(newest + others[:max(spec.size - recent, 0)])
+                for slot in candidates:
+                    kept[slot] = slot in stay

@@ -1,0 +1,65 @@
+"""The backends under test. A new backend joins every test by one line in `CASES`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from ssd_kernels import CachePlan, HeadSpec, backends
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One backend and what it is tested with.
+
+    Attributes:
+        name: its name in `ssd_kernels.backends`.
+        device: where its caches live.
+        dtypes: storage types it serves.
+        compiled: bitwise promises (SPEC section 3, "Batch invariance") hold for compiled backends only.
+    """
+
+    name: str
+    device: str = "cpu"
+    dtypes: tuple[torch.dtype, ...] = (F32, BF16, F16)
+    compiled: bool = True
+
+
+CASES = (
+    Case("reference", dtypes=(F32, BF16, F16, F64), compiled=False),
+    Case("cpu"),
+)
+
+
+def short(dtype: torch.dtype) -> str:
+    """``torch.bfloat16`` -> ``bf16``, for test ids."""
+    return {F32: "f32", BF16: "bf16", F16: "f16", F64: "f64"}[dtype]
+
+
+def _param(case: Case, *more: object, id: str) -> object:
+    reason = backends.available().get(case.name, "not registered")
+    return pytest.param(case, *more, id=id, marks=[pytest.mark.skip(reason=f"{case.name}: {reason}")] if reason else [])
+
+
+each_backend = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES])
+each_compiled = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES if case.compiled])
+each_dtype = pytest.mark.parametrize(("case", "dtype"), [
+    _param(case, dtype, id=f"{case.name}-{short(dtype)}") for case in CASES for dtype in case.dtypes])
+
+MIX = (HeadSpec.heavy(4, recent=1), HeadSpec.window(5), HeadSpec.full(), HeadSpec.heavy(3, score="mean"),
+       HeadSpec.window(0), HeadSpec.heavy(7, recent=7), HeadSpec.window(1), HeadSpec.heavy(1))
+
+
+def mixed(num_heads: int = 4, row_buffer: int = 0, keep_prompt: bool = True, num_layers: int = 1) -> CachePlan:
+    """A plan whose heads differ: every kind, size and rule within the first eight heads."""
+    return CachePlan([[MIX[(layer + head) % len(MIX)] for head in range(num_heads)] for layer in range(num_layers)],
+                     row_buffer=row_buffer, keep_prompt=keep_prompt)
+
+
+def uniform(spec: HeadSpec, num_heads: int = 2, row_buffer: int = 0, keep_prompt: bool = True) -> CachePlan:
+    """One layer of equal heads."""
+    return CachePlan.uniform(spec, num_layers=1, num_heads=num_heads, row_buffer=row_buffer, keep_prompt=keep_prompt)

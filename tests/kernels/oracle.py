@@ -1,0 +1,143 @@
+"""An independent oracle of SPEC section 3: float64, dense attention with a mask, explicit sets of kept tokens.
+
+Written from the specification and not from `ssd_kernels`: it remembers every key and value ever given, keeps a python
+dict of the tokens that are still kept, and knows nothing of slots, rings or blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ssd_kernels import HeadSpec
+
+NEAR_TIE = 1e-5  # relative distance below which float32 and float64 may disagree about the order of two keys
+
+
+@dataclass
+class Token:
+    """A kept token: its running score, and the decode steps it has been attended to."""
+
+    score: float = 0.0
+    attended: int = 0
+
+    def key(self, rule: str) -> float:
+        """What rule 4 sorts by."""
+        return self.score / max(self.attended, 1) if rule == "mean" else self.score
+
+
+def survivors(tokens: dict[int, Token], spec: HeadSpec) -> set[int]:
+    """Rule 4: the positions that stay, of all evictable ones."""
+    newest_first = sorted(tokens, reverse=True)
+    if spec.kind == "full":
+        return set(newest_first)
+    if spec.kind == "window":
+        return set(newest_first[:spec.size])
+    protected, contest = newest_first[:spec.recent], newest_first[spec.recent:]
+    return {*protected, *sorted(contest, key=lambda p: _rank(tokens, p, spec), reverse=True)[:spec.size - spec.recent]}
+
+
+def _rank(tokens: dict[int, Token], position: int, spec: HeadSpec) -> tuple[bool, float, int]:
+    key = tokens[position].key(spec.score)
+    return (False, 0.0, position) if math.isnan(key) else (True, key, position)
+
+
+class Oracle:
+    """What one layer must do, for B rows of H KV heads with G query heads each."""
+
+    def __init__(self, specs: Sequence[HeadSpec], *, row_buffer: int, keep_prompt: bool, batch: int, group: int,
+                 head_dim: int, length: int, scale: float | None = None) -> None:
+        self.specs, self.row_buffer, self.keep_prompt, self.group = list(specs), row_buffer, keep_prompt, group
+        self.scale = 1 / math.sqrt(head_dim) if scale is None else scale
+        self.k = torch.zeros(batch, len(specs), length, head_dim, dtype=torch.float64)
+        self.v = torch.zeros_like(self.k)
+        self.kept: list[list[dict[int, Token]]] = [[{} for _ in specs] for _ in range(batch)]
+        self.forgotten = torch.zeros(batch, len(specs), dtype=torch.float64)  # scores of evicted tokens
+        self.prompt_len, self.step = [0] * batch, [0] * batch
+
+    def reset(self, row: int) -> None:
+        """Empty a row."""
+        self.kept[row] = [{} for _ in self.specs]
+        self.forgotten[row] = 0
+        self.prompt_len[row] = self.step[row] = 0
+
+    def prefill(self, row: int, k: torch.Tensor, v: torch.Tensor, length: int, scores: torch.Tensor | None) -> None:
+        """Restart ``row`` with a prompt: k, v ``[H, P, D]`` valid in ``[0, length)``, scores ``[H, P]``."""
+        self.reset(row)
+        self.prompt_len[row] = length
+        self.k[row, :, :length], self.v[row, :, :length] = k[:, :length].double(), v[:, :length].double()
+        for head, spec in enumerate(self.specs):
+            tokens = {p: Token(0.0 if scores is None else float(scores[head, p])) for p in range(length)}
+            stay = set(tokens) if self.keep_prompt else survivors(tokens, spec)
+            self.kept[row][head] = {p: token for p, token in tokens.items() if p in stay}
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rules 1 to 3 for every row: q ``[B, Hq, D]``, k and v ``[B, H, D]``.
+
+        Returns:
+            ``[B, Hq, D]`` in float64, and the same computation done by torch in q's own dtype.
+        """
+        batch, heads, length, dim = self.k.shape
+        mask = torch.zeros(batch, heads, 1, length, dtype=torch.bool)
+        for row in range(batch):
+            position = self.prompt_len[row] + self.step[row]
+            self.k[row, :, position], self.v[row, :, position] = k[row].double(), v[row].double()
+            for head in range(heads):
+                self.kept[row][head][position] = Token()
+                mask[row, head, 0, list(self.kept[row][head])] = True
+        queries = q.reshape(batch, heads, self.group, dim)
+        keys = torch.where(mask.mT, self.k, 0)
+        values = torch.where(mask.mT, self.v, 0)
+        probabilities, exact = _dense(queries.double(), keys, values, mask, self.scale)
+        _, native = _dense(queries, keys.to(q.dtype), values.to(q.dtype), mask, self.scale)
+        given = probabilities.sum(2)
+        for row in range(batch):
+            for head in range(heads):
+                for position, token in self.kept[row][head].items():
+                    token.score += given[row, head, position].item()
+                    token.attended += 1
+        return exact.reshape(q.shape), native.reshape(q.shape).double()
+
+    def evict(self, row: int, head: int, choice: set[int]) -> None:
+        """Rule 4 for one head, after `attend`, when it is due. ``choice``: the positions that the backend kept.
+
+        Where two keys are nearly but not exactly equal, float32 may order them otherwise; the oracle follows then.
+        """
+        step = self.step[row]
+        if self.row_buffer and (step + 1) % self.row_buffer:
+            return
+        first = self.prompt_len[row] if self.keep_prompt else 0
+        spec, tokens = self.specs[head], self.kept[row][head]
+        evictable = {p: token for p, token in tokens.items() if p >= first}
+        stay = survivors(evictable, spec)
+        chosen = {p for p in choice if p >= first}
+        if chosen != stay and _within_rounding(evictable, spec, stay, chosen):
+            stay = chosen
+        self.forgotten[row, head] += sum(token.score for p, token in evictable.items() if p not in stay)
+        self.kept[row][head] = {p: token for p, token in tokens.items() if p < first or p in stay}
+
+    def advance(self) -> None:
+        """End the step of every row."""
+        self.step = [step + 1 for step in self.step]
+
+
+def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor,
+           scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = (q @ k.mT * scale).masked_fill(~mask, -math.inf)
+    probabilities = torch.softmax(logits, -1)
+    return probabilities, probabilities @ v
+
+
+def _within_rounding(tokens: dict[int, Token], spec: HeadSpec, stay: set[int], chosen: set[int]) -> bool:
+    """Whether ``chosen`` differs from ``stay`` only in keys that float32 cannot be asked to order."""
+    if spec.kind != "heavy" or len(chosen) != len(stay) or not chosen <= set(tokens):
+        return False
+    lost = [tokens[p].key(spec.score) for p in stay - chosen]
+    gained = [tokens[p].key(spec.score) for p in chosen - stay]
+    protected = set(sorted(tokens, reverse=True)[:spec.recent])
+    if not protected <= chosen or set(lost) & set(gained):  # the latter: an exact tie that went the wrong way
+        return False
+    return max(lost) - min(gained) <= NEAR_TIE * abs(max(lost)) + 1e-30  # False for NaN

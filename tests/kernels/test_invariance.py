@@ -1,0 +1,75 @@
+"""What a result must not depend on: the batch, the number of threads, the order of the slots."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .cases import F32, Case, each_backend, each_compiled, mixed
+from .pair import Pair, bits
+
+STEPS = 15
+
+
+def _play(case: Case, rows: list[int], dtype: torch.dtype, row_buffer: int) -> tuple[torch.Tensor, ...]:
+    """Outputs and everything kept of ``rows``, each row with its own inputs whatever the batch."""
+    pair = Pair(mixed(8, row_buffer), case, batch=len(rows), group=2, max_prompt=5, steps=STEPS, dtype=dtype)
+    draws = [torch.Generator().manual_seed(row) for row in rows]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.stack([torch.randn(shape, generator=draw) for draw in draws]).to(dtype).to(case.device)
+
+    pair.cache.prefill(0, draw(8, 5, 40), draw(8, 5, 40), [(row + 1) % 6 for row in rows])
+    outs = [pair.cache.decode(0, draw(16, 40), draw(8, 40), draw(8, 40)) for _ in range(STEPS)]
+    return torch.stack(outs, 1), *pair.cache._layers[0].tensors[:5]
+
+
+@each_compiled
+@pytest.mark.parametrize("row_buffer", [0, 4], ids="R{}".format)
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=["f32", "bf16"])
+def test_a_row_does_not_depend_on_its_batch(case: Case, dtype: torch.dtype, row_buffer: int) -> None:
+    """"a row's output, scores and kept sets are bitwise the same alone or in any batch"."""
+    together = _play(case, [0, 1, 2, 3, 4], dtype, row_buffer)
+    for row in range(5):
+        for many, alone in zip(together, _play(case, [row], dtype, row_buffer), strict=True):
+            assert torch.equal(bits(many[row]), bits(alone[0]))
+    for many, other in zip(together, _play(case, [4, 2, 0], dtype, row_buffer), strict=True):
+        assert torch.equal(bits(many[[4, 2, 0]]), bits(other))
+
+
+@each_compiled
+@pytest.mark.parametrize("row_buffer", [0, 4], ids="R{}".format)
+def test_a_result_does_not_depend_on_threads(case: Case, row_buffer: int) -> None:
+    """Batch invariance under other numbers of threads, more than there are cores or items included."""
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 17):
+            torch.set_num_threads(count)
+            results.append((_play(case, [0, 1, 2], F32, row_buffer), _play(case, [1], F32, row_buffer)))
+    finally:
+        torch.set_num_threads(threads)
+    for many, alone in results:
+        for one, two, three in zip(results[0][0], many, alone, strict=True):
+            assert torch.equal(bits(one), bits(two)) and torch.equal(bits(one[1]), bits(three[0]))
+
+
+@each_backend
+@pytest.mark.parametrize("row_buffer", [0, 4], ids="R{}".format)
+def test_output_does_not_depend_on_slot_order(case: Case, row_buffer: int) -> None:
+    """"Output is independent of slot order": shuffle heavy heads' slots between steps, prompt and evictable apart."""
+    pair = Pair(mixed(8, row_buffer), case, max_prompt=5, steps=STEPS)
+    pair.prefill([5, 2])
+    state = pair.cache._layers[0]
+    for _ in range(STEPS):
+        pair.step()
+        for head, span in enumerate(state.layout.heads):
+            for row, prompt_len in enumerate((5, 2)):
+                count = len(pair.cache._kept(state, head, row))
+                order = torch.cat([torch.randperm(prompt_len), prompt_len + torch.randperm(count - prompt_len)])
+                if span.kind != "heavy":
+                    continue
+                for tensor, offset in ((state.keys, span.offset), (state.values, span.offset),
+                                       (state.scores, span.score_offset), (state.positions, span.score_offset)):
+                    tensor[row, offset:offset + count] = tensor[row, offset + order]
+        pair.check(0)

@@ -1,0 +1,212 @@
+"""`torch.ops.ssd_kernels.*`: opcheck, fakes, torch.compile without graph breaks, and refusal of what does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ssd_kernels import CompressedCache, ops
+
+from .cases import BF16, F32, Case, each_backend, mixed
+from .pair import assert_untouched, bits, snapshot
+
+B, H, HQ, D, P, N = 2, 4, 8, 40, 5, 12
+OPS = torch.ops.ssd_kernels
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def _cache(case: Case, dtype: torch.dtype = F32, layers: int = 1) -> CompressedCache:
+    return CompressedCache(mixed(H, 3, num_layers=layers), batch_size=B, num_query_heads=HQ, head_dim=D, max_prompt=P,
+                           num_visual_tokens=N, dtype=dtype, device=case.device, backend=case.name)
+
+
+def _started(case: Case, dtype: torch.dtype = F32, layers: int = 1) -> CompressedCache:
+    cache = _cache(case, dtype, layers)
+    random = torch.Generator().manual_seed(0)
+    for layer in range(layers):
+        k, v = torch.randn(2, B, H, P, D, generator=random).to(case.device, dtype)
+        cache.prefill(layer, k, v, [5, 2])
+    return cache
+
+
+def _inputs(case: Case, dtype: torch.dtype = F32, seed: int = 1) -> tuple[torch.Tensor, ...]:
+    random = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(B, heads, D, generator=random).to(case.device, dtype) for heads in (HQ, H, H))
+
+
+def _decode_arguments(cache: CompressedCache, case: Case, dtype: torch.dtype = F32) -> list[Any]:
+    state = cache._layers[0]
+    return [*_inputs(case, dtype), *state.tensors, *ops.layout_arguments(state.layout), D**-0.5, case.name]
+
+
+def _prefill_arguments(cache: CompressedCache, scores: torch.Tensor | None) -> list[Any]:
+    state = cache._layers[0]
+    k, v = torch.randn(2, 1, H, P, D, device=cache.device)
+    return [k, v, torch.tensor([4]), scores, torch.tensor([1]), *state.tensors, *ops.layout_arguments(state.layout),
+            cache.backend]
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+def test_opcheck_decode(case: Case, dtype: torch.dtype) -> None:
+    """"registered with fakes and mutation annotations (`torch.library.opcheck` passes)"."""
+    result = torch.library.opcheck(OPS.decode.default, _decode_arguments(_started(case, dtype), case, dtype))
+    assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
+
+
+@each_backend
+@pytest.mark.parametrize("scored", [False, True], ids=["no-scores", "scores"])
+def test_opcheck_prefill(case: Case, scored: bool) -> None:
+    """The same for prefill, with and without given scores."""
+    scores = torch.rand(1, H, P, device=case.device) if scored else None
+    result = torch.library.opcheck(OPS.prefill.default, _prefill_arguments(_started(case), scores))
+    assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
+
+
+@each_backend
+def test_operators_compute_what_the_cache_does(case: Case) -> None:
+    """The dispatcher and the short path give the same bits and the same cache."""
+    direct, dispatched = _started(case), _started(case)
+    for seed in range(N):
+        expected = direct.decode(0, *_inputs(case, seed=seed))
+        state = dispatched._layers[0]
+        out = OPS.decode(*_inputs(case, seed=seed), *state.tensors, *ops.layout_arguments(state.layout), D**-0.5,
+                         case.name)
+        assert torch.equal(out, expected) and out.is_contiguous()
+    for one, other in zip(snapshot(direct), snapshot(dispatched), strict=True):
+        assert torch.equal(one, other)
+
+
+@each_backend
+def test_prefill_operator(case: Case) -> None:
+    """`torch.ops.ssd_kernels.prefill` restarts the rows it is given."""
+    cache = _started(case)
+    arguments = _prefill_arguments(cache, None)
+    OPS.prefill(*arguments)
+    assert [kept.tolist() for kept in cache.positions(0, 2)] == [[0, 1, 2, 3, 4], [0, 1, 2, 3]]
+    span = cache._layers[0].layout.heads[2]
+    assert torch.equal(cache._layers[0].keys[1, span.offset:span.offset + 4], arguments[0][0, 2, :4])
+
+
+@each_backend
+@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+def test_compiled_decode_equals_eager(case: Case, engine: str) -> None:
+    """"`torch.compile(fullgraph=True)` ... work[s]", in-place cache update included, compiled once."""
+    torch._dynamo.reset()
+    eager, compiled = _started(case, layers=2), _started(case, layers=2)
+    counter = CompileCounterWithBackend(engine)
+
+    def step(cache: CompressedCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        first = cache.decode(0, q * 2, k, v)
+        return cache.decode(1, first, k + 1, v, scale=0.2) - 1
+
+    fast = torch.compile(step, backend=counter, fullgraph=True)
+    for seed in range(N):
+        inputs = _inputs(case, seed=seed)
+        torch.testing.assert_close(fast(compiled, *inputs), step(eager, *inputs), rtol=1e-5, atol=1e-6)
+        for one, other in zip(eager._layers, compiled._layers, strict=True):
+            assert torch.equal(one.cursors, other.cursors) and torch.equal(one.positions, other.positions)
+            assert torch.equal(bits(one.keys), bits(other.keys))
+    assert counter.frame_count == 1, "decoding recompiled"
+
+
+@each_backend
+def test_fakes_tell_shape_dtype_and_strides(case: Case) -> None:
+    """Fakes: decode's result is contiguous `[B, Hq, D]` in q's dtype, also for strided q; nothing is written."""
+    cache = _started(case, BF16)
+    before = snapshot(cache)
+    mode = torch._subclasses.FakeTensorMode()
+    arguments = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+                 for value in _decode_arguments(cache, case, BF16)]
+    with mode:
+        arguments[0] = torch.empty(HQ, B, D, dtype=BF16, device=case.device).transpose(0, 1)
+        out = OPS.decode(*arguments)
+    assert out.shape == (B, HQ, D) and out.dtype == BF16 and out.is_contiguous() and out.device == cache.device
+    assert_untouched(cache, before)
+
+
+def test_schemas_name_what_is_changed() -> None:
+    """Mutation annotations: keys, values, scores, positions and cursors change, nothing else does."""
+    for op in (OPS.decode.default, OPS.prefill.default):
+        written = [argument.name for argument in op._schema.arguments
+                   if argument.alias_info and argument.alias_info.is_write]
+        assert written == ["keys", "values", "scores", "positions", "cursors"]
+
+
+BAD_ARGUMENTS: dict[str, tuple[int, Any, str]] = {
+    "q-heads": (0, torch.ones(B, HQ + 1, D), "q "),
+    "q-dtype": (0, torch.ones(B, HQ, D).half(), "q "),
+    "k-batch": (1, torch.ones(B + 1, H, D), "k "),
+    "v-stride": (2, torch.ones(B, D, H).mT, "v "),
+    "keys-2d": (3, torch.ones(B, 7), "keys|table"),
+    "keys-1d": (3, torch.ones(B), "keys"),
+    "values-shape": (4, torch.ones(B, 7, D), "values"),
+    "scores-dtype": (5, torch.ones(B, 14).double(), "scores|table"),
+    "scores-none": (5, torch.ones(B, 0), "scores|table"),
+    "scores-1d": (5, torch.ones(B), "scores"),
+    "positions-dtype": (6, torch.ones(B, 14), "positions"),
+    "cursors-shape": (7, torch.ones(B, 3, dtype=torch.int32), "cursors"),
+    "cursors-batch": (7, torch.ones(B + 1, 2, dtype=torch.int32), "cursors"),
+    "table-dtype": (8, torch.ones(H, 8), "table"),
+    "table-columns": (8, torch.ones(H, 7, dtype=torch.int32), "table"),
+    "table-strided": (8, lambda table: torch.stack([table, table], -1)[..., 0], "table"),
+    "keys-strided": (3, lambda keys: keys.transpose(1, 2).contiguous().transpose(1, 2), "keys"),
+    "keys-dtype": (3, lambda keys: keys.double(), "values"),
+    "table-huge": (8, torch.full((H, 8), 2**30, dtype=torch.int32), "table"),
+    "table-negative": (8, torch.full((H, 8), -1, dtype=torch.int32), "table"),
+    "max_prompt-huge": (9, 10**6, "table|max_prompt"),
+    "num_visual_tokens-huge": (10, 10**6, "table|num_visual_tokens"),
+    "row_buffer-huge": (11, 10**6, "table|row_buffer"),
+    "row_buffer-negative": (11, -1, "row_buffer"),
+    "backend": (14, "fast", "backend"),
+}
+
+
+@each_backend
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_operators_refuse_what_does_not_fit(case: Case, name: str) -> None:
+    """"No input may read or write outside the slab", and none does when the operator is called by hand."""
+    place, value, message = BAD_ARGUMENTS[name]
+    cache = _started(case)
+    arguments = _decode_arguments(cache, case)
+    value = value(arguments[place]) if callable(value) else value
+    arguments[place] = value.to(case.device) if isinstance(value, torch.Tensor) else value
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match=message):
+        OPS.decode(*arguments)
+    assert_untouched(cache, before)
+
+
+BAD_PREFILLS: dict[str, tuple[int, Any, str]] = {
+    "k-heads": (0, torch.ones(1, H + 1, P, D), "k "),
+    "k-dims": (0, torch.ones(H, P, D), "k "),
+    "k-dtype": (0, torch.ones(1, H, P, D).half(), "k "),
+    "v-shape": (1, torch.ones(1, H, P - 1, D), "v "),
+    "v-dtype": (1, torch.ones(1, H, P, D).bfloat16(), "v "),
+    "prompt_lens-above-P": (2, torch.tensor([P + 1]), "prompt_lens"),
+    "prompt_lens-negative": (2, torch.tensor([-1]), "prompt_lens"),
+    "prompt_lens-count": (2, torch.tensor([1, 2]), "prompt_lens"),
+    "prompt_scores-shape": (3, torch.ones(1, H, P - 1), "prompt_scores"),
+    "prompt_scores-dtype": (3, torch.ones(1, H, P).half(), "prompt_scores"),
+    "rows-high": (4, torch.tensor([B]), "rows"),
+    "rows-negative": (4, torch.tensor([-1]), "rows"),
+    "backend": (-1, "fast", "backend"),
+}
+
+
+@each_backend
+@pytest.mark.parametrize("name", BAD_PREFILLS)
+def test_prefill_operator_refuses_what_does_not_fit(case: Case, name: str) -> None:
+    """The same for prefill: what the compiled code would read past the end of never reaches it."""
+    place, value, message = BAD_PREFILLS[name]
+    cache = _started(case)
+    arguments = _prefill_arguments(cache, None)
+    arguments[place] = value.to(case.device) if isinstance(value, torch.Tensor) and place < 2 else value
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match=message):
+        OPS.prefill(*arguments)
+    assert_untouched(cache, before)

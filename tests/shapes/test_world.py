@@ -1,0 +1,96 @@
+"""Scenes satisfy their prompts, pictures show their scenes, and everything follows from the seed."""
+
+import numpy as np
+import pytest
+import torch
+
+from ssd_shapes import tokens, world
+
+
+def scenes(n: int, split: world.Split = "train", seed: int = 0) -> list[world.Scene]:
+    rng = np.random.default_rng(seed)
+    return [world.draw_scene(rng, world.draw_prompt(rng, split)) for _ in range(n)]
+
+
+def test_same_seed_same_scenes():
+    assert scenes(50) == scenes(50)
+    assert scenes(50) != scenes(50, seed=1)
+
+
+def test_scenes_hold_exactly_what_the_prompt_asks():
+    for scene in scenes(500):
+        assert len(scene.objects) == sum(thing["count"] for thing in scene.include)
+        for thing in scene.include:
+            found = [o for o in scene.objects if o.shape == thing["class"]]
+            assert len(found) == thing["count"]
+            assert all(o.color == thing.get("color", o.color) for o in found)
+
+
+def test_positions_hold():
+    sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+    positioned = [s for s in scenes(500) if "position" in s.family]
+    assert positioned
+    for scene in positioned:
+        anchor, thing = scene.include
+        axis, direction = sign[thing["position"][0]]
+        a = next(o for o in scene.objects if o.shape == thing["class"])
+        b = next(o for o in scene.objects if o.shape == anchor["class"])
+        assert (a.center[axis] - b.center[axis]) * direction >= a.radius + b.radius
+
+
+def test_objects_are_inside_and_apart():
+    for scene in scenes(500):
+        covered = np.zeros((world.SIZE, world.SIZE), int)
+        for o in scene.objects:
+            half, (x, y) = o.radius + 1, o.center
+            assert half <= min(x, y) and max(x, y) + half < world.SIZE
+            box = covered[y - half : y + half + 1, x - half : x + half + 1]
+            box += world.coverage(o.shape, o.radius)[..., 0] > 0
+        assert covered.max() == 1
+
+
+def test_splits_share_no_prompt():
+    train, test = scenes(3000), scenes(1000, "test", 1)
+    assert not {s.prompt for s in train} & {s.prompt for s in test}
+    assert {s.family for s in train} == set(world.FAMILIES)
+    assert {s.family for s in test} == set(world.FAMILIES) - {"single_object"}
+
+
+def test_genevals_wording():
+    prompts = {s.prompt for s in scenes(3000)}
+    for wanted in ("a photo of a circle", "a photo of three stars", "a photo of an orange heart"):
+        assert wanted in prompts
+    assert any(" to the left of " in p for p in prompts)
+
+
+def test_no_held_out_single_objects():
+    with pytest.raises(ValueError, match="single_object"):
+        world.draw_prompt(np.random.default_rng(0), "test", "single_object")
+
+
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_shapes_are_upright_and_fit(shape):
+    mask = world.coverage(shape, 13)[..., 0]
+    assert np.allclose(mask, mask[:, ::-1], atol=1e-5)
+    assert mask[[0, -1]].max() == 0 and mask[:, [0, -1]].max() == 0
+    assert 0.2 < mask.mean() < 0.8
+
+
+def test_shapes_differ():
+    masks = [world.coverage(shape, 9)[..., 0] for shape in world.SHAPES]
+    for i, a in enumerate(masks):
+        for b in masks[:i]:
+            assert np.abs(a - b).sum() > 0.15 * max(a.sum(), b.sum())
+
+
+def test_code_book_reconstructs():
+    book = tokens.CodeBook.load()
+    pictures = torch.from_numpy(np.stack([world.render(s) for s in scenes(100, "test", 7)]))
+    codes = book.encode(pictures)
+    assert codes.shape == (100, tokens.TOKENS)
+    assert (book.decode(codes) - pictures).square().mean() <= 30
+    for color in (*world.COLORS.values(), *world.BACKGROUNDS.values()):
+        flat = torch.tensor(color, dtype=torch.uint8).expand(1, world.SIZE, world.SIZE, 3)
+        assert torch.equal(book.decode(book.encode(flat)).byte(), flat)
+    # A picture made of codes has those codes.
+    assert torch.equal(book.encode(book.decode(codes)), codes)
