@@ -104,7 +104,10 @@ class CMakeBuild(build_ext):
         self.run_tool(cmake, "--build", str(folder))
         module = Path(self.get_ext_fullpath(ext.name))
         module.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(folder / module.name), str(module))
+        # Renamed into place: a process that has the old module mapped must not see its bytes change.
+        partial = module.with_name(module.name + ".partial")
+        shutil.copy2(folder / module.name, partial)
+        os.replace(partial, module)
         print((folder / "summary.txt").read_text(), end="", flush=True)
 
     def run_tool(self, *command: str) -> None:
