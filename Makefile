@@ -20,10 +20,11 @@ CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
 
 .PHONY: demo test bench lint format clean
 
+# Passive waiting: on a busy machine, threads that spin while they wait slow each other down a hundredfold.
+demo: export OMP_WAIT_POLICY := passive
 demo: $(VENV)/.built
 	$(BIN)/ssd-janus demo --out demo
 
-# Passive waiting: on a busy machine, threads that spin while they wait slow each other down a hundredfold.
 test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.built
 	$(BIN)/python -m pytest -q

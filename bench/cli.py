@@ -42,7 +42,10 @@ def kernel(
         raise typer.BadParameter(f"must be one of {', '.join(dtypes)}, got {dtype!r}", param_hint="--dtype")
     if threads:
         torch.set_num_threads(threads)
-    shape = Shape(batch, heads, head_dim, mean, full, dtypes[dtype])
+    try:
+        shape = Shape(batch, heads, head_dim, mean, full, dtypes[dtype])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     console = Console(stderr=True)
     with console.status("checking outputs") as status:
         rows = measure(shape, repetitions, trials, progress=lambda name: status.update(f"timing {name}"))

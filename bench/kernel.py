@@ -29,10 +29,17 @@ class Shape:
     full: int = 600
     dtype: torch.dtype = torch.bfloat16
 
+    def __post_init__(self) -> None:
+        for name in ("batch", "heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 2 <= self.mean <= self.full:
+            raise ValueError(f"mean must be within 2 .. full = {self.full}, got {self.mean}")
+
     def lengths(self) -> list[int]:
         """Exponentially spread head lengths with the asked mean, none above ``full``: some heads need far more."""
         quantiles = [-math.log(1 - (head + 0.5) / self.heads) for head in range(self.heads)]
-        low, high = 0.0, float(self.full) * self.heads
+        low, high = 0.0, self.full / quantiles[0]  # at which every head is full
         for _ in range(60):
             scale = (low + high) / 2
             total = sum(min(max(2, round(scale * quantile)), self.full) for quantile in quantiles)

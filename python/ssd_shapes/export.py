@@ -70,6 +70,8 @@ of such combinations.
 The language model was trained on nearest k-means codes of patches; the VQ model was trained to draw and to find
 the same codes. VQ figures are for these bfloat16 weights computed in float32.
 
+{history}
+
 ## Limits
 
 It knows its own {n_shapes} shapes and {n_colors} colours, and nothing else: no photographs, no other words, no other
@@ -124,6 +126,7 @@ def card(model: JanusForConditionalGeneration, record: dict[str, Any]) -> str:
     lm, vq = record["language_model"], record["vq_model"]
     return CARD.format(
         **vq["held_out"],
+        history=record["history"],
         vq_pictures=vq["held_out"]["pictures"],
         vq_steps=vq["step"],
         vq_crops=vq["crops"],
@@ -155,6 +158,7 @@ def export(
     vq: Annotated[Path, typer.Argument(help="Finished run folder of ssd_shapes.vq.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; replaced whole if it exists.")] = MODEL,
     guidance: Annotated[float, typer.Option(help="The model's default guidance scale, above 1.")] = GUIDANCE,
+    history: Annotated[str, typer.Option(help="For the model card: which commands trained the model.")] = "",
 ) -> None:
     """Write config, weights, tokenizer, processor and model card, ready for plain from_pretrained."""
     if not guidance > 1:
@@ -174,6 +178,7 @@ def export(
         "language_model": json.loads((checkpoint / "progress.json").read_text()),
         "vq_model": json.loads((vq / "progress.json").read_text()),
         "guidance_scale": guidance,
+        "history": history,
         "bytes": (partial / "model.safetensors").stat().st_size,
     }
     (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
