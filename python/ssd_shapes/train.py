@@ -62,22 +62,29 @@ def trained_state(model: JanusForConditionalGeneration) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name.startswith(names)}
 
 
-def object_starts(codes: Tensor) -> Tensor:
-    """Where objects begin in ``codes`` [B, 576]: no background there, but above it and to its left. Boolean.
+def backgrounds(codes: Tensor) -> Tensor:
+    """Background code of each picture of ``codes`` [B, 576]: its most frequent one. [B]"""
+    return codes.mode(dim=1).values
 
-    The background is a picture's most frequent code; outside the picture counts as background.
+
+def object_starts(codes: Tensor) -> Tensor:
+    """Where objects begin in ``codes`` [B, 576]: no background there, but to its left and in the row above around it.
+
+    Outside the picture counts as background. Boolean [B, 576].
     """
     side = math.isqrt(tokens.TOKENS)
-    background = codes.mode(dim=1).values[:, None, None]
-    grid = F.pad((codes.unflatten(1, (side, side)) == background).to(torch.uint8), (1, 0, 1, 0), value=1)
-    return ((grid[:, 1:, 1:] == 0) & (grid[:, :-1, 1:] == 1) & (grid[:, 1:, :-1] == 1)).flatten(1)
+    drawn = (codes != backgrounds(codes)[:, None]).unflatten(1, (side, side)).float()
+    above = F.max_pool1d(F.pad(drawn, (2, 3, 1, 0))[:, :-1], 6, stride=1)
+    left = F.pad(drawn, (1, 0))[:, :, :-1]
+    return ((drawn == 1) & (above == 0) & (left == 0)).flatten(1)
 
 
-def image_loss(model: JanusForConditionalGeneration, batch: Batch, start_weight: float = 1.0) -> Tensor:
+def image_loss(model: JanusForConditionalGeneration, batch: Batch, identity_weight: float = 0.0) -> Tensor:
     """Mean cross-entropy of the 576 image tokens, nats.
 
-    ``start_weight`` multiplies the loss of tokens at which an object begins. They alone say which colour and shape
-    the prompt asked for, and are few among many edge tokens.
+    The few tokens that begin an object alone say whether it has the shape and colour that the prompt asked for, and
+    drown among edges. ``identity_weight`` counts them that many times more, but only given that an object begins
+    there: the likelihood of that factor has the same optimum, so the model does not learn to draw more objects.
     """
     janus = model.model
     with torch.autocast("cpu", torch.bfloat16):
@@ -85,10 +92,21 @@ def image_loss(model: JanusForConditionalGeneration, batch: Batch, start_weight:
         embedded = torch.cat([janus.language_model.embed_tokens(batch.prompts), codes], 1)
         hidden = janus.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         logits = janus.generation_head(hidden[:, -tokens.TOKENS :])
-    losses = F.cross_entropy(logits.float().flatten(0, 1), batch.codes.flatten(), reduction="none")
-    if start_weight != 1.0:
-        losses = losses * (1 + (start_weight - 1) * object_starts(batch.codes).flatten())
-    return losses.mean()
+    loss = F.cross_entropy(logits.float().flatten(0, 1), batch.codes.flatten())
+    if identity_weight:
+        loss = loss + identity_weight * identity_loss(logits, batch.codes)
+    return loss
+
+
+def identity_loss(logits: Tensor, codes: Tensor) -> Tensor:
+    """Cross-entropy of the tokens that begin an object among all but the background, over 576, nats.
+
+    ``logits`` [B, 576, 1024], ``codes`` [B, 576].
+    """
+    rows, places = object_starts(codes).nonzero(as_tuple=True)
+    began = logits[rows, places].float()
+    masked = began.scatter(1, backgrounds(codes)[rows, None], -math.inf)
+    return F.cross_entropy(masked, codes[rows, places], reduction="sum") / codes.numel()
 
 
 def optimizers(
@@ -152,9 +170,9 @@ def train(
     lr: Annotated[float, typer.Option(help="Peak learning rate of the hidden matrices (Muon).")] = 3e-3,
     adam_lr: Annotated[float, typer.Option(help="Peak learning rate of everything else (AdamW).")] = 2e-3,
     warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 100,
-    start_weight: Annotated[
-        float, typer.Option(help="Loss weight of tokens that begin an object, until the decay (then 1).")
-    ] = 1.0,
+    identity_weight: Annotated[
+        float, typer.Option(help="How much more the tokens that begin an object count.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 300.0,
     log_every: Annotated[int, typer.Option(help="Steps between progress lines.")] = 20,
@@ -196,8 +214,7 @@ def train(
     saved = began = time.monotonic()
     while progress.step < steps and not stopped:
         factor = schedule(progress.step, steps, warmup)
-        # Weighted to the end, the model would draw too many objects.
-        loss = image_loss(model, batches(progress.step), start_weight if factor == 1 else 1.0)
+        loss = image_loss(model, batches(progress.step), identity_weight)
         torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         for opt in opts:

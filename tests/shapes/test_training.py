@@ -69,3 +69,24 @@ def test_checkpoints_resume(tokenizer, tmp_path):
         assert torch.equal(a, b)
     assert restored[0].param_groups[0]["peak"] == 2e-3
     assert train.resume(tmp_path / "empty", fresh, restored).step == 0
+
+
+def test_object_starts_are_first_rows_only():
+    grid = torch.zeros(1, 24, 24, dtype=torch.long)
+    grid[0, 5:9, 7:11] = 3  # a square begins once
+    grid[0, 9:12, 4:8] = 4  # touches the first from below: the same heap, no new beginning
+    grid[0, 0, 20:24] = 5  # at the upper edge of the picture
+    starts = train.object_starts(grid.flatten(1)).unflatten(1, (24, 24))[0]
+    assert starts.nonzero().tolist() == [[0, 20], [5, 7]]
+
+
+def test_identity_loss_ignores_whether_an_object_begins():
+    codes = torch.zeros(1, 576, dtype=torch.long)
+    codes[0, 100] = 7
+    logits = torch.zeros(1, 576, tokens.CODES)
+    even = train.identity_loss(logits, codes)
+    assert torch.isclose(even * 576, torch.tensor(float(tokens.CODES - 1)).log())
+    logits[:, :, 0] = 30.0  # sure that everything is background
+    assert torch.isclose(train.identity_loss(logits, codes), even)
+    logits[:, :, 7] = 20.0  # but if something begins, then 7
+    assert train.identity_loss(logits, codes) * 576 < 1e-3
