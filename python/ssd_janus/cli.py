@@ -172,7 +172,7 @@ def demo(
     from .images import contact_sheet, file_names, save_picture
 
     out.mkdir(parents=True, exist_ok=True)
-    plans = {"full": pipe.shape.full_plan(), "20%": policies.mixed(pipe.shape, DEFAULT_BUDGET)}
+    plans = {"full": pipe.shape.full_plan(), "20%": policies.heavy(pipe.shape, DEFAULT_BUDGET)}
     columns: dict[str, list[Image]] = {}
     runs: dict[str, RunStats] = {}
     for name, plan in plans.items():

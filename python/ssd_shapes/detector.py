@@ -20,6 +20,7 @@ from scipy import ndimage
 from ssd_shapes import world
 
 Picture = NDArray[np.uint8] | Image.Image
+Wanted = world.Prompt | world.Scene | Mapping[str, Any]  # a mapping is GenEval's metadata
 FloatArray = NDArray[Any]  # floating point
 Mask = NDArray[np.bool_]
 
@@ -31,8 +32,9 @@ MIN_PURITY = 0.6  # share of an interior that must have a palette colour
 MIN_AREA = 40  # pixels; the world's smallest object covers 90
 MIN_CORE = 10  # pixels left of an object by erosion
 SHARPNESS = 2.0  # slope of coverage across an edge, per pixel; the world draws with 1
-MIN_FIT = 0.78  # intersection over union of a part and the rendered shape
-MIN_LEAD = 0.05  # by which the best shape must beat the second
+# Least intersection over union of a part and the rendered shape, by radius: a blur costs small objects more.
+MIN_FIT = ((9.0, 15.0), (0.76, 0.80))
+MIN_LEAD = 0.03  # by which the best shape must beat the second
 MIN_RADIUS = 7.0  # pixels; the world's smallest is 9
 MIN_VISIBLE = 0.6  # share of an object that must lie inside the picture
 POSITION_MARGIN = 0.1  # GenEval's: this share of both objects' sizes does not count towards an offset
@@ -67,7 +69,7 @@ class Verdict:
 def detect(picture: Picture) -> list[Found]:
     """The objects of a picture (uint8 [96, 96, 3] or PIL), best fit first; none when there is no background."""
     pixels = _pixels(picture)
-    distance = np.linalg.norm(pixels[..., None, :] - _BACKGROUNDS, axis=-1)  # [H, W, 3]
+    distance = _distances(pixels, _BACKGROUNDS)  # [H, W, 3]
     shares = (distance < MIN_CONTRAST).mean((0, 1))
     chosen = int(shares.argmax())
     if shares[chosen] < MIN_BACKGROUND:
@@ -94,12 +96,18 @@ def _pixels(picture: Picture) -> FloatArray:
     return picture.astype(np.float32)
 
 
+def _distances(pixels: FloatArray, colors: FloatArray) -> FloatArray:
+    """Distances of pixels [H, W, 3] from colours [N, 3]: [H, W, N]."""
+    squares = (pixels**2).sum(-1, keepdims=True) + (colors**2).sum(-1) - 2 * pixels @ colors.T
+    return np.asarray(np.sqrt(np.maximum(squares, 0.0)))
+
+
 def _parts(pixels: FloatArray, foreground: Mask) -> Iterator[tuple[Mask, int]]:
     """Split a foreground [H, W] into parts of one colour: masks with their index into the palette.
 
     Pixels at an edge mix two colours, so colours come from the interior; the others join the nearest interior one.
     """
-    error = np.linalg.norm(pixels[..., None, :] - _PALETTE, axis=-1)  # [H, W, 10]
+    error = _distances(pixels, _PALETTE)  # [H, W, 10]
     color = np.where(error.min(-1) <= MAX_COLOR_ERROR, error.argmin(-1), -1)
     interior = ndimage.binary_erosion(foreground, _FOUR, border_value=1)
     labels, _ = ndimage.label(foreground, _FOUR)
@@ -124,8 +132,10 @@ def _parts(pixels: FloatArray, foreground: Mask) -> Iterator[tuple[Mask, int]]:
 
 def _spread(values: NDArray[Any], seeds: Mask) -> NDArray[Any]:
     """Give every pixel the value [H, W] of the nearest seed."""
-    near = ndimage.distance_transform_edt(~seeds, return_distances=False, return_indices=True)
-    return values[tuple(near)]
+    near: tuple[NDArray[Any], ...] = tuple(
+        ndimage.distance_transform_edt(~seeds, return_distances=False, return_indices=True)
+    )
+    return np.asarray(values[near])
 
 
 def _split(part: Mask) -> list[Mask]:
@@ -167,7 +177,8 @@ def _recognise(alpha: FloatArray, color: int) -> Found | None:
     best, second = sorted((m.climb(window) if m.fit > likely else m for m in starts), key=lambda m: -m.fit)[:2]
     area = float(window.sum())
     hidden = area < MIN_VISIBLE * _moments(best.shape)[0] * best.radius**2
-    if best.fit < MIN_FIT or best.fit - second.fit < MIN_LEAD or best.radius < MIN_RADIUS or hidden:
+    vague = best.fit < np.interp(best.radius, *MIN_FIT) or best.fit - second.fit < MIN_LEAD
+    if vague or hidden or best.radius < MIN_RADIUS:
         return None
     center, size = (float(left + best.x), float(top + best.y)), (len(columns), len(rows))
     return Found(best.shape, list(world.COLORS)[color], center, size, best.radius, area, best.fit)
@@ -185,9 +196,10 @@ class _Match:
 
     @classmethod
     def at(cls, alpha: FloatArray, shape: str, x: float, y: float, radius: float) -> _Match:
-        right, down = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in alpha.shape[::-1]))
-        drawn = np.clip(0.5 - SHARPNESS * world.SHAPES[shape](right - x, down - y, radius), 0.0, 1.0)
-        return cls(shape, x, y, radius, float(np.minimum(alpha, drawn).sum() / np.maximum(alpha, drawn).sum()))
+        right, down = (np.arange(n, dtype=np.float32) for n in alpha.shape[::-1])
+        drawn = np.clip(0.5 - SHARPNESS * world.SHAPES[shape](right - x, down[:, None] - y, radius), 0.0, 1.0)
+        both = np.minimum(alpha, drawn).sum()
+        return cls(shape, x, y, radius, float(both / (alpha.sum() + drawn.sum() - both)))
 
     @classmethod
     def start(cls, alpha: FloatArray, shape: str) -> _Match:
@@ -218,7 +230,7 @@ def _moments(shape: str) -> tuple[float, float]:
     return float(mask.sum()) / 1e4, float(ndimage.center_of_mass(mask)[0] - 101) / 100
 
 
-def score(picture: Picture, prompt: world.Prompt | world.Scene | Mapping[str, Any]) -> Verdict:
+def score(picture: Picture, prompt: Wanted) -> Verdict:
     """Judge a picture against a prompt, or against its GenEval metadata ("include", "exclude").
 
     As in GenEval, other objects do not matter, and of several of a class the best found ones are judged.
@@ -226,20 +238,20 @@ def score(picture: Picture, prompt: world.Prompt | world.Scene | Mapping[str, An
     return judge(detect(picture), prompt)
 
 
-def judge(found: list[Found], prompt: world.Prompt | world.Scene | Mapping[str, Any]) -> Verdict:
+def judge(found: list[Found], prompt: Wanted) -> Verdict:
     """``score`` for objects that are already found, best first."""
-    reasons = []
+    reasons: list[str] = []
     groups: list[list[Found]] = []  # per wanted thing, for the positions that refer to it; empty where it failed
     for wanted in _get(prompt, "include"):
         count, color = wanted["count"], wanted.get("color")
         group = [item for item in found if item.shape == wanted["class"]][:count]
         colored = [item for item in group if color in (None, item.color)]
-        misplaced = []
+        misplaced: list[Found] = []
         if len(group) < count:
             reasons.append(f"expected {count} x {wanted['class']}, found {len(group)}")
         elif len(colored) < count:
-            seen = ", ".join(item.color for item in group)
-            reasons.append(f"expected {count} x {color} {wanted['class']}, found {seen}")
+            colors = ", ".join(item.color for item in group)
+            reasons.append(f"expected {count} x {color} {wanted['class']}, found {colors}")
         elif "position" in wanted:
             relation, index = wanted["position"]
             anchors = groups[index]
@@ -250,9 +262,9 @@ def judge(found: list[Found], prompt: world.Prompt | world.Scene | Mapping[str, 
         groups.append([] if len(colored) < count or misplaced else group)
     for unwanted in _get(prompt, "exclude"):
         color = unwanted.get("color")
-        seen_ = [item for item in found if item.shape == unwanted["class"] and color in (None, item.color)]
-        if len(seen_) >= unwanted["count"]:
-            reasons.append(f"expected fewer than {unwanted['count']} x {unwanted['class']}, found {len(seen_)}")
+        seen = [item for item in found if item.shape == unwanted["class"] and color in (None, item.color)]
+        if len(seen) >= unwanted["count"]:
+            reasons.append(f"expected fewer than {unwanted['count']} x {unwanted['class']}, found {len(seen)}")
     return Verdict(not reasons, "; ".join(reasons))
 
 
@@ -268,9 +280,7 @@ def related(relation: str, a: Found, b: Found) -> bool:
     return bool(along > POSITION_SHARE * np.linalg.norm(offset) and abs(offset[axis]) > abs(offset[1 - axis]))
 
 
-def rate(
-    pictures: Iterable[Picture], prompts: Iterable[world.Prompt | world.Scene | Mapping[str, Any]]
-) -> dict[str, tuple[int, int]]:
+def rate(pictures: Iterable[Picture], prompts: Iterable[Wanted]) -> dict[str, tuple[int, int]]:
     """Per family, how many pictures show what their prompt asks, and of how many: {"colors": (12, 13), ...}."""
     tally: dict[str, tuple[int, int]] = {}
     for picture, prompt in zip(pictures, prompts, strict=True):
@@ -280,6 +290,6 @@ def rate(
     return tally
 
 
-def _get(prompt: world.Prompt | world.Scene | Mapping[str, Any], field: str) -> list[dict[str, Any]]:
+def _get(prompt: Wanted, field: str) -> list[dict[str, Any]]:
     """What a prompt includes or excludes."""
     return list(prompt.get(field, ())) if isinstance(prompt, Mapping) else getattr(prompt, field)

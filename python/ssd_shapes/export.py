@@ -19,7 +19,7 @@ from ssd_shapes.janus import build_model
 
 MODEL = Path(__file__).parent / "model"
 RECORD = "training.json"
-GUIDANCE = 2.0
+GUIDANCE = 1.5
 
 # The model knows bare prompts: a chat is its text.
 CHAT_TEMPLATE = (
