@@ -20,7 +20,7 @@ CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
 
 .PHONY: demo test bench lint format clean
 
-# Passive waiting: on a busy machine, threads that spin while they wait slow each other down a hundredfold.
+# Passive waiting: on a busy machine, threads that spin while they wait can turn seconds into minutes.
 demo: export OMP_WAIT_POLICY := passive
 demo: $(VENV)/.built
 	$(BIN)/ssd-janus demo --out demo
