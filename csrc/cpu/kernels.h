@@ -22,49 +22,48 @@ struct Decoder {
   Prefetcher<T> ahead;
   int32_t group;
 
-  template <int kDim>
-  SSD_ALWAYS_INLINE void scores_of_keys(const T* keys, const Item& item, int32_t stride) {
+  // Calls f(tile, slots in it, slots before it) over an item's kept set in `slab`, while memory ahead is touched. When
+  // several query heads share the tile it is widened to floats once.
+  template <class F>
+  SSD_ALWAYS_INLINE void each_tile(const T* slab, const Item& item, F f) {
     const int dim = layer.shape.head_dim;
     int32_t done = 0;
     for (int32_t s = 0; s < item.num_segments; ++s) {
       const Segment segment = item.segments[s];
-      for (int32_t i = 0; i < segment.count; i += kTile) {
-        const int count = smaller(kTile, segment.count - i);
+      for (int32_t first = 0; first < segment.count; first += kTile) {
+        const int count = smaller(kTile, segment.count - first);
         ahead.advance(static_cast<int64_t>(count) * dim * sizeof(T));
-        const T* tile = keys + static_cast<int64_t>(segment.begin + i) * dim;
+        const T* tile = slab + static_cast<int64_t>(segment.begin + first) * dim;
         if (group == 1) {
-          score_tile<kDim>(scratch.q, tile, count, dim, scratch.logits + done);
+          f(tile, count, done);
         } else {
           for (int i = 0; i < count; ++i) widen(tile + i * dim, dim, 1.0f, scratch.tile + i * dim);
-          for (int32_t g = 0; g < group; ++g)
-            score_tile<kDim>(scratch.q + g * dim, scratch.tile, count, dim, scratch.logits + g * stride + done);
+          f(static_cast<const float*>(scratch.tile), count, done);
         }
         done += count;
       }
     }
   }
 
+  // logits [group, stride] of the kept set.
+  template <int kDim>
+  SSD_ALWAYS_INLINE void scores_of_keys(const T* keys, const Item& item, int32_t stride) {
+    const int dim = layer.shape.head_dim;
+    each_tile(keys, item, [&](auto tile, int count, int32_t done) __attribute__((always_inline)) {
+      for (int32_t g = 0; g < group; ++g)
+        score_tile<kDim>(scratch.q + g * dim, tile, count, dim, scratch.logits + g * stride + done);
+    });
+  }
+
+  // acc [group, head_dim]: values weighted by what stands in logits.
   template <int kDim>
   SSD_ALWAYS_INLINE void weighted_values(const T* values, const Item& item, int32_t stride) {
     const int dim = layer.shape.head_dim;
     std::memset(scratch.acc, 0, sizeof(float) * group * dim);
-    int32_t done = 0;
-    for (int32_t s = 0; s < item.num_segments; ++s) {
-      const Segment segment = item.segments[s];
-      for (int32_t i = 0; i < segment.count; i += kTile) {
-        const int count = smaller(kTile, segment.count - i);
-        ahead.advance(static_cast<int64_t>(count) * dim * sizeof(T));
-        const T* tile = values + static_cast<int64_t>(segment.begin + i) * dim;
-        if (group == 1) {
-          accumulate_tile<kDim>(scratch.logits + done, tile, count, dim, scratch.acc);
-        } else {
-          for (int i = 0; i < count; ++i) widen(tile + i * dim, dim, 1.0f, scratch.tile + i * dim);
-          for (int32_t g = 0; g < group; ++g)
-            accumulate_tile<kDim>(scratch.logits + g * stride + done, scratch.tile, count, dim, scratch.acc + g * dim);
-        }
-        done += count;
-      }
-    }
+    each_tile(values, item, [&](auto tile, int count, int32_t done) __attribute__((always_inline)) {
+      for (int32_t g = 0; g < group; ++g)
+        accumulate_tile<kDim>(scratch.logits + g * stride + done, tile, count, dim, scratch.acc + g * dim);
+    });
   }
 
   // Rule 1. The new token's slot in the slabs; its score starts at 0.
