@@ -219,16 +219,19 @@ class CachePlan:
         return sum(LayerLayout.build(heads, self, max_prompt, num_visual_tokens).nbytes(batch_size, head_dim, dtype)
                    for heads in self.layers)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON. The file appears whole or not at all."""
-        data = {"format": PLAN_FORMAT, "version": PLAN_VERSION, "row_buffer": self.row_buffer,
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values, as `save` writes them."""
+        return {"format": PLAN_FORMAT, "version": PLAN_VERSION, "row_buffer": self.row_buffer,
                 "keep_prompt": self.keep_prompt,
                 "layers": [[spec.to_dict() for spec in heads] for heads in self.layers]}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON. The file appears whole or not at all."""
         target = Path(path)
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(data, file, indent=1)
+                json.dump(self.to_dict(), file, indent=1)
                 file.write("\n")
             os.chmod(temporary, 0o644)
             os.replace(temporary, target)
@@ -247,12 +250,17 @@ class CachePlan:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls._from_json(data)
+            return cls.from_dict(data)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"plan file {os.fspath(path)}: {error}") from error
 
     @classmethod
-    def _from_json(cls, data: object) -> CachePlan:
+    def from_dict(cls, data: object) -> CachePlan:
+        """The plan that `to_dict` described.
+
+        Raises:
+            TypeError, ValueError: as `load`, without the file's name.
+        """
         if not isinstance(data, dict):
             raise ValueError(f"must hold a JSON object, got {type(data).__name__}")
         fields = {"format", "version", "row_buffer", "keep_prompt", "layers"}

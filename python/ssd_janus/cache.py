@@ -7,7 +7,7 @@ itself: the attention function then asks the layer to attend. That is all the co
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from transformers import AttentionInterface
@@ -25,6 +25,18 @@ HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "guidance_s
                       "output_hidden_states", "return_dict"})
 
 
+class Observer(Protocol):
+    """Watches the attention of one `generate` call and changes nothing. All tensors are the call's own: read only."""
+
+    def prefill(self, cache: CompressedCache, layer: int, keys: torch.Tensor, values: torch.Tensor,
+                prompt_lens: list[int]) -> None:
+        """The prompt of all rows in one layer: rotated keys and values [B, H, P, D], valid in [0, prompt_lens[b])."""
+
+    def decode(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None,
+               out: torch.Tensor) -> None:
+        """One step of one layer: query and out [B, Hq, D], the new token's keys and values [B, H, D], all rotated."""
+
+
 class _Shared:
     """What the layers of one `JanusCache` share; it holds no reference to them, so caches are freed at once.
 
@@ -35,9 +47,10 @@ class _Shared:
         prompt_lens: real prompt tokens of each row.
         order: ``[B, max(prompt_lens)]`` slots of the real prompt tokens, or None without padding.
         finished: the `generate` call that owned this cache is over.
+        observer: told of every attention call, if there is one.
     """
 
-    def __init__(self, plan: CachePlan, num_visual_tokens: int, backend: str) -> None:
+    def __init__(self, plan: CachePlan, num_visual_tokens: int, backend: str, observer: Observer | None) -> None:
         self.plan = plan
         self.num_visual_tokens = num_visual_tokens
         self.backend = backend
@@ -47,6 +60,7 @@ class _Shared:
         self.prompt_lens: list[int] = []
         self.order: torch.Tensor | None = None
         self.finished = False
+        self.observer = observer
 
     def advance(self, keys: torch.Tensor) -> None:
         """Count the tokens of ``keys`` [B, H, T, D]."""
@@ -128,12 +142,17 @@ class CompressedLayer(CacheLayerMixin):
         query, keys = query.to(values.dtype), keys.to(values.dtype)
         shared = self.shared
         if self.prefilled and shared.compressed is not None:
-            out = shared.compressed.decode(self.index, query[:, :, 0], keys[:, :, 0], values[:, :, 0], scale)
+            token = query[:, :, 0], keys[:, :, 0], values[:, :, 0]
+            out = shared.compressed.decode(self.index, *token, scale)
+            if shared.observer is not None:
+                shared.observer.decode(self.index, *token, scale, out)
             return out.unsqueeze(1)
         compressed = shared.compressed or shared.begin(query, values, mask)
-        compressed.prefill(self.index, shared.without_padding(keys), shared.without_padding(values),
-                           shared.prompt_lens)
+        prompt = shared.without_padding(keys), shared.without_padding(values)
+        compressed.prefill(self.index, *prompt, shared.prompt_lens)
         self.prefilled = True
+        if shared.observer is not None:
+            shared.observer.prefill(compressed, self.index, *prompt, shared.prompt_lens)
         return sdpa_attention_forward(module, query, keys, values, mask, scaling=scale)[0]
 
     def get_seq_length(self) -> int | torch.Tensor:
@@ -160,8 +179,9 @@ class CompressedLayer(CacheLayerMixin):
 class JanusCache(Cache):
     """The KV cache of one `generate` call under a plan."""
 
-    def __init__(self, plan: CachePlan, num_visual_tokens: int, backend: str = "auto") -> None:
-        self.shared = _Shared(plan, num_visual_tokens, backend)
+    def __init__(self, plan: CachePlan, num_visual_tokens: int, backend: str = "auto",
+                 observer: Observer | None = None) -> None:
+        self.shared = _Shared(plan, num_visual_tokens, backend, observer)
         super().__init__(layers=[CompressedLayer(index, self.shared) for index in range(plan.num_layers)])
 
     @property

@@ -18,7 +18,7 @@ from transformers import JanusForConditionalGeneration
 import ssd_kernels
 from ssd_kernels import CachePlan
 
-from .cache import ATTENTION, JanusCache
+from .cache import ATTENTION, JanusCache, Observer
 from .shape import ModelShape
 
 _ENABLED = "_ssd_janus"
@@ -29,7 +29,7 @@ class _Enabled:
     """Kept on an enabled model.
 
     Attributes:
-        plan, backend, shape: what the caches are made from.
+        plan, backend, shape, observer: what the caches are made from.
         inner: ``generate`` as found on the instance, or None when it was the class's own.
     """
 
@@ -37,6 +37,7 @@ class _Enabled:
     backend: str
     shape: ModelShape
     inner: Callable[..., Any] | None
+    observer: Observer | None = None
 
 
 def enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str = "auto") -> None:
@@ -55,13 +56,17 @@ def enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str =
         TypeError: another kind of model, or ``plan`` is no `CachePlan`.
         ValueError: the plan does not fit the model, or the backend is unknown or cannot run here.
     """
+    _enable(model, plan, backend, None)
+
+
+def _enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str, observer: Observer | None) -> None:
     _check_model(model)
     shape = ModelShape.of(model)
     shape.check(plan)
     _check_backend(backend)
     current = vars(model).get(_ENABLED)
     inner = current.inner if current else vars(model).get("generate")
-    setattr(model, _ENABLED, _Enabled(plan, backend, shape, inner))
+    setattr(model, _ENABLED, _Enabled(plan, backend, shape, inner, observer))
     # A bound method, so that copy.deepcopy(model) yields a model that drives itself.
     model.generate = types.MethodType(_generate, model)
 
@@ -87,10 +92,14 @@ def is_enabled(model: JanusForConditionalGeneration) -> bool:
 
 
 @contextmanager
-def applied(model: JanusForConditionalGeneration, plan: CachePlan, backend: str = "auto") -> Iterator[None]:
-    """`enable` for the length of a ``with`` block; what was in force before is restored."""
+def applied(model: JanusForConditionalGeneration, plan: CachePlan, backend: str = "auto",
+            observer: Observer | None = None) -> Iterator[None]:
+    """`enable` for the length of a ``with`` block; what was in force before is restored.
+
+    ``observer`` watches the attention of the calls in the block.
+    """
     before = {name: vars(model)[name] for name in (_ENABLED, "generate") if name in vars(model)}
-    enable(model, plan, backend)
+    _enable(model, plan, backend, observer)
     try:
         yield
     finally:
@@ -114,7 +123,7 @@ def _generate(self: JanusForConditionalGeneration, *args: Any, **kwargs: Any) ->
         raise ValueError("output_attentions must be False on an enabled model, got True: evicted tokens have no "
                          "attention weights")
     guided = _settle_guidance(self, kwargs)
-    cache = JanusCache(enabled.plan, enabled.shape.num_visual_tokens, enabled.backend)
+    cache = JanusCache(enabled.plan, enabled.shape.num_visual_tokens, enabled.backend, enabled.observer)
     # Given a cache, transformers makes none of its own (5.13 to 5.17 fail when they try).
     kwargs["past_key_values"] = cache
     try:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from .files import write_atomically
 
 
 def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
@@ -20,15 +20,7 @@ def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG. The file appears whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, "PNG")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, lambda file: picture.save(file, "PNG"))
 
 
 def file_names(prompts: Sequence[str], num_images_per_prompt: int) -> list[str]:

@@ -17,6 +17,7 @@ from transformers import JanusForConditionalGeneration, JanusProcessor, LogitsPr
 from ssd_kernels import CachePlan
 
 from . import hooks
+from .cache import Observer
 from .checkpoints import included_model
 from .images import to_pictures
 from .progress import ProgressCallback, progress_bar
@@ -122,7 +123,9 @@ class Pipeline:
     def generate_tokens(self, prompts: Sequence[str] | str, num_images_per_prompt: int = 1,
                         guidance_scale: float | None = None, seed: int = 0, plan: CachePlan | None = None, *,
                         temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
-                        batch_size: int | None = None, progress: bool | ProgressCallback = False) -> torch.Tensor:
+                        batch_size: int | None = None, progress: bool | ProgressCallback = False,
+                        logits_processor: Sequence[LogitsProcessor] = (),
+                        observer: Observer | None = None) -> torch.Tensor:
         """The visual tokens of the pictures that a call with the same arguments draws.
 
         Args:
@@ -137,6 +140,9 @@ class Pipeline:
             top_k, top_p: restrict sampling; 0 and 1 do not. None for the model's defaults (transformers' top_k is 50).
             batch_size: pictures drawn at once; None for all.
             progress: True for a progress bar on stderr, or ``progress(done_steps, all_steps)``.
+            logits_processor: called at every step with the logits before guidance, [2 * pictures, codes], the
+                conditional rows first (without guidance [pictures, codes]).
+            observer: watches the attention; needs a plan.
 
         Returns:
             Long tensor [pictures, visual tokens] on the CPU.
@@ -144,6 +150,8 @@ class Pipeline:
         Raises:
             TypeError, ValueError: an argument is wrong.
         """
+        if observer is not None and plan is None:
+            raise ValueError("observer needs a plan, got plan=None")
         prompts = _check_prompts(prompts)
         _check_number("num_images_per_prompt", num_images_per_prompt, int, 1)
         _check_number("seed", seed, int, 0)
@@ -158,14 +166,15 @@ class Pipeline:
         inputs = [self._tokenise(batch) for batch in batches]
 
         tokens, runs = [], []
-        with self._plan_applied(plan), _step_reports(progress, self.shape.num_visual_tokens * len(batches)) as step:
+        total = self.shape.num_visual_tokens * len(batches)
+        with self._plan_applied(plan, observer), _step_reports(progress, total) as step:
             for number, batch in enumerate(inputs):
                 began = time.perf_counter()
                 with torch.random.fork_rng(devices=self._cuda_devices()):
                     torch.manual_seed(seed + number * batch_size)
                     result = self.model.generate(
                         **batch, generation_mode="image", guidance_scale=guidance_scale, return_dict_in_generate=True,
-                        logits_processor=LogitsProcessorList([step]), **options)
+                        logits_processor=LogitsProcessorList([step, *logits_processor]), **options)
                 tokens.append(result.sequences.cpu())
                 runs.append(self._stats(result.past_key_values.compressed, len(batches[number]),
                                         time.perf_counter() - began))
@@ -183,10 +192,10 @@ class Pipeline:
             pictures += to_pictures(self.model.decode_image_tokens(part.to(self.model.device)))
         return pictures
 
-    def _plan_applied(self, plan: CachePlan | None) -> AbstractContextManager[None]:
+    def _plan_applied(self, plan: CachePlan | None, observer: Observer | None) -> AbstractContextManager[None]:
         if plan is None and hooks.is_enabled(self.model):
             return nullcontext()
-        return hooks.applied(self.model, self.shape.full_plan() if plan is None else plan, self.backend)
+        return hooks.applied(self.model, self.shape.full_plan() if plan is None else plan, self.backend, observer)
 
     def _texts(self, prompts: Sequence[str]) -> Any:
         """The prompts in the checkpoint's chat format, where it has one."""

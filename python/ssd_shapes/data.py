@@ -6,18 +6,47 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ssd_shapes import text, tokens, world
 
+SHOWN = 0.08  # share of a patch that an object must cover to count as shown there
+_SHAPES, _COLORS = list(world.SHAPES), list(world.COLORS)
+
 
 @dataclass(frozen=True)
 class Batch:
-    """``prompts`` [B, P] end in the begin-of-image token; ``codes`` [B, 576] are the image tokens (int64)."""
+    """Prompts, image tokens, and what each image token shows.
+
+    ``prompts`` [B, P] end in the begin-of-image token; ``codes`` [B, 576] are the image tokens. ``shapes`` and
+    ``colors`` [B, 576] number the object that a token shows, -1 for background. All int64. ``begins`` [B, 576],
+    boolean, is true at the first token, row by row, of every object.
+    """
 
     prompts: Tensor
     codes: Tensor
+    shapes: Tensor
+    colors: Tensor
+    begins: Tensor
+
+
+def label(scene: world.Scene) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """``shapes``, ``colors`` and ``begins`` of ``Batch`` for one scene, [576] each."""
+    shares = np.zeros((len(scene.objects), world.SIZE, world.SIZE), np.float32)
+    for share, item in zip(shares, scene.objects, strict=True):
+        half, (x, y) = item.radius + 1, item.center
+        share[y - half : y + half + 1, x - half : x + half + 1] = world.coverage(item.shape, item.radius)[..., 0]
+    shares = shares.reshape(-1, tokens.GRID, tokens.PATCH, tokens.GRID, tokens.PATCH).mean((2, 4))
+    shares = shares.reshape(-1, tokens.TOKENS)
+    owner = np.where(shares.max(0) >= SHOWN, shares.argmax(0), -1)
+    # Index -1 reads the entry that is appended for the background.
+    shapes = np.array([*(_SHAPES.index(item.shape) for item in scene.objects), -1])[owner]
+    colors = np.array([*(_COLORS.index(item.color) for item in scene.objects), -1])[owner]
+    begins = np.zeros(tokens.TOKENS, bool)
+    begins[[int(np.argmax(owner == number)) for number in range(len(scene.objects))]] = True
+    return shapes, colors, begins
 
 
 class Batches:
@@ -50,9 +79,11 @@ class Batches:
             other = self._draw(rng)
             if len(other[1]) == len(first[1]):
                 drawn.append(other)
-        pictures = np.stack([world.render(world.draw_scene(rng, prompt)) for prompt, _ in drawn])
+        scenes = [world.draw_scene(rng, prompt) for prompt, _ in drawn]
+        pictures = np.stack([world.render(scene) for scene in scenes])
+        shapes, colors, begins = (torch.from_numpy(np.stack(part)) for part in zip(*map(label, scenes), strict=True))
         prompts = torch.tensor([[*ids, self.boi] for _, ids in drawn])
         # The unconditional rows as transformers builds them: all but <bos> and the boi token is padding.
         blanked = torch.from_numpy(rng.random(self.size) < self.blank)
         prompts[blanked, 1:-1] = self.pad
-        return Batch(prompts, self.book.encode(torch.from_numpy(pictures)))
+        return Batch(prompts, self.book.encode(torch.from_numpy(pictures)), shapes, colors, begins)

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration
 
-from ssd_shapes import attention, text, tokens
+from ssd_shapes import attention, losses, text, tokens
 from ssd_shapes.data import Batch, Batches
 from ssd_shapes.janus import CODE_WIDTH, build_model
 
 TRAINED = ("language_model", "generation_embeddings", "generation_aligner", "generation_head")
 DECAY_SHARE = 0.25  # of all steps, at the end
-HELD_OUT_BATCHES = 4
+HELD_OUT_BATCHES = 8
 
 
 @dataclass
@@ -36,6 +34,7 @@ class Progress:
     seconds: float = 0.0
     loss: float = float("nan")  # nats per image token, running mean
     held_out_loss: float = float("nan")
+    held_out_scene: dict[str, float] = field(default_factory=dict)  # shares read right: see losses.scene_accuracy
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -62,58 +61,11 @@ def trained_state(model: JanusForConditionalGeneration) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name.startswith(names)}
 
 
-def backgrounds(codes: Tensor) -> Tensor:
-    """Background code of each picture of ``codes`` [B, 576]: its most frequent one. [B]"""
-    return codes.mode(dim=1).values
-
-
-def object_starts(codes: Tensor) -> Tensor:
-    """Where objects begin in ``codes`` [B, 576]: no background there, but to its left and in the row above around it.
-
-    Outside the picture counts as background. Boolean [B, 576].
-    """
-    side = math.isqrt(tokens.TOKENS)
-    drawn = (codes != backgrounds(codes)[:, None]).unflatten(1, (side, side)).float()
-    above = F.max_pool1d(F.pad(drawn, (2, 3, 1, 0))[:, :-1], 6, stride=1)
-    left = F.pad(drawn, (1, 0))[:, :, :-1]
-    return ((drawn == 1) & (above == 0) & (left == 0)).flatten(1)
-
-
-def image_loss(model: JanusForConditionalGeneration, batch: Batch, identity_weight: float = 0.0) -> Tensor:
-    """Mean cross-entropy of the 576 image tokens, nats.
-
-    The few tokens that begin an object alone say whether it has the shape and colour that the prompt asked for, and
-    drown among edges. ``identity_weight`` counts them that many times more, but only given that an object begins
-    there: the likelihood of that factor has the same optimum, so the model does not learn to draw more objects.
-    """
-    janus = model.model
-    with torch.autocast("cpu", torch.bfloat16):
-        codes = janus.generation_aligner(janus.generation_embeddings(batch.codes[:, :-1]))
-        embedded = torch.cat([janus.language_model.embed_tokens(batch.prompts), codes], 1)
-        hidden = janus.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        logits = janus.generation_head(hidden[:, -tokens.TOKENS :])
-    loss = F.cross_entropy(logits.float().flatten(0, 1), batch.codes.flatten())
-    if identity_weight:
-        loss = loss + identity_weight * identity_loss(logits, batch.codes)
-    return loss
-
-
-def identity_loss(logits: Tensor, codes: Tensor) -> Tensor:
-    """Cross-entropy of the tokens that begin an object among all but the background, over 576, nats.
-
-    ``logits`` [B, 576, 1024], ``codes`` [B, 576].
-    """
-    rows, places = object_starts(codes).nonzero(as_tuple=True)
-    began = logits[rows, places].float()
-    masked = began.scatter(1, backgrounds(codes)[rows, None], -math.inf)
-    return F.cross_entropy(masked, codes[rows, places], reduction="sum") / codes.numel()
-
-
 def optimizers(
-    model: JanusForConditionalGeneration, lr: float, adam_lr: float
+    model: JanusForConditionalGeneration, head: losses.SceneHead, lr: float, adam_lr: float
 ) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices; AdamW for embeddings, the two ends of the code path, norms and biases."""
-    matrices, others = [], []
+    matrices, others = [], list(head.parameters())
     for name, parameter in model.model.named_parameters():
         if not name.startswith(TRAINED):
             parameter.requires_grad_(False)
@@ -129,13 +81,16 @@ def optimizers(
     return [muon, adam]
 
 
-def save(run: Path, model: JanusForConditionalGeneration, opts: list[Any], progress: Progress) -> None:
+def save(
+    run: Path, model: JanusForConditionalGeneration, head: losses.SceneHead, opts: list[Any], progress: Progress
+) -> None:
     """Write ``run/step_NNNNNNN`` in one rename and drop all but the newest two."""
     target = run / f"step_{progress.step:07d}"
     partial = run / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file({k: v.contiguous() for k, v in trained_state(model).items()}, partial / "model.safetensors")
+    save_file(head.state_dict(), partial / "scene_head.safetensors")
     torch.save([opt.state_dict() for opt in opts], partial / "optimizer.pt")
     (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=1) + "\n")
     if not target.exists():
@@ -144,7 +99,7 @@ def save(run: Path, model: JanusForConditionalGeneration, opts: list[Any], progr
         shutil.rmtree(old)
 
 
-def resume(run: Path, model: JanusForConditionalGeneration, opts: list[Any]) -> Progress:
+def resume(run: Path, model: JanusForConditionalGeneration, head: losses.SceneHead, opts: list[Any]) -> Progress:
     """Load the newest checkpoint of a run folder, if any; peak learning rates stay those asked for now."""
     found = sorted(run.glob("step_*"))
     if not found:
@@ -153,6 +108,7 @@ def resume(run: Path, model: JanusForConditionalGeneration, opts: list[Any]) -> 
     if missing:
         raise ValueError(f"{found[-1]} lacks {sorted(missing)[:3]}: it was written by another version")
     model.load_state_dict(weights, strict=False)
+    head.load_state_dict(load_file(found[-1] / "scene_head.safetensors"))
     for opt, state in zip(opts, torch.load(found[-1] / "optimizer.pt", weights_only=True), strict=True):
         peaks = [group["peak"] for group in opt.param_groups]
         opt.load_state_dict(state)
@@ -161,18 +117,32 @@ def resume(run: Path, model: JanusForConditionalGeneration, opts: list[Any]) -> 
     return Progress(**json.loads((found[-1] / "progress.json").read_text()))
 
 
+def measure(
+    model: JanusForConditionalGeneration, head: losses.SceneHead, batches: list[Batch], progress: Progress
+) -> None:
+    """Write the loss of image tokens and the shares of scenes read right on ``batches`` into ``progress``."""
+    found, read = 0.0, dict.fromkeys(("shape", "color", "number"), 0.0)
+    for batch in batches:
+        hidden, logits = losses.predict(model, batch)
+        found += losses.token_loss(logits, batch.codes).item() / len(batches)
+        for name, share in losses.scene_accuracy(head(hidden), batch).items():
+            read[name] += share / len(batches)
+    progress.held_out_loss, progress.held_out_scene = found, read
+
+
 def train(
     run: Annotated[Path, typer.Option(help="Folder of the checkpoints; an existing run is resumed.")],
     steps: Annotated[
         int, typer.Option(help="All steps, past ones included. The last quarter decays.")
     ] = 3000,
-    batch: Annotated[int, typer.Option(help="Pictures per step.")] = 16,
+    batch: Annotated[int, typer.Option(help="Pictures per step.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the hidden matrices (Muon).")] = 3e-3,
     adam_lr: Annotated[float, typer.Option(help="Peak learning rate of everything else (AdamW).")] = 2e-3,
     warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 100,
     identity_weight: Annotated[
         float, typer.Option(help="How much more the tokens that begin an object count.")
-    ] = 0.0,
+    ] = 10.0,
+    scene_weight: Annotated[float, typer.Option(help="Weight of reading the scene from hidden states.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 300.0,
     log_every: Annotated[int, typer.Option(help="Steps between progress lines.")] = 20,
@@ -194,15 +164,16 @@ def train(
     model = build_model(tokenizer)
     model.set_attn_implementation({"text_config": attention.register()})
     initialise(model, book)
-    opts = optimizers(model, lr, adam_lr)
-    progress = resume(run, model, opts)
+    head = losses.SceneHead()
+    opts = optimizers(model, head, lr, adam_lr)
+    progress = resume(run, model, head, opts)
     run.mkdir(parents=True, exist_ok=True)
     if compiled:
         for layer in model.model.language_model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
     batches = Batches(tokenizer, book, batch, seed=seed)
     held_out = [Batches(tokenizer, book, batch, 0.0, seed, "test")(i) for i in range(HELD_OUT_BATCHES)]
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
     size = sum(p.numel() for p in parameters)
     print(f"{size:,} trained parameters, from step {progress.step} to {steps}", flush=True)
 
@@ -214,8 +185,12 @@ def train(
     saved = began = time.monotonic()
     while progress.step < steps and not stopped:
         factor = schedule(progress.step, steps, warmup)
-        loss = image_loss(model, batches(progress.step), identity_weight)
-        torch.autograd.backward(loss)
+        data = batches(progress.step)
+        hidden, logits = losses.predict(model, data)
+        loss = losses.token_loss(logits, data.codes)
+        extra = identity_weight * losses.identity_loss(logits, data)
+        extra = extra + scene_weight * losses.scene_loss(head(hidden), data)
+        torch.autograd.backward(loss + extra)
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         for opt in opts:
             for group in opt.param_groups:
@@ -238,10 +213,10 @@ def train(
             recent, began = [], now
         if time.monotonic() - saved > save_every or last:
             with torch.no_grad():
-                losses = [image_loss(model, item).item() for item in held_out]
-            progress.held_out_loss = sum(losses) / len(losses)
-            save(run, model, opts, progress)
-            print(f"step {progress.step} held-out loss {progress.held_out_loss:.4f} saved", flush=True)
+                measure(model, head, held_out, progress)
+            save(run, model, head, opts, progress)
+            shares = " ".join(f"{name} {share:.0%}" for name, share in progress.held_out_scene.items())
+            print(f"step {progress.step} saved; held out: loss {progress.held_out_loss:.4f} {shares}", flush=True)
             saved = time.monotonic()
 
 

@@ -1,0 +1,222 @@
+"""How close a model with a compressed cache stays to itself with the full cache; works with any weights.
+
+Tokens are drawn with the full cache. The same tokens are then forced on the model with the compressed cache, so that
+every step compares two next-token distributions after the same past, and not two pictures that went apart long ago.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from transformers import LogitsProcessor
+
+from ssd_kernels import CachePlan, CompressedCache
+
+from ..extras import needs
+from ..files import write_atomically
+from ..images import file_names, save_picture
+from ..pipeline import Pipeline
+from ..progress import ProgressCallback
+from .folder import Batch, RunFolder, settings
+
+RUNS_PER_BATCH = 3  # full cache, forced tokens, free drawing
+FORBIDDEN = -1e4  # a logit; finite, because guidance subtracts logits
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What a plan changes, over all pictures.
+
+    Attributes:
+        kl_mean, kl_p99: KL(full || compressed) of the guided next-token distribution at temperature 1, nats per token.
+        kl_by_row: mean KL of each row of the picture, top first.
+        agreement: share of tokens where both distributions have the same most probable token.
+        head_error: per layer and KV head, |out - out_full| / |out_full| of the attention output (root of summed
+            squares over all steps), for the same queries: each head's own loss, nothing inherited from layers below.
+        psnr_db: of freely drawn pictures against the full cache's of the same seed; None if all are equal.
+        ssim: likewise, mean over pictures; 1 is equal.
+        pictures: measured.
+        budget: of the plan.
+    """
+
+    kl_mean: float
+    kl_p99: float
+    kl_by_row: list[float]
+    agreement: float
+    head_error: list[list[float]]
+    psnr_db: float | None
+    ssim: float
+    pictures: int
+    budget: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Recorder(LogitsProcessor):
+    """Keeps the guided log-probabilities of every step, and may force the tokens of a given picture.
+
+    Attributes:
+        steps: per step, log-probabilities [pictures, codes], float32.
+    """
+
+    def __init__(self, guidance_scale: float, forced: torch.Tensor | None = None) -> None:
+        """
+        Args:
+            guidance_scale: the run's; above 1 the logits have conditional rows first, then as many unconditional ones.
+            forced: tokens [pictures, steps] that the run must take; None leaves the choice to it.
+        """
+        self.guidance_scale, self.forced = guidance_scale, forced
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = scores.float().log_softmax(-1)
+        if self.guidance_scale > 1:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + self.guidance_scale * (conditional - unconditional)
+        step = len(self.steps)
+        self.steps.append(logits.log_softmax(-1))
+        if self.forced is None:
+            return scores
+        tokens = self.forced[:, step].to(scores.device).repeat(len(scores) // len(self.forced))
+        return torch.full_like(scores, FORBIDDEN).scatter_(1, tokens[:, None], 0.0)
+
+
+class AttentionError:
+    """Runs a second cache under ``plan`` beside a full one and sums the squared differences of their outputs.
+
+    Attributes:
+        error, norm: sums over rows, steps and channels of (out - out_full)^2 and out_full^2, float64 [layers, heads].
+    """
+
+    def __init__(self, plan: CachePlan, backend: str = "auto") -> None:
+        self.plan, self.backend = plan, backend
+        self.shadow: CompressedCache | None = None
+        self.error, self.norm = torch.zeros(2, plan.num_layers, plan.num_heads, dtype=torch.float64)
+
+    def prefill(self, cache: CompressedCache, layer: int, keys: torch.Tensor, values: torch.Tensor,
+                prompt_lens: list[int]) -> None:
+        if self.shadow is None:
+            self.shadow = CompressedCache(
+                self.plan, cache.batch_size, cache.num_query_heads, cache.head_dim, cache.max_prompt,
+                cache.num_visual_tokens, cache.dtype, cache.device, self.backend)
+        self.shadow.prefill(layer, keys, values, prompt_lens)
+
+    def decode(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None,
+               out: torch.Tensor) -> None:
+        if self.shadow is None:
+            raise RuntimeError("a step was observed before the prompt")
+        difference = self.shadow.decode(layer, query, keys, values, scale).double() - out.double()
+        for total, tensor in ((self.error, difference), (self.norm, out.double())):
+            # [B, Hq, D] -> [H]: query heads of one group are neighbours.
+            total[layer] += tensor.square().sum((0, 2)).view(self.plan.num_heads, -1).sum(1).cpu()
+
+
+def evaluate(pipe: Pipeline, plan: CachePlan, out: Path, *, prompts: Sequence[str],
+             guidance_scale: float | None = None, batch_size: int = 8,
+             progress: ProgressCallback = lambda done, total: None) -> Fidelity:
+    """Measure one plan, one picture per prompt.
+
+    Pictures go to ``out/pictures/full`` and ``out/pictures/plan``, figures of finished batches to ``out/batches``; a
+    killed run goes on after the last one. Memory: 4 bytes x codes x visual tokens per picture of a batch for the
+    distributions (38 MB for Janus-Pro), besides a full cache and two compressed ones.
+
+    Args:
+        pipe: any Janus.
+        plan: what the caches keep.
+        out: folder of this plan.
+        prompts: texts.
+        guidance_scale: None for the model's default.
+        batch_size: pictures drawn at once.
+        progress: ``progress(done_steps, all_steps)``.
+
+    Raises:
+        ValueError: no prompts, or ``out`` holds results made with other settings.
+        ImportError: scikit-image is missing; the message names the extra.
+    """
+    if not prompts:
+        raise ValueError("prompts must hold at least one text, got none")
+    with needs("evaluate", "skimage"):
+        import skimage.metrics  # noqa: F401  # before hours of drawing, not after
+    chosen = settings(pipe, "fidelity", plan, guidance_scale, batch_size)
+    folder = RunFolder(out, chosen, prompts, ".npz")
+    names = file_names(list(prompts), 1)
+    for name in ("full", "plan"):
+        (out / "pictures" / name).mkdir(parents=True, exist_ok=True)
+    remaining = folder.open_batches(1)
+    total = len(remaining) * RUNS_PER_BATCH * pipe.shape.num_visual_tokens
+    for number, batch in enumerate(remaining):
+        before = number * RUNS_PER_BATCH * pipe.shape.num_visual_tokens
+        figures, pictures = _measure(pipe, plan, batch, chosen["guidance_scale"], folder.sampling_seed(batch),
+                                     lambda done: progress(before + done, total))  # noqa: B023
+        for name, drawn in pictures.items():
+            for index, picture in enumerate(drawn, batch.first):
+                save_picture(picture, out / "pictures" / name / names[index])
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **figures)
+        write_atomically(folder.file(batch), lambda file: file.write(buffer.getvalue()))  # noqa: B023
+    return _summarise([dict(np.load(path, allow_pickle=False)) for path in folder.done_files(1)], pipe, plan)
+
+
+def _measure(pipe: Pipeline, plan: CachePlan, batch: Batch, scale: float, seed: int,
+             progress: Any) -> tuple[dict[str, np.ndarray], dict[str, list[Image]]]:
+    """Three runs of one batch: full cache, forced tokens, free drawing. Figures, and pictures by kind of cache."""
+    runs = iter(range(RUNS_PER_BATCH))
+
+    def draw(plan: CachePlan, recorder: Recorder | None = None, observer: Any = None) -> torch.Tensor:
+        before = next(runs) * pipe.shape.num_visual_tokens
+        return pipe.generate_tokens(batch.prompts, guidance_scale=scale, seed=seed, plan=plan, observer=observer,
+                                    logits_processor=[recorder] if recorder else [],
+                                    progress=lambda done, _: progress(before + done))
+
+    attention, full = AttentionError(plan, pipe.backend), Recorder(scale)
+    tokens = draw(pipe.shape.full_plan(), full, attention)
+    forced = Recorder(scale, tokens)
+    draw(plan, forced)
+    kl, agreement = zip(*(compare(p, q) for p, q in zip(full.steps, forced.steps, strict=True)), strict=True)
+    pictures = {"full": pipe.decode(tokens), "plan": pipe.decode(draw(plan))}
+    squares, ssim = zip(*(_distance(a, b) for a, b in zip(pictures["full"], pictures["plan"], strict=True)),
+                        strict=True)
+    return {"kl": torch.stack(kl, 1).cpu().numpy(), "agreement": torch.stack(agreement, 1).cpu().numpy(),
+            "error": attention.error.numpy(), "norm": attention.norm.numpy(),
+            "squares": np.array(squares), "ssim": np.array(ssim)}, pictures
+
+
+def compare(full: torch.Tensor, compressed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(full || compressed) in nats, and whether the most probable token is the same, of log-probabilities [N, V].
+
+    A token that one of them forbids (log-probability -inf) adds nothing where ``full`` forbids it.
+    """
+    terms = full.exp() * (full - compressed)
+    kl = torch.where(full.isneginf(), 0.0, terms).sum(-1).clamp_min(0.0)
+    return kl, full.argmax(-1) == compressed.argmax(-1)
+
+
+def _distance(full: Image, drawn: Image) -> tuple[float, float]:
+    """Mean squared error (levels 0..255) and SSIM of two pictures."""
+    from skimage.metrics import mean_squared_error, structural_similarity
+
+    a, b = np.asarray(full), np.asarray(drawn)
+    return float(mean_squared_error(a, b)), float(structural_similarity(a, b, channel_axis=2))
+
+
+def _summarise(batches: list[dict[str, np.ndarray]], pipe: Pipeline, plan: CachePlan) -> Fidelity:
+    kl = np.concatenate([batch["kl"] for batch in batches]).astype(np.float64)  # [pictures, steps]
+    errors, norms = (sum(batch[name] for batch in batches) for name in ("error", "norm"))
+    squares = float(np.concatenate([batch["squares"] for batch in batches]).mean())
+    return Fidelity(
+        kl_mean=float(kl.mean()), kl_p99=float(np.quantile(kl, 0.99)),
+        kl_by_row=kl.reshape(len(kl), -1, pipe.shape.columns).mean((0, 2)).tolist(),
+        agreement=float(np.concatenate([batch["agreement"] for batch in batches]).mean()),
+        head_error=np.sqrt(errors / np.maximum(norms, np.finfo(np.float64).tiny)).tolist(),
+        # From the mean error, because a picture that is equal has none to average in decibels.
+        psnr_db=float(10 * np.log10(255**2 / squares)) if squares else None,
+        ssim=float(np.concatenate([batch["ssim"] for batch in batches]).mean()),
+        pictures=len(kl), budget=plan.budget(pipe.shape.num_visual_tokens))

@@ -1,0 +1,93 @@
+"""The shapes suite: draw its prompts with the included model, let the detector judge, as GenEval does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ssd_kernels import CachePlan
+
+from ..extras import needs
+from ..files import write_text
+from ..images import file_names, save_picture
+from ..pipeline import Pipeline
+from ..progress import ProgressCallback
+from .folder import RunFolder, settings
+from .statistics import Interval, family_scores
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Scores of one plan.
+
+    Attributes:
+        families: family -> share of right pictures.
+        overall: mean over the families.
+        pictures: judged in all.
+        budget: of the plan.
+    """
+
+    families: dict[str, Interval]
+    overall: Interval
+    pictures: int
+    budget: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(pipe: Pipeline, plan: CachePlan, out: Path, *, prompts: Sequence[Mapping[str, Any]], seeds: int = 1,
+             guidance_scale: float | None = None, batch_size: int = 16,
+             progress: ProgressCallback = lambda done, total: None) -> Quality:
+    """Draw every prompt once per seed, judge the pictures, and sum up.
+
+    Pictures go to ``out/pictures/seed-S``, verdicts to ``out/batches``; both stay, and what is there is not drawn
+    again, so a killed run goes on where it was and more seeds may be added later.
+
+    Args:
+        pipe: the model; its pictures must be of the shapes world.
+        plan: what the caches keep.
+        out: folder of this plan.
+        prompts: GenEval metadata with "tag", "include" and "prompt".
+        seeds: pictures per prompt.
+        guidance_scale: None for the model's default.
+        batch_size: pictures drawn at once.
+        progress: ``progress(done_steps, all_steps)``, steps of batches still to draw.
+
+    Raises:
+        ValueError: ``out`` holds results made with other settings.
+        ImportError: scipy is missing; the message names the extra.
+    """
+    with needs("evaluate", "scipy"):
+        from ssd_shapes import detector
+    texts = [prompt["prompt"] for prompt in prompts]
+    folder = RunFolder(out, settings(pipe, "shapes", plan, guidance_scale, batch_size), texts, ".json")
+    names = file_names(texts, 1)
+    remaining, steps = folder.open_batches(seeds), pipe.shape.num_visual_tokens
+    for number, batch in enumerate(remaining):
+        pictures = pipe(batch.prompts, guidance_scale=guidance_scale, seed=folder.sampling_seed(batch), plan=plan,
+                        progress=lambda done, _: progress(number * steps + done, len(remaining) * steps))  # noqa: B023
+        target = out / "pictures" / f"seed-{batch.seed}"
+        target.mkdir(parents=True, exist_ok=True)
+        records = []
+        for index, picture in enumerate(pictures, batch.first):
+            save_picture(picture, target / names[index])
+            verdict = detector.score(picture, prompts[index])
+            records.append({"prompt": texts[index], "tag": prompts[index]["tag"], "seed": batch.seed, "index": index,
+                            "file": str((target / names[index]).relative_to(out)), "correct": verdict.correct,
+                            "reason": verdict.reason})
+        write_text(folder.file(batch), json.dumps(records, indent=1) + "\n")
+    return summarise([record for path in folder.done_files(seeds) for record in json.loads(path.read_text())],
+                     plan.budget(steps))
+
+
+def summarise(records: Sequence[Mapping[str, Any]], budget: float) -> Quality:
+    """Scores from records with "tag", "index" of the prompt, and "correct"."""
+    outcomes: dict[str, dict[int, list[bool]]] = {}
+    for record in records:
+        outcomes.setdefault(record["tag"], {}).setdefault(record["index"], []).append(record["correct"])
+    families, overall = family_scores({tag: list(prompts.values()) for tag, prompts in outcomes.items()})
+    return Quality(families, overall, len(records), budget)

@@ -1,0 +1,61 @@
+"""Results of several plans side by side: for a terminal, as Markdown, and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..files import write_text
+from .fidelity import Fidelity
+from .quality import Quality
+
+Result = Quality | Fidelity
+
+
+def columns(results: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
+    """Headings and one row of cells per plan; all results must be of one suite."""
+    first = next(iter(results.values()))
+    if isinstance(first, Quality):
+        head = ["plan", "budget", "pictures", "overall", *(name.replace("_", " ") for name in first.families)]
+        return head, [_quality(name, result) for name, result in results.items() if isinstance(result, Quality)]
+    head = ["plan", "budget", "pictures", "KL mean", "KL p99", "agreement", "head error", "PSNR dB", "SSIM"]
+    return head, [_fidelity(name, result) for name, result in results.items() if isinstance(result, Fidelity)]
+
+
+def _quality(name: str, result: Quality) -> list[str]:
+    return [name, f"{result.budget:.1%}", str(result.pictures), str(result.overall),
+            *map(str, result.families.values())]
+
+
+def _fidelity(name: str, result: Fidelity) -> list[str]:
+    errors = [error for layer in result.head_error for error in layer]
+    return [name, f"{result.budget:.1%}", str(result.pictures), f"{result.kl_mean:.4f}", f"{result.kl_p99:.3f}",
+            f"{result.agreement:.2%}", f"{sum(errors) / len(errors):.3f}",
+            "equal" if result.psnr_db is None else f"{result.psnr_db:.1f}", f"{result.ssim:.3f}"]
+
+
+def terminal(results: Mapping[str, Result]) -> Table:
+    """A table to print."""
+    head, rows = columns(results)
+    table = Table(*head, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def markdown(results: Mapping[str, Result]) -> str:
+    """A table for a page."""
+    head, rows = columns(results)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def write(results: Mapping[str, Result], out: Path, facts: Mapping[str, Any]) -> None:
+    """Write ``results.json`` (figures and facts about the run) and ``table.md`` into ``out``."""
+    record = {**facts, "results": {name: result.as_json() for name, result in results.items()}}
+    write_text(out / "results.json", json.dumps(record, indent=1) + "\n")
+    write_text(out / "table.md", markdown(results))

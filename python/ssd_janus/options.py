@@ -1,0 +1,165 @@
+"""What the commands of ``ssd-janus`` share: the app, common options, loading, and messages."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from ssd_kernels import CachePlan
+
+    from .pipeline import Pipeline, RunStats
+    from .shape import ModelShape
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="Draw pictures with Janus, each attention head keeping its own few tokens.")
+console = Console(highlight=False)
+messages = Console(stderr=True, highlight=False)
+
+DEFAULT_BUDGET = 0.2
+
+
+class PolicyName(str, Enum):
+    full = "full"
+    window = "window"
+    heavy = "heavy"
+    mixed = "mixed"
+
+
+class LayoutName(str, Enum):
+    geneval = "geneval"
+    dpg = "dpg"
+
+
+class DtypeName(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Report what the user can put right in one line and exit with code 2."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+            if os.environ.get("SSD_JANUS_TRACEBACK"):
+                raise
+            text = " ".join(str(error).split()) or type(error).__name__
+            messages.print(f"error: {text}", style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Dtype = Annotated[DtypeName | None, typer.Option(help="Of weights and caches. Default: float32 on a CPU, else the "
+                                                      "checkpoint's.")]
+Backend = Annotated[str, typer.Option(help="Who computes the steps: auto, or a backend that `info` lists.")]
+Model = Annotated[str | None, typer.Option(help="Folder or hub id of a Janus checkpoint, such as deepseek-community/"
+                                                "Janus-Pro-1B. Default: the included model.")]
+PromptsFile = Annotated[Path | None, typer.Option(help=(
+    "Read the prompts from a file: one per line, .jsonl with a \"prompt\" in every line (as GenEval's), .csv with "
+    "item_id and text, or a folder of .txt files (as DPG-Bench's)."))]
+RowBuffer = Annotated[int | None, typer.Option(min=0, help="Steps between evictions of the policy; 0 evicts at every "
+                                                           "step. Default: one grid row.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling; the same seed repeats the pictures.")]
+Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance; 1 turns it off. Default: "
+                                                     "the model's own.")]
+
+
+def check_plan_options(plan: Path | None, policy: PolicyName | None, budget: float | None,
+                       row_buffer: int | None) -> None:
+    """Refuse combinations before the model is loaded."""
+    given = [name for name, value in (("--policy", policy), ("--budget", budget), ("--row-buffer", row_buffer))
+             if value is not None]
+    if plan is not None and given:
+        raise ValueError(f"--plan already says what to keep and cannot be combined with {', '.join(given)}")
+    if policy is None and given:
+        raise ValueError(f"{', '.join(given)} needs --policy, one of {', '.join(PolicyName.__members__)}")
+
+
+def choose_plan(shape: ModelShape, plan: Path | None, policy: PolicyName | None, budget: float | None,
+                row_buffer: int | None) -> CachePlan:
+    """One plan from the options of `generate`."""
+    from ssd_kernels import CachePlan
+
+    from . import policies
+
+    if plan is not None:
+        return shape.check(CachePlan.load(plan))
+    name = PolicyName.full if policy is None else policy
+    if budget is None:
+        budget = 1.0 if name is PolicyName.full else DEFAULT_BUDGET
+    return policies.build(name.value, shape, budget, row_buffer)
+
+
+def choose_plans(shape: ModelShape, files: Sequence[Path], policies: Sequence[PolicyName], budgets: Sequence[float],
+                 row_buffer: int | None) -> dict[str, CachePlan]:
+    """Named plans from repeated options: every file, and every policy at every budget; the full plan if none."""
+    plans = {}
+    for file in files:
+        if file.stem in plans:
+            raise ValueError(f"--plan files must have different names, got {file.stem} twice")
+        plans[file.stem] = choose_plan(shape, file, None, None, None)
+    for policy in policies:
+        if policy is PolicyName.full:
+            plans["full"] = shape.full_plan()
+            continue
+        for budget in budgets or [DEFAULT_BUDGET]:
+            plans[f"{policy.value}-{budget:g}"] = choose_plan(shape, None, policy, budget, row_buffer)
+    return plans or {"full": shape.full_plan()}
+
+
+def load(model: str | None, device: str, dtype: DtypeName | None, backend: str) -> Pipeline:
+    _quiet(local=model is None or Path(model).is_dir())
+    with messages.status("loading the model"):
+        import torch
+
+        from .pipeline import Pipeline
+
+        return Pipeline.from_pretrained(model, device=device, backend=backend,
+                                        dtype=None if dtype is None else getattr(torch, dtype.value))
+
+
+def _quiet(local: bool) -> None:
+    """Keep libraries from talking over the output and, for local checkpoints, from asking the network."""
+    if local:
+        # Read once, when huggingface_hub is imported.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", message="ssd_kernels")
+    warnings.showwarning = lambda message, *_: messages.print(f"note: {message}", markup=False, soft_wrap=True)
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if local:
+        transformers_logging.disable_progress_bar()
+
+
+def last_run(pipe: Pipeline) -> RunStats:
+    if pipe.last_run is None:
+        raise RuntimeError("the pipeline has drawn nothing")
+    return pipe.last_run
+
+
+def show_bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def summary(run: RunStats) -> str:
+    return (f"{run.pictures} pictures in {run.seconds + run.decode_seconds:.1f} s "
+            f"({run.pictures_per_second:.2f} pictures/s, backend {run.backend}); cache {show_bytes(run.cache_bytes)}, "
+            f"{run.cache_bytes / run.full_cache_bytes:.0%} of the full cache's {show_bytes(run.full_cache_bytes)}")

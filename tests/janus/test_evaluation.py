@@ -1,0 +1,204 @@
+"""Evaluation: metrics on a random tiny model, and runs that stop and go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_cli import run
+
+from ssd_janus import Pipeline, policies
+from ssd_janus.evaluation import fidelity, quality, report
+from ssd_janus.evaluation.folder import RunFolder, settings
+from ssd_janus.evaluation.statistics import family_scores
+from ssd_kernels import CachePlan, HeadSpec
+
+TEXTS = list(tiny.PROMPTS[:3])
+SUITE = [{"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": TEXTS[0]},
+         {"tag": "colors", "include": [{"class": "star", "count": 1, "color": "green"}], "prompt": TEXTS[1]},
+         {"tag": "colors", "include": [{"class": "heart", "count": 1}], "prompt": TEXTS[2]}]
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(folder)
+
+
+def uniform(spec: HeadSpec, **options: Any) -> CachePlan:
+    return CachePlan.uniform(spec, tiny.LAYERS, 4, **options)
+
+
+def test_fidelity_of_the_full_plan_is_perfect(pipe: Pipeline, tmp_path: Path) -> None:
+    found = fidelity.evaluate(pipe, uniform(HeadSpec.full()), tmp_path, prompts=TEXTS, batch_size=2)
+    assert (found.kl_mean, found.kl_p99, found.agreement, found.ssim) == (0.0, 0.0, 1.0, 1.0)
+    assert found.psnr_db is None and found.pictures == 3 and found.budget == 1.0
+    assert found.head_error == [[0.0] * 4] * tiny.LAYERS
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_fidelity_falls_with_the_budget(pipe: Pipeline, tmp_path: Path, guidance: float) -> None:
+    found = [fidelity.evaluate(pipe, uniform(HeadSpec.window(size)), tmp_path / str(size), prompts=TEXTS,
+                               guidance_scale=guidance) for size in (24, 12, 3)]
+    for more, less in zip(found, found[1:], strict=False):
+        assert 0 < more.kl_mean < less.kl_mean
+        assert more.agreement > less.agreement
+        assert np.mean(more.head_error) < np.mean(less.head_error)
+    # Nothing has been evicted in the first rows.
+    rows = found[0].kl_by_row
+    assert len(rows) == tiny.GRID and max(rows[:4]) == 0 < min(rows[4:])
+
+
+def test_only_compressed_heads_have_errors(pipe: Pipeline, tmp_path: Path) -> None:
+    plan = tiny.plan_of(HeadSpec.full(), HeadSpec.window(2), HeadSpec.heavy(3), HeadSpec.full())
+    errors = fidelity.evaluate(pipe, plan, tmp_path, prompts=TEXTS[:1]).head_error
+    for heads, specs in zip(errors, plan.layers, strict=True):
+        assert [error > 0 for error in heads] == [spec.kind != "full" for spec in specs]
+
+
+def test_kl_against_a_direct_sum() -> None:
+    full, other = torch.randn(2, 5, 7).log_softmax(-1)
+    full[0, 3] = -torch.inf
+    kl, agreement = fidelity.compare(full, other)
+    for row in range(5):
+        expected = sum(p.exp() * (p - q) for p, q in zip(full[row], other[row], strict=True) if p > -torch.inf)
+        assert kl[row] == pytest.approx(max(float(expected), 0.0), abs=1e-6)
+        assert agreement[row] == (full[row].argmax() == other[row].argmax())
+
+
+def test_recorder_forces_tokens_and_sees_the_guided_distribution(pipe: Pipeline) -> None:
+    wanted = torch.randint(0, 64, (3, tiny.TOKENS))
+    recorder = fidelity.Recorder(2.0, wanted)
+    tokens = pipe.generate_tokens(TEXTS, guidance_scale=2.0, logits_processor=[recorder])
+    assert torch.equal(tokens, wanted)
+    greedy = fidelity.Recorder(2.0)
+    tokens = pipe.generate_tokens(TEXTS, guidance_scale=2.0, temperature=0, logits_processor=[greedy])
+    assert torch.equal(tokens, torch.stack(greedy.steps, 1).argmax(-1))
+
+
+def test_quality_of_a_full_plan_equals_no_plan(pipe: Pipeline, tmp_path: Path) -> None:
+    found = quality.evaluate(pipe, pipe.shape.full_plan(), tmp_path, prompts=SUITE, batch_size=3)
+    pictures = pipe(TEXTS, seed=0)
+    drawn = sorted((tmp_path / "pictures" / "seed-0").iterdir())
+    from PIL import Image
+
+    for path, picture in zip(drawn, pictures, strict=True):
+        assert Image.open(path).tobytes() == picture.tobytes()
+    assert set(found.families) == {"single_object", "colors"} and found.pictures == 3
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on(pipe: Pipeline, tmp_path: Path) -> None:
+    plan, common = uniform(HeadSpec.window(9)), {"prompts": SUITE, "seeds": 2, "batch_size": 2}
+    whole = quality.evaluate(pipe, plan, tmp_path / "whole", **common)
+
+    drawn: list[int] = []
+
+    def kill(done: int, total: int) -> None:
+        drawn.append(done)
+        if len(drawn) == 2 * tiny.TOKENS + 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        quality.evaluate(pipe, plan, tmp_path / "killed", **common, progress=kill)
+    finished = sorted((tmp_path / "killed" / "batches").iterdir())
+    assert len(finished) == 2
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("*.*") if path.is_file()}
+    steps: list[int] = []
+    again = quality.evaluate(pipe, plan, tmp_path / "killed", **common,
+                             progress=lambda done, total: steps.append(done))
+    assert len(steps) == 2 * tiny.TOKENS
+    assert again == whole
+    for path, time in before.items():
+        assert path.stat().st_mtime_ns == time
+    files = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.png"))
+    assert len(files) == 6
+    for file in files:
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
+    quality.evaluate(pipe, plan, tmp_path / "whole", **common, progress=pytest.fail)
+
+
+def test_a_folder_of_other_settings_is_refused(pipe: Pipeline, tmp_path: Path) -> None:
+    plan = uniform(HeadSpec.window(9))
+    RunFolder(tmp_path, settings(pipe, "shapes", plan, None, 8), TEXTS, ".json")
+    RunFolder(tmp_path, settings(pipe, "shapes", plan, 2.0, 8), TEXTS, ".json")  # the model's default
+    with pytest.raises(ValueError, match="another guidance_scale .2.0 there, 3.0 now"):
+        RunFolder(tmp_path, settings(pipe, "shapes", plan, 3.0, 8), TEXTS, ".json")
+    with pytest.raises(ValueError, match="another plan"):
+        RunFolder(tmp_path, settings(pipe, "shapes", uniform(HeadSpec.window(8)), None, 8), TEXTS, ".json")
+    with pytest.raises(ValueError, match="another prompts"):
+        RunFolder(tmp_path, settings(pipe, "shapes", plan, None, 8), TEXTS[:2], ".json")
+    with pytest.raises(ValueError, match="another weights"):
+        other = Pipeline(tiny.build_model(seed=1), pipe.processor)
+        RunFolder(tmp_path, settings(other, "shapes", plan, None, 8), TEXTS, ".json")
+
+
+def test_every_batch_has_its_own_seed(pipe: Pipeline, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, settings(pipe, "shapes", pipe.shape.full_plan(), None, 2), TEXTS, ".json")
+    batches = folder.batches(3)
+    assert [batch.first for batch in batches] == [0, 2] * 3
+    assert len({folder.sampling_seed(batch) for batch in batches}) == 6
+
+
+def test_bootstrap_intervals() -> None:
+    families, overall = family_scores({"a": [[True], [True]], "b": [[False, True]] * 40})
+    assert (families["a"].mean, families["a"].low, families["a"].high) == (1.0, 1.0, 1.0)
+    assert (families["b"].mean, families["b"].low, families["b"].high) == (0.5, 0.5, 0.5)
+    assert overall.mean == 0.75
+    prompts = [[index % 4 == 0] for index in range(400)]
+    interval = family_scores({"a": prompts})[0]["a"]
+    error = 1.96 * (0.25 * 0.75 / 400) ** 0.5
+    assert interval.mean == 0.25
+    assert interval.high - interval.low == pytest.approx(2 * error, rel=0.1)
+    for wrong in ({}, {"a": []}, {"a": [[True], []]}):
+        with pytest.raises(ValueError, match="outcomes"):
+            family_scores(wrong)
+
+
+def test_evaluate_command(folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "suite.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in SUITE))
+    common = ("--model", folder, "--prompts-file", prompts, "--policy", "full", "--policy", "window", "--budget", 0.4,
+              "--budget", 0.6, "--json")
+    result = run("evaluate", "--out", tmp_path / "shapes", "--seeds", 2, *common)
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert list(facts["results"]) == ["full", "window-0.4", "window-0.6"]
+    assert facts["results"]["window-0.4"]["budget"] <= 0.4 and facts["results"]["full"]["pictures"] == 6
+    table = (tmp_path / "shapes" / "table.md").read_text()
+    assert "| full | 100.0% | 6 |" in table and "single object" in table
+    result = run("evaluate", "--suite", "fidelity", "--out", tmp_path / "fidelity", "--limit", 1, *common)
+    assert result.exit_code == 0, result.output
+    results = json.loads(result.stdout)["results"]
+    assert results["full"]["kl_mean"] == 0 < results["window-0.6"]["kl_mean"] < results["window-0.4"]["kl_mean"]
+    assert results["full"]["pictures"] == 1
+
+
+def test_the_shapes_suite_needs_metadata(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("a red circle\n")
+    result = run("evaluate", "--model", folder, "--out", tmp_path, "--prompts-file", tmp_path / "plain.txt")
+    assert result.exit_code == 2 and '"tag" and "include"' in " ".join(result.stderr.split())
+
+
+def test_missing_extras_are_named() -> None:
+    from ssd_janus.extras import needs
+
+    with pytest.raises(ImportError, match=r"pip install 'ssd_kernels\[evaluate\]'"), needs("evaluate", "absent"):
+        import absent.part  # type: ignore[import-not-found]  # noqa: F401
+    with pytest.raises(ModuleNotFoundError, match="other"), needs("evaluate", "absent"):
+        import other  # type: ignore[import-not-found]  # noqa: F401
+
+
+def test_policies_of_one_suite_make_one_table(pipe: Pipeline, tmp_path: Path) -> None:
+    plans = {"full": pipe.shape.full_plan(), "mixed": policies.mixed(pipe.shape, 0.5)}
+    results = {name: fidelity.evaluate(pipe, plan, tmp_path / name, prompts=TEXTS[:1]) for name, plan in plans.items()}
+    lines = report.markdown(results).splitlines()
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    assert "equal" in lines[2] and lines[3].startswith("| mixed | 50.0% |")
