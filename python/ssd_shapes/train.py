@@ -21,7 +21,7 @@ from ssd_shapes.data import Batch, Batches
 from ssd_shapes.janus import CODE_WIDTH, build_model
 
 TRAINED = ("language_model", "generation_embeddings", "generation_aligner", "generation_head")
-DECAY_SHARE = 0.25  # of all steps, at the end
+DECAY_SHARE = 0.5  # of all steps, at the end
 HELD_OUT_BATCHES = 8
 
 
@@ -38,7 +38,7 @@ class Progress:
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
-    """Learning-rate factor: linear warm-up, constant, linear decay to zero over the last quarter."""
+    """Learning-rate factor: linear warm-up, constant, linear decay to zero over the last half."""
     return max(0.0, min((step + 1) / warmup, 1.0, (steps - step) / (DECAY_SHARE * steps)))
 
 
@@ -105,8 +105,8 @@ def resume(run: Path, model: JanusForConditionalGeneration, head: losses.SceneHe
     if not found:
         return Progress()
     missing = set(trained_state(model)) - set(weights := load_file(found[-1] / "model.safetensors"))
-    if missing:
-        raise ValueError(f"{found[-1]} lacks {sorted(missing)[:3]}: it was written by another version")
+    if missing or not (found[-1] / "scene_head.safetensors").exists():
+        raise ValueError(f"{found[-1]} lacks {sorted(missing)[:3] or 'the scene head'}: it was written by another version")
     model.load_state_dict(weights, strict=False)
     head.load_state_dict(load_file(found[-1] / "scene_head.safetensors"))
     for opt, state in zip(opts, torch.load(found[-1] / "optimizer.pt", weights_only=True), strict=True):
@@ -133,7 +133,7 @@ def measure(
 def train(
     run: Annotated[Path, typer.Option(help="Folder of the checkpoints; an existing run is resumed.")],
     steps: Annotated[
-        int, typer.Option(help="All steps, past ones included. The last quarter decays.")
+        int, typer.Option(help="All steps, past ones included. The last half decays.")
     ] = 3000,
     batch: Annotated[int, typer.Option(help="Pictures per step.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the hidden matrices (Muon).")] = 3e-3,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
-from ssd_shapes import export, janus, text, tokens, train, vq
+from ssd_shapes import export, janus, losses, text, tokens, train, vq
 
 included = pytest.mark.skipif(not (export.MODEL / "config.json").exists(), reason="the model is not exported yet")
 
@@ -39,7 +39,7 @@ def exported(tmp_path_factory, start):
     torch.manual_seed(0)
     model = janus.build_model(text.build_tokenizer())
     progress = train.Progress(step=7, pictures=56, seconds=60.0, loss=2.0, held_out_loss=2.5)
-    train.save(root / "lm", model, [], progress)
+    train.save(root / "lm", model, losses.SceneHead(), [], progress)
     (root / "vq").mkdir()
     save_file({k: v.contiguous() for k, v in start.state_dict().items()}, root / "vq" / "model.safetensors")
     held_out = {"pictures": 3, "psnr_db": 12.3, "psnr_of_patches_db": 36.0, "code_accuracy": 0.987,

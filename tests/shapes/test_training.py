@@ -1,10 +1,14 @@
-"""The training path: batches, attention, and the model's size."""
+"""The training path: batches and their labels, losses, attention, checkpoints, and the model's size."""
 
+import math
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ssd_shapes import attention, data, janus, text, tokens, train
+from ssd_shapes import attention, data, janus, losses, text, tokens, train, world
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +21,8 @@ def test_tokenizer_knows_every_word(tokenizer):
     words = "a photo of two blue crosses to the left of an orange heart"
     assert len(tokenizer(words).input_ids) == 1 + len(words.split())
     assert tokenizer.decode(tokenizer(words).input_ids[1:]).strip() == words
+    for phrase in (*world.OPENINGS, *world.JOINTS):
+        assert len(tokenizer(phrase).input_ids) == 1 + len(phrase.split()), phrase
 
 
 def test_batches_follow_from_seed_and_step(tokenizer):
@@ -54,39 +60,148 @@ def test_schedule():
 
 
 def test_checkpoints_resume(tokenizer, tmp_path):
-    model = janus.build_model(tokenizer)
-    opts = train.optimizers(model, 1e-3, 1e-3)
-    sum(p.square().sum() for p in model.parameters() if p.requires_grad).backward()
+    model, head = janus.build_model(tokenizer), losses.SceneHead()
+    opts = train.optimizers(model, head, 1e-3, 1e-3)
+    trained = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
+    sum((p - 1).square().sum() for p in trained).backward()
     for opt in opts:
         opt.step()
+    assert head.weight.all()
     for step in (1, 2, 3):
-        train.save(tmp_path, model, opts, train.Progress(step=step, loss=1.0))
+        train.save(tmp_path, model, head, opts, train.Progress(step=step, held_out_scene={"shape": 0.5}))
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step_0000002", "step_0000003"]
-    fresh = janus.build_model(tokenizer)
-    restored = train.optimizers(fresh, 2e-3, 1e-3)
-    assert train.resume(tmp_path, fresh, restored).step == 3
+    fresh, other = janus.build_model(tokenizer), losses.SceneHead()
+    restored = train.optimizers(fresh, other, 2e-3, 1e-3)
+    progress = train.resume(tmp_path, fresh, other, restored)
+    assert progress.step == 3 and progress.held_out_scene == {"shape": 0.5}
     for a, b in zip(train.trained_state(model).values(), train.trained_state(fresh).values(), strict=True):
         assert torch.equal(a, b)
+    assert torch.equal(head.weight, other.weight)
     assert restored[0].param_groups[0]["peak"] == 2e-3
-    assert train.resume(tmp_path / "empty", fresh, restored).step == 0
+    assert train.resume(tmp_path / "empty", fresh, other, restored).step == 0
 
 
-def test_object_starts_are_first_rows_only():
-    grid = torch.zeros(1, 24, 24, dtype=torch.long)
-    grid[0, 5:9, 7:11] = 3  # a square begins once
-    grid[0, 9:12, 4:8] = 4  # touches the first from below: the same heap, no new beginning
-    grid[0, 0, 20:24] = 5  # at the upper edge of the picture
-    starts = train.object_starts(grid.flatten(1)).unflatten(1, (24, 24))[0]
-    assert starts.nonzero().tolist() == [[0, 20], [5, 7]]
+def test_held_out_measures(tokenizer):
+    batches = [data.Batches(tokenizer, tokens.CodeBook.load(), 1, 0.0, split="test")(step) for step in range(2)]
+    progress = train.Progress()
+    with torch.no_grad():
+        train.measure(janus.build_model(tokenizer), losses.SceneHead(), batches, progress)
+    assert progress.held_out_loss == pytest.approx(math.log(tokens.CODES), abs=0.5)  # untrained
+    assert progress.held_out_scene.keys() == {"shape", "color", "number"}
+    assert progress.held_out_scene["number"] == 0.0  # a blank head says that no object begins
+
+
+def scenes(n: int) -> list[world.Scene]:
+    rng = np.random.default_rng(0)
+    return [world.draw_scene(rng, world.draw_prompt(rng)) for _ in range(n)]
+
+
+def covered(scene: world.Scene) -> np.ndarray:
+    """Share of each patch that each object covers, read from pictures of it alone, black on sand: [objects, 576]."""
+    black = [replace(item, color="black") for item in scene.objects]
+    alone = np.stack([world.render(replace(scene, objects=[item], background="sand")) for item in black])
+    sand, ink = (np.array(color, float) for color in (world.BACKGROUNDS["sand"], world.COLORS["black"]))
+    shares = tokens.patches(torch.from_numpy((sand - alone) / (sand - ink)))
+    return shares.mean(-1).numpy()
+
+
+def test_labels_are_what_objects_cover():
+    for scene in scenes(100):
+        shares = covered(scene)
+        owner = np.where(shares.max(0) >= data.SHOWN, shares.argmax(0), -1)
+        shown = [scene.objects[number] if number >= 0 else None for number in owner]
+        shapes, colors, begins = data.label(scene)
+        clear = (abs(shares - data.SHOWN) > 0.005).all(0)  # pictures are rounded to whole levels
+        expected = np.array([list(world.SHAPES).index(item.shape) if item else -1 for item in shown])
+        assert np.array_equal(shapes[clear], expected[clear])
+        expected = np.array([list(world.COLORS).index(item.color) if item else -1 for item in shown])
+        assert np.array_equal(colors[clear], expected[clear])
+        first = [np.flatnonzero(owner == number)[0] for number in range(len(scene.objects))]
+        assert np.flatnonzero(begins).tolist() == sorted(first)
+
+
+def test_labels_fit_the_codes():
+    book = tokens.CodeBook.load()
+    for scene in scenes(20):
+        codes, empty = book.encode(
+            torch.from_numpy(np.stack([world.render(scene), world.render(replace(scene, objects=[]))]))
+        ).numpy()
+        shapes, _, _ = data.label(scene)
+        share = covered(scene).max(0)
+        assert (codes != empty)[share > 0.5].all() and (shapes >= 0)[share > 0.5].all()
+        assert (codes == empty)[share == 0].all() and (shapes < 0)[share == 0].all()
+
+
+def test_batches_carry_the_labels_of_their_pictures(tokenizer):
+    book = tokens.CodeBook.load()
+    batch = data.Batches(tokenizer, book, size=8)(0)
+    assert batch.codes.shape == batch.shapes.shape == batch.colors.shape == batch.begins.shape == (8, tokens.TOKENS)
+    assert batch.begins.sum(1).ge(1).all() and batch.shapes[batch.begins].ge(0).all()
+    assert torch.equal(batch.shapes >= 0, batch.colors >= 0)
+    plain = torch.tensor(list(world.COLORS.values()), dtype=torch.uint8)[:, None, None]
+    codes = book.encode(plain.expand(-1, world.SIZE, world.SIZE, -1))[:, 0]
+    inside = batch.codes[..., None] == codes  # [B, 576, colours]
+    assert inside.any(-1).sum() > 50
+    assert torch.equal(inside.nonzero()[:, 2], batch.colors[inside.any(-1)])
+
+
+def toy_batch() -> data.Batch:
+    """One picture: object 3 of colour 5 at tokens 100 to 102 (codes 7, 8, 8), object 1 of colour 2 at 300 (code 9)."""
+    codes = torch.zeros(1, tokens.TOKENS, dtype=torch.long)
+    shapes, colors = codes - 1, codes - 1
+    codes[0, 100:103], codes[0, 300] = torch.tensor([7, 8, 8]), 9
+    shapes[0, 100:103], shapes[0, 300] = 3, 1
+    colors[0, 100:103], colors[0, 300] = 5, 2
+    begins = torch.zeros_like(codes, dtype=torch.bool)
+    begins[0, [100, 300]] = True
+    return data.Batch(codes[:, :5], codes, shapes, colors, begins)
 
 
 def test_identity_loss_ignores_whether_an_object_begins():
-    codes = torch.zeros(1, 576, dtype=torch.long)
-    codes[0, 100] = 7
-    logits = torch.zeros(1, 576, tokens.CODES)
-    even = train.identity_loss(logits, codes)
-    assert torch.isclose(even * 576, torch.tensor(float(tokens.CODES - 1)).log())
+    batch, logits = toy_batch(), torch.zeros(1, tokens.TOKENS, tokens.CODES)
+    even = losses.identity_loss(logits, batch)
+    assert even.item() * tokens.TOKENS == pytest.approx(2 * math.log(tokens.CODES - 1))
     logits[:, :, 0] = 30.0  # sure that everything is background
-    assert torch.isclose(train.identity_loss(logits, codes), even)
-    logits[:, :, 7] = 20.0  # but if something begins, then 7
-    assert train.identity_loss(logits, codes) * 576 < 1e-3
+    assert torch.isclose(losses.identity_loss(logits, batch), even)
+    logits[:, 100, 7] = logits[:, 300, 9] = 20.0  # but if something begins, then this
+    assert losses.identity_loss(logits, batch) < 1e-5
+
+
+def test_identity_loss_skips_invisible_beginnings():
+    batch, logits = toy_batch(), torch.zeros(1, tokens.TOKENS, tokens.CODES)
+    batch.codes[0, 300] = 0  # the background's code
+    loss = losses.identity_loss(logits, batch)
+    assert loss.item() * tokens.TOKENS == pytest.approx(math.log(tokens.CODES - 1))
+
+
+def test_remaining_objects():
+    remaining = losses.remaining_objects(toy_batch().begins)[0]
+    assert remaining.tolist() == [2] * 101 + [1] * 200 + [0] * 275
+
+
+def perfect_reading(batch: data.Batch) -> tuple[torch.Tensor, ...]:
+    targets = batch.shapes.clamp(min=0), batch.colors.clamp(min=0), losses.remaining_objects(batch.begins)
+    return tuple(50.0 * F.one_hot(t, n) for t, n in zip(targets, losses.SceneHead().parts, strict=True))
+
+
+def test_scene_loss():
+    batch = toy_batch()
+    blank = losses.SceneHead()(torch.randn(1, tokens.TOKENS, janus.HIDDEN))
+    nats = 2 * math.log(len(world.SHAPES)) + math.log(len(world.COLORS)) + math.log(losses.MOST_OBJECTS + 1)
+    assert losses.scene_loss(blank, batch).item() == pytest.approx(nats)
+    shapes, colors, remaining = perfect_reading(batch)
+    shapes[0, 0], colors[0, 101] = -shapes[0, 0], -colors[0, 101]  # background's shape and inner colours do not matter
+    assert losses.scene_loss((shapes, colors, remaining), batch) < 1e-6
+    for part, place in ((shapes, 101), (colors, 300), (remaining, 0)):
+        part[0, place] *= -1
+        assert losses.scene_loss((shapes, colors, remaining), batch) > 0.05
+        part[0, place] *= -1
+
+
+def test_scene_accuracy():
+    batch = toy_batch()
+    shapes, colors, remaining = perfect_reading(batch)
+    read = (shapes, colors, remaining)
+    assert losses.scene_accuracy(read, batch) == {"shape": 1.0, "color": 1.0, "number": 1.0}
+    colors[0, 300], remaining[0, 0] = -colors[0, 300], -remaining[0, 0]
+    assert losses.scene_accuracy(read, batch) == {"shape": 1.0, "color": 0.5, "number": 0.0}

@@ -53,7 +53,7 @@ def test_splits_share_no_prompt():
     train, test = scenes(3000), scenes(1000, "test", 1)
     assert not {s.prompt for s in train} & {s.prompt for s in test}
     assert {s.family for s in train} == set(world.FAMILIES)
-    assert {s.family for s in test} == set(world.FAMILIES) - {"single_object"}
+    assert {s.family for s in test} == set(world.FAMILIES)
 
 
 def test_genevals_wording():
@@ -63,9 +63,14 @@ def test_genevals_wording():
     assert any(" to the left of " in p for p in prompts)
 
 
-def test_no_held_out_single_objects():
-    with pytest.raises(ValueError, match="single_object"):
-        world.draw_prompt(np.random.default_rng(0), "test", "single_object")
+def test_single_objects_are_held_out_by_opening():
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for _ in range(100):
+            prompt = world.draw_prompt(rng, split, "single_object")
+            shape = prompt.include[0]["class"]
+            opening = prompt.text.removesuffix(f"a {shape}").strip()
+            assert opening in world.OPENINGS and world.held_out("single_object", opening, shape) == (split == "test")
 
 
 @pytest.mark.parametrize("shape", world.SHAPES)

@@ -1,0 +1,64 @@
+"""Check of the checkers: on the included model, the measures move as they must."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from ssd_janus import Pipeline, policies
+from ssd_janus.evaluation import fidelity, quality
+from ssd_janus.prompts import shapes_suite
+from ssd_kernels import CachePlan, HeadSpec
+
+pytestmark = pytest.mark.slow
+PROMPTS = shapes_suite()[:24]  # four of each family
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained(None)
+
+
+def window(pipe: Pipeline, size: int) -> CachePlan:
+    return CachePlan.uniform(HeadSpec.window(size), pipe.shape.num_layers, pipe.shape.num_heads)
+
+
+def score(pipe: Pipeline, plan: CachePlan, out: Path) -> float:
+    return quality.evaluate(pipe, plan, out, prompts=PROMPTS, batch_size=len(PROMPTS)).overall.mean
+
+
+def test_scores_collapse_without_a_cache_and_with_other_prompts(pipe: Pipeline, tmp_path: Path) -> None:
+    full = score(pipe, pipe.shape.full_plan(), tmp_path / "full")
+    assert full >= 0.6
+    assert score(pipe, window(pipe, 4), tmp_path / "five tokens") <= 0.25 * full
+    # The same pictures judged by other prompts of the same family.
+    from ssd_shapes import detector
+
+    families = defaultdict(list)
+    for batch in (tmp_path / "full" / "batches").iterdir():
+        for record in json.loads(batch.read_text()):
+            families[record["tag"]].append(record)
+    right = []
+    for records in families.values():
+        wanted = [PROMPTS[record["index"]] for record in records]
+        shuffled = random.Random(0).sample(wanted, len(wanted))
+        for record, own, other in zip(records, wanted, shuffled, strict=True):
+            if other["include"] != own["include"]:
+                from PIL import Image
+
+                with Image.open(tmp_path / "full" / record["file"]) as picture:
+                    right.append(detector.score(picture, other).correct)
+    assert len(right) >= 12 and sum(right) / len(right) <= 0.25 * full
+
+
+def test_divergence_grows_as_budgets_shrink(pipe: Pipeline, tmp_path: Path) -> None:
+    texts = [prompt["prompt"] for prompt in PROMPTS[1:3]]
+    plans = [pipe.shape.full_plan(), *(policies.heavy(pipe.shape, budget) for budget in (0.5, 0.2, 0.06))]
+    found = [fidelity.evaluate(pipe, plan, tmp_path / str(index), prompts=texts) for index, plan in enumerate(plans)]
+    assert found[0].kl_mean == 0 and found[0].agreement == 1
+    for more, less in zip(found, found[1:], strict=False):
+        assert more.kl_mean < less.kl_mean and more.agreement > less.agreement
