@@ -3,6 +3,7 @@
 #   make demo      draw pictures with a small Janus, full cache beside compressed -> demo/
 #   make test      all tests that need no GPU
 #   make bench     time one decode step against torch's attention
+#   make quality   scores and fidelity of the included model, full cache beside compressed -> docs/quality.md
 #   make lint      ruff, mypy --strict, clang-format       (make format repairs what can be repaired)
 #
 # On a machine with a GPU, `make test CONSTRAINTS=` takes torch as pip finds it, not the CPU build.
@@ -12,13 +13,16 @@ VENV        ?= .venv
 CONSTRAINTS ?= constraints/cpu.txt
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+POLICY      ?= ssd_guarded
+SEEDS       ?= 1
+
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13,<4' ninja 'cmake>=3.24'
 SOURCES     := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench quality lint format clean
 
 # Passive waiting: on a busy machine, threads that spin while they wait can turn seconds into minutes.
 demo: export OMP_WAIT_POLICY := passive
@@ -31,6 +35,14 @@ test: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(BIN)/ssd-bench kernel
+
+# A run that was stopped goes on where it was; `rm -r quality` starts anew.
+quality: export OMP_WAIT_POLICY := passive
+quality: $(VENV)/.built
+	$(BIN)/ssd-janus evaluate --suite shapes --policy full --policy $(POLICY) --budget 0.2 --budget 0.5 --seeds $(SEEDS) \
+		--out quality/shapes --page docs/quality.md
+	$(BIN)/ssd-janus evaluate --suite fidelity --policy full --policy $(POLICY) --budget 0.2 --budget 0.5 \
+		--out quality/fidelity --page docs/quality.md
 
 lint: $(VENV)/.built $(VENV)/.lint
 	$(BIN)/ruff check

@@ -38,8 +38,8 @@ void raise_if_refused(const ssd::Error& error, const ssd::LayerShape& shape) {
 class Layer {
  public:
   Layer(uintptr_t keys, uintptr_t values, uintptr_t scores, uintptr_t positions, uintptr_t cursors, uintptr_t table,
-        int32_t dtype, int32_t batch, int32_t heads, int32_t head_dim, int32_t slots, int32_t scored_slots,
-        int32_t max_prompt, int32_t num_visual_tokens, int32_t row_buffer, bool keep_prompt)
+        uintptr_t pinned, int32_t dtype, int32_t batch, int32_t heads, int32_t head_dim, int32_t slots,
+        int32_t scored_slots, int32_t max_prompt, int32_t num_visual_tokens, int32_t row_buffer, bool keep_prompt)
       : layer_{{batch, heads, head_dim, slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt},
                static_cast<ssd::DType>(dtype),
                pointer<void>(keys),
@@ -47,7 +47,8 @@ class Layer {
                pointer<float>(scores),
                pointer<int32_t>(positions),
                pointer<ssd::Cursor>(cursors),
-               pointer<const ssd::HeadRange>(table)} {
+               pointer<const ssd::HeadRange>(table),
+               pointer<const int32_t>(pinned)} {
     raise_if_refused(ssd::check_table(layer_), layer_.shape);
   }
 
@@ -106,12 +107,12 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
   py::class_<Layer>(module, "Layer")
-      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t, int32_t,
-                    int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool>(),
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t,
+                    int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool>(),
            py::arg("keys"), py::arg("values"), py::arg("scores"), py::arg("positions"), py::arg("cursors"),
-           py::arg("table"), py::arg("dtype"), py::arg("batch"), py::arg("heads"), py::arg("head_dim"),
-           py::arg("slots"), py::arg("scored_slots"), py::arg("max_prompt"), py::arg("num_visual_tokens"),
-           py::arg("row_buffer"), py::arg("keep_prompt"))
+           py::arg("table"), py::arg("pinned"), py::arg("dtype"), py::arg("batch"), py::arg("heads"),
+           py::arg("head_dim"), py::arg("slots"), py::arg("scored_slots"), py::arg("max_prompt"),
+           py::arg("num_visual_tokens"), py::arg("row_buffer"), py::arg("keep_prompt"))
       .def("decode", &Layer::decode)
       .def("prefill", &Layer::prefill);
   module.def("build_info", &build_info);

@@ -67,7 +67,8 @@ class CompressedCache:
         layouts = [LayerLayout.build(heads, plan, max_prompt, num_visual_tokens, track_scores)
                    for heads in plan.layers]
         self._backend = backends.resolve(backend, self.device, dtype, head_dim)
-        self._layers = [LayerState.allocate(layout, batch_size, head_dim, dtype, self.device) for layout in layouts]
+        self._layers = [LayerState.allocate(layout, heads, batch_size, head_dim, dtype, self.device)
+                        for layout, heads in zip(layouts, plan.layers, strict=True)]
         self._q_shape = (batch_size, num_query_heads, head_dim)
         self._kv_shape = (batch_size, plan.num_heads, head_dim)
         # Host-side count, so that running past the end raises without reading the device: decode calls per layer,
@@ -83,7 +84,7 @@ class CompressedCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: slabs, scores, positions, cursors and head tables of all layers."""
+        """Bytes allocated: slabs, scores, positions, cursors, head tables and pin masks of all layers."""
         return sum(state.nbytes for state in self._layers)
 
     def prefill(self, layer: int, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int] | torch.Tensor,

@@ -1,4 +1,4 @@
-"""Where a plan's tokens live: slot ranges, the head table, and the arithmetic from cursors to slots.
+"""Where a plan's tokens live: slot ranges, the head table, the pin mask, and the arithmetic from cursors to slots.
 
 The same arithmetic stands in csrc/common/layout.h for the compiled backends.
 """
@@ -14,6 +14,7 @@ from .plan import SCORE_RULES, CachePlan, HeadSpec, check_int, peak_tokens
 
 KEEP_ALL = 2**31 - 1
 TABLE_COLUMNS = 8
+WORD_BITS = 32
 KIND_CODES = {"full": 0, "window": 1, "heavy": 2}
 
 
@@ -126,10 +127,30 @@ class LayerLayout:
             heads.append(HeadRange(kinds[kind], offset, capacity, keep, recent, rule, score_offset, ring))
         return cls(tuple(heads), slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt)
 
+    @property
+    def pin_words(self) -> int:
+        """int32 words of one head's pin mask: a bit per visual token."""
+        return -(-self.num_visual_tokens // WORD_BITS)
+
+    def pin_mask(self, specs: Sequence[HeadSpec]) -> torch.Tensor:
+        """The heads' pinned tokens, int32 [num_heads, pin_words]: visual token t is bit t % 32 of word t // 32."""
+        rows = [[0] * self.pin_words for _ in specs]
+        for row, spec in zip(rows, specs, strict=True):
+            for token in spec.pinned:
+                if token < self.num_visual_tokens:
+                    row[token // WORD_BITS] |= 1 << token % WORD_BITS
+        return torch.tensor(rows, dtype=torch.uint32).view(torch.int32)
+
     def nbytes(self, batch_size: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes of one layer: K and V slabs, scores (float32), positions (int32), cursors and head table (int32)."""
+        """Bytes of one layer: K and V slabs, scores (float32), positions, cursors, head table, pin mask (int32)."""
         slabs = 2 * batch_size * self.slots * head_dim * dtype.itemsize
-        return slabs + 8 * batch_size * self.scored_slots + 8 * batch_size + 4 * TABLE_COLUMNS * len(self.heads)
+        per_head = 4 * (TABLE_COLUMNS + self.pin_words)
+        return slabs + 8 * batch_size * self.scored_slots + 8 * batch_size + per_head * len(self.heads)
+
+
+def pinned_tokens(words: Sequence[int], num_visual_tokens: int) -> set[int]:
+    """The visual tokens whose bits are set in one head's row of `LayerLayout.pin_mask`."""
+    return {t for t in range(num_visual_tokens) if words[t // WORD_BITS] >> t % WORD_BITS & 1}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from .layout import LayerLayout
 from .state import LayerState
 
 _CACHE = ("Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, Tensor(d!) positions, Tensor(e!) cursors, "
-          "Tensor table, int max_prompt, int num_visual_tokens, int row_buffer, bool keep_prompt")
+          "Tensor table, Tensor pinned, int max_prompt, int num_visual_tokens, int row_buffer, bool keep_prompt")
 
 _library = torch.library.Library("ssd_kernels", "DEF")
 _library.define(f"decode(Tensor q, Tensor k, Tensor v, {_CACHE}, float scale, str backend) -> Tensor",
@@ -29,8 +29,8 @@ def layout_arguments(layout: LayerLayout) -> tuple[int, int, int, bool]:
 
 def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
            scores: torch.Tensor, positions: torch.Tensor, cursors: torch.Tensor, table: torch.Tensor,
-           max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool, scale: float,
-           backend: str) -> torch.Tensor:
+           pinned: torch.Tensor, max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool,
+           scale: float, backend: str) -> torch.Tensor:
     """One decode step of one layer (SPEC section 3): append, attend, score, evict.
 
     Args:
@@ -38,7 +38,9 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
         keys, values: slabs ``[B, S, D]``, changed in place.
         scores (float32), positions (int32): ``[B, T]``, changed in place.
         cursors: int32 ``[B, 2]``, changed in place.
-        table: int32 ``[H, 8]``; with the four numbers after it, the layout (`ssd_kernels.layout.LayerLayout`).
+        table: int32 ``[H, 8]``; with the four numbers after ``pinned``, the layout
+            (`ssd_kernels.layout.LayerLayout`).
+        pinned: int32 ``[H, W]``, a bit per visual token (`ssd_kernels.layout.LayerLayout.pin_mask`).
         scale: factor on the dot products.
         backend: a backend's name, not ``"auto"``.
 
@@ -48,7 +50,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
     Raises:
         ValueError: shapes or the table do not fit together, or a row has no step left.
     """
-    state = _state(keys, values, scores, positions, cursors, table, max_prompt, num_visual_tokens, row_buffer,
+    state = _state(keys, values, scores, positions, cursors, table, pinned, max_prompt, num_visual_tokens, row_buffer,
                    keep_prompt)
     _check_step(state, q, k, v)
     return backends.get(backend).decode(state, q, k, v, scale)
@@ -56,8 +58,8 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
 
 def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_scores: torch.Tensor | None,
             rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor,
-            positions: torch.Tensor, cursors: torch.Tensor, table: torch.Tensor, max_prompt: int,
-            num_visual_tokens: int, row_buffer: int, keep_prompt: bool, backend: str) -> None:
+            positions: torch.Tensor, cursors: torch.Tensor, table: torch.Tensor, pinned: torch.Tensor,
+            max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool, backend: str) -> None:
     """Restart ``rows`` of one layer with new prompts (SPEC section 3, "Prefill").
 
     Args:
@@ -69,7 +71,7 @@ def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_
     Raises:
         ValueError: shapes, lengths or rows out of range.
     """
-    state = _state(keys, values, scores, positions, cursors, table, max_prompt, num_visual_tokens, row_buffer,
+    state = _state(keys, values, scores, positions, cursors, table, pinned, max_prompt, num_visual_tokens, row_buffer,
                    keep_prompt)
     lengths, indices = [int(n) for n in prompt_lens], [int(n) for n in rows]
     expected = (len(indices), table.shape[0], k.shape[2] if k.dim() == 4 else 0, keys.shape[2])
@@ -90,8 +92,8 @@ def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_
 
 
 def _state(keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, positions: torch.Tensor,
-           cursors: torch.Tensor, table: torch.Tensor, max_prompt: int, num_visual_tokens: int, row_buffer: int,
-           keep_prompt: bool) -> LayerState:
+           cursors: torch.Tensor, table: torch.Tensor, pinned: torch.Tensor, max_prompt: int,
+           num_visual_tokens: int, row_buffer: int, keep_prompt: bool) -> LayerState:
     for name, tensor, dims in (("keys", keys, 3), ("scores", scores, 2)):
         if tensor.dim() != dims:
             raise ValueError(f"{name} must have {dims} dimensions, got {list(tensor.shape)}")
@@ -102,13 +104,14 @@ def _state(keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, posit
                                        ("values", values, keys.shape, keys.dtype),
                                        ("scores", scores, (batch, layout.scored_slots), torch.float32),
                                        ("positions", positions, (batch, layout.scored_slots), torch.int32),
-                                       ("cursors", cursors, (batch, 2), torch.int32)):
+                                       ("cursors", cursors, (batch, 2), torch.int32),
+                                       ("pinned", pinned, (len(layout.heads), layout.pin_words), torch.int32)):
         if (tensor.shape != shape or tensor.dtype != dtype or tensor.device != keys.device
                 or not tensor.is_contiguous()):
             raise ValueError(f"{name} must be contiguous {list(shape)} of {dtype} on {keys.device}, got "
                              f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device} with strides "
                              f"{tensor.stride()}")
-    return LayerState(layout, keys, values, scores, positions, cursors, table)
+    return LayerState(layout, keys, values, scores, positions, cursors, table, pinned)
 
 
 def _check_step(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

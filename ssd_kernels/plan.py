@@ -1,11 +1,16 @@
-"""What every head keeps: head specs and plans, as plain data."""
+"""What every head keeps: head specs and plans, as plain data.
+
+Plan files (`CachePlan.save`) carry a version. Fields and values that came later, ``pinned`` and
+``score="position"``, are written only where a plan uses them, and readers refuse what they do not know. So a file of
+the same version either means the same to an older reader or is refused by it, and the version stays.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +20,13 @@ import torch
 __all__ = ["CachePlan", "HeadSpec", "peak_tokens"]
 
 Kind = Literal["full", "window", "heavy"]
-ScoreRule = Literal["sum", "mean"]
+ScoreRule = Literal["sum", "mean", "position"]
 
 KINDS: tuple[str, ...] = ("full", "window", "heavy")
-SCORE_RULES: tuple[str, ...] = ("sum", "mean")
+SCORE_RULES: tuple[str, ...] = ("sum", "mean", "position")
 PLAN_FORMAT = "ssd_kernels.plan"
 PLAN_VERSION = 1
+MAX_PINNED = 2**20  # per head; a slip in a range of a plan file must not fill the memory
 
 
 def check_int(name: str, value: object, minimum: int) -> int:
@@ -37,6 +43,48 @@ def check_int(name: str, value: object, minimum: int) -> int:
     return value
 
 
+def _token_numbers(pinned: object) -> tuple[int, ...]:
+    """``pinned`` as `HeadSpec` stores it: ascending, without duplicates."""
+    if isinstance(pinned, (str, bytes)) or not isinstance(pinned, Iterable):
+        raise TypeError(f"pinned must be an iterable of ints, got {pinned!r}")
+    tokens = sorted({check_int(f"pinned[{entry}]", token, 0) for entry, token in enumerate(pinned)})
+    if len(tokens) > MAX_PINNED:
+        raise ValueError(f"pinned must hold at most {MAX_PINNED} tokens, got {len(tokens)}")
+    return tuple(tokens)
+
+
+def _to_ranges(tokens: Sequence[int]) -> list[list[int]]:
+    """Ascending ``tokens`` as ``[first, last]`` pairs, both inclusive."""
+    ranges: list[list[int]] = []
+    for token in tokens:
+        if ranges and token == ranges[-1][1] + 1:
+            ranges[-1][1] = token
+        else:
+            ranges.append([token, token])
+    return ranges
+
+
+def _from_ranges(ranges: object) -> list[int]:
+    """The tokens that `_to_ranges` described.
+
+    Raises:
+        TypeError, ValueError: not a list of ``[first, last]`` pairs of ints >= 0 with first <= last, in ascending
+            order and without overlap.
+    """
+    if not isinstance(ranges, list):
+        raise ValueError(f"pinned must be a list of [first, last] ranges, got {ranges!r}")
+    tokens: list[int] = []
+    for entry, pair in enumerate(ranges):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"pinned[{entry}] must be a range [first, last], got {pair!r}")
+        first = check_int(f"first of pinned[{entry}]", pair[0], tokens[-1] + 1 if tokens else 0)
+        last = check_int(f"last of pinned[{entry}]", pair[1], first)
+        if len(tokens) + last - first >= MAX_PINNED:
+            raise ValueError(f"pinned must hold at most {MAX_PINNED} tokens, got {len(tokens) + last - first + 1}")
+        tokens.extend(range(first, last + 1))
+    return tokens
+
+
 @dataclass(frozen=True)
 class HeadSpec:
     """What one KV head keeps (SPEC section 2, "head spec"). Build it with `full`, `window` or `heavy`.
@@ -45,16 +93,22 @@ class HeadSpec:
         kind: ``"full"``, ``"window"`` or ``"heavy"``.
         size: W of a window head or M of a heavy head, in visual tokens; None for a full head.
         recent: how many of a heavy head's M tokens are the newest ones, whatever their score.
-        score: eviction key of a heavy head: ``"sum"`` of the attention probability the token received, or
-            ``"mean"`` of it over the decode steps in which the token was attended to.
+        score: eviction key of a heavy head: ``"sum"`` of the attention probability the token received,
+            ``"mean"`` of it over the decode steps in which the token was attended to, or the token's
+            ``"position"`` (newest wins; the probabilities are still summed, but do not decide).
+        pinned: visual tokens of a heavy head, by their number t in the picture, that rank above all that are not
+            pinned, whatever their key; the older of two pinned tokens is evicted first. Any iterable of ints >= 0,
+            stored ascending and without duplicates. Numbers beyond the picture have no effect.
     """
 
     kind: Kind
     size: int | None = None
     recent: int = 0
     score: ScoreRule = "sum"
+    pinned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "pinned", _token_numbers(self.pinned))
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.kind == "full":
@@ -65,9 +119,9 @@ class HeadSpec:
         check_int("recent", self.recent, 0)
         if self.score not in SCORE_RULES:
             raise ValueError(f"score must be one of {', '.join(SCORE_RULES)}, got {self.score!r}")
-        if self.kind != "heavy" and (self.recent != 0 or self.score != "sum"):
-            raise ValueError(f"recent and score belong to heavy heads only, got a {self.kind} head with "
-                             f"recent={self.recent}, score={self.score!r}")
+        if self.kind != "heavy" and (self.recent != 0 or self.score != "sum" or self.pinned):
+            raise ValueError(f"recent, score and pinned belong to heavy heads only, got a {self.kind} head with "
+                             f"recent={self.recent}, score={self.score!r}, {len(self.pinned)} pinned tokens")
         if self.size is not None and self.recent > self.size:
             raise ValueError(f"recent must be at most M = {self.size}, got {self.recent}")
 
@@ -82,41 +136,51 @@ class HeadSpec:
         return cls("window", size)
 
     @classmethod
-    def heavy(cls, size: int, recent: int = 0, score: ScoreRule = "sum") -> HeadSpec:
+    def heavy(cls, size: int, recent: int = 0, score: ScoreRule = "sum", pinned: Iterable[int] = ()) -> HeadSpec:
         """Keep the ``size`` (M >= 1) heaviest visual tokens: a *semantic* head of SSD (Algorithm 1).
+
+        The ``recent`` newest tokens stay, then pinned ones, then those of highest key, until M are kept.
 
         Args:
             size: M, the number of visual tokens kept.
             recent: how many of the M are the newest tokens regardless of score; 0 is the paper's rule.
-            score: ``"sum"`` (the paper's running sum) or ``"mean"`` per decode step, so that old tokens do not
-                starve new ones.
+            score: ``"sum"`` (the paper's running sum), ``"mean"`` per decode step, so that old tokens do not
+                starve new ones, or ``"position"``: the newest tokens, with scores kept beside.
+            pinned: numbers t of visual tokens that rank above all others, as the margin columns of a grid may.
         """
-        return cls("heavy", size, recent, score)
+        return cls("heavy", size, recent, score, _token_numbers(pinned))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: only the fields that mean something for this kind."""
+        """JSON form: only the fields that mean something for this kind.
+
+        ``pinned`` is there when it is not empty, as a list of ``[first, last]`` ranges, both inclusive, ascending.
+        """
         if self.kind == "full":
             return {"kind": "full"}
         if self.kind == "window":
             return {"kind": "window", "size": self.size}
-        return {"kind": "heavy", "size": self.size, "recent": self.recent, "score": self.score}
+        data: dict[str, Any] = {"kind": "heavy", "size": self.size, "recent": self.recent, "score": self.score}
+        if self.pinned:
+            data["pinned"] = _to_ranges(self.pinned)
+        return data
 
     @classmethod
     def from_dict(cls, data: object) -> HeadSpec:
         """The head spec that `to_dict` wrote.
 
         Raises:
-            ValueError: not an object, an unknown kind or field, or a value outside its range.
-            TypeError: a size that is not an integer.
+            ValueError: not an object, an unknown kind or field, or a value outside its range; ranges of ``pinned``
+                that overlap or are out of order.
+            TypeError: a size or a token number that is not an integer.
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"a head spec must be an object, got {data!r}")
-        unknown = sorted(set(data) - {"kind", "size", "recent", "score"})
+        unknown = sorted(set(data) - {"kind", "size", "recent", "score", "pinned"})
         if unknown:
             raise ValueError(f"unknown field {unknown[0]!r} in head spec {dict(data)!r}")
         if "kind" not in data:
             raise ValueError(f"kind is missing in head spec {dict(data)!r}")
-        return cls(**data)
+        return cls(**{**data, "pinned": _from_ranges(data.get("pinned", []))})
 
 
 def peak_tokens(keep: int | None, first: int, num_visual_tokens: int, row_buffer: int) -> int:
@@ -211,7 +275,7 @@ class CachePlan:
 
     def nbytes(self, *, batch_size: int, head_dim: int, max_prompt: int, dtype: torch.dtype,
                num_visual_tokens: int = 576) -> int:
-        """Bytes a `CompressedCache` of this plan allocates: slabs, scores, positions, cursors and head tables."""
+        """Bytes a `CompressedCache` of this plan allocates: slabs, scores, positions, cursors, tables and masks."""
         from .layout import LayerLayout
 
         check_int("batch_size", batch_size, 1)

@@ -6,11 +6,14 @@ tested against, so it is written to be read, not to be fast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from typing import cast
 
 import torch
 
-from .layout import KEEP_ALL, LayerLayout, RowView
+from .layout import KEEP_ALL, LayerLayout, RowView, pinned_tokens
 from .plan import SCORE_RULES
 from .state import LayerState
 
@@ -44,7 +47,7 @@ def decode(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
             if view.head.score_offset >= 0:
                 add_scores(state, row, view, probabilities)
             if view.head.kind == "heavy" and (step + 1) % view.period == 0:
-                evict(state, row, view)
+                evict(state, row, view, pinned_tokens(state.pinned[head].tolist(), layout.num_visual_tokens))
     state.cursors[:, 1] += 1
     return out
 
@@ -79,8 +82,11 @@ def add_scores(state: LayerState, row: int, view: RowView, probabilities: torch.
     state.scores[row, slots] += probabilities.sum(0).to(torch.float32)
 
 
-def evict(state: LayerState, row: int, view: RowView) -> None:
-    """Rule 4 for a heavy head: winners from beyond the first M evictable slots overwrite the losers among those."""
+def evict(state: LayerState, row: int, view: RowView, pinned: AbstractSet[int]) -> None:
+    """Rule 4 for a heavy head: winners from beyond the first M evictable slots overwrite the losers among those.
+
+    ``pinned``: the head's pinned visual tokens, by their numbers in the picture.
+    """
     head = view.head
     count = view.evictable + 1
     if count <= head.keep:
@@ -90,7 +96,7 @@ def evict(state: LayerState, row: int, view: RowView) -> None:
     prompt_len = view.base + view.first
     scores = state.scores[row, evictable]
     keys = eviction_keys(scores, positions, prompt_len, view.step + 1, SCORE_RULES[head.rule])
-    kept = survivors(keys.tolist(), positions, head.keep, head.recent)
+    kept = survivors(keys, positions, head.keep, head.recent, {prompt_len + token for token in pinned})
     losers = [index for index in range(head.keep) if index not in kept]
     winners = [index for index in sorted(kept) if index >= head.keep]
     for loser, winner in zip(losers, winners, strict=True):
@@ -100,8 +106,8 @@ def evict(state: LayerState, row: int, view: RowView) -> None:
 
 
 def eviction_keys(scores: torch.Tensor, positions: Sequence[int], prompt_len: int, steps: int,
-                  rule: str) -> torch.Tensor:
-    """The key rule 4 sorts by: the score, or the score per decode step the token was attended to.
+                  rule: str) -> list[float]:
+    """The key rule 4 sorts by: the score, the score per decode step the token was attended to, or the position.
 
     Args:
         scores: float32 ``[n]``.
@@ -109,24 +115,36 @@ def eviction_keys(scores: torch.Tensor, positions: Sequence[int], prompt_len: in
         prompt_len: position of visual token 0.
         steps: decode steps taken, the current one included. A visual token has been attended to since its own step,
             a prompt token since the first; before the first step the score stands undivided.
-        rule: ``"sum"`` or ``"mean"``.
+        rule: ``"sum"``, ``"mean"`` or ``"position"``.
+
+    Returns:
+        a key per token; positions are ints, and so compare exactly.
     """
+    if rule == "position":
+        return list(positions)
     if rule == "sum":
-        return scores
+        return cast("list[float]", scores.tolist())
     attended = [max(steps - max(position - prompt_len, 0), 1) for position in positions]
-    return scores / torch.tensor(attended, dtype=torch.float32, device=scores.device)
+    return cast("list[float]", (scores / torch.tensor(attended, dtype=torch.float32, device=scores.device)).tolist())
 
 
-def survivors(keys: Sequence[float], positions: Sequence[int], keep: int, recent: int) -> set[int]:
-    """Rule 4: indices of the ``recent`` newest tokens and then of the highest keys, ``keep`` in all.
+def survivors(keys: Sequence[float], positions: Sequence[int], keep: int, recent: int,
+              pinned: AbstractSet[int] = frozenset()) -> set[int]:
+    """Rule 4: indices of the ``recent`` newest tokens, then of ``pinned`` positions, then of the highest keys, until
+    there are ``keep``.
 
-    Of equal keys the older position is evicted; a NaN key is below every other.
+    Of equal keys, and of pinned tokens, the older position is evicted; a NaN key is below every other.
     """
+    def rank(index: int) -> tuple[int, float, int]:
+        if positions[index] in pinned:
+            return 2, 0.0, positions[index]
+        if math.isnan(keys[index]):
+            return 0, 0.0, positions[index]
+        return 1, keys[index], positions[index]
+
     by_age = sorted(range(len(keys)), key=lambda index: positions[index], reverse=True)
     protected = by_age[:recent]
-    contest = sorted(by_age[recent:], reverse=True,
-                     key=lambda index: (keys[index] == keys[index],
-                                        keys[index] if keys[index] == keys[index] else 0.0, positions[index]))
+    contest = sorted(by_age[recent:], reverse=True, key=rank)
     return set(protected + contest[:max(keep - recent, 0)])
 
 
@@ -166,7 +184,7 @@ def _prompt_survivors(view: RowView, scores: torch.Tensor) -> list[int]:
     if view.head.kind == "window":
         return everything[max(view.first - view.head.keep, 0):]
     keys = eviction_keys(scores, everything, view.first, 0, SCORE_RULES[view.head.rule])
-    return sorted(survivors(keys.tolist(), everything, view.head.keep, view.head.recent))
+    return sorted(survivors(keys, everything, view.head.keep, view.head.recent))
 
 
 def check_cursors(cursors: Sequence[Sequence[int]], layout: LayerLayout) -> None:

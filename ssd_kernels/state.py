@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .layout import LayerLayout
+from .plan import HeadSpec
 
 
 @dataclass
@@ -21,6 +23,7 @@ class LayerState:
         positions: int32 ``[B, T]``, position of the token in each scored slot.
         cursors: int32 ``[B, 2]``: prompt length, and visual tokens appended so far.
         table: int32 ``[H, 8]``, `LayerLayout.table` on the slabs' device.
+        pinned: int32 ``[H, W]``, `LayerLayout.pin_mask` there.
         native: whatever a backend wants to remember about these tensors (their addresses never change).
     """
 
@@ -31,12 +34,13 @@ class LayerState:
     positions: torch.Tensor
     cursors: torch.Tensor
     table: torch.Tensor
+    pinned: torch.Tensor
     native: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def allocate(cls, layout: LayerLayout, batch_size: int, head_dim: int, dtype: torch.dtype,
-                 device: torch.device) -> LayerState:
-        """Empty caches for ``batch_size`` rows, with all cursors at zero."""
+    def allocate(cls, layout: LayerLayout, specs: Sequence[HeadSpec], batch_size: int, head_dim: int,
+                 dtype: torch.dtype, device: torch.device) -> LayerState:
+        """Empty caches of the ``specs`` that ``layout`` was built from, with all cursors at zero."""
         slab = (batch_size, layout.slots, head_dim)
         scored = (batch_size, layout.scored_slots)
         return cls(layout,
@@ -45,11 +49,12 @@ class LayerState:
                    torch.zeros(scored, dtype=torch.float32, device=device),
                    torch.zeros(scored, dtype=torch.int32, device=device),
                    torch.zeros((batch_size, 2), dtype=torch.int32, device=device),
-                   layout.table().to(device))
+                   layout.table().to(device),
+                   layout.pin_mask(specs).to(device))
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.keys, self.values, self.scores, self.positions, self.cursors, self.table
+        return self.keys, self.values, self.scores, self.positions, self.cursors, self.table, self.pinned
 
     @property
     def nbytes(self) -> int:

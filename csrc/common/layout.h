@@ -15,7 +15,7 @@
 namespace ssd {
 
 enum HeadKind : int32_t { kFull = 0, kWindow = 1, kHeavy = 2 };
-enum ScoreRule : int32_t { kSum = 0, kMean = 1 };
+enum ScoreRule : int32_t { kSum = 0, kMean = 1, kPosition = 2 };
 
 // One row of the head table, int32 [heads, 8].
 struct HeadRange {
@@ -103,6 +103,28 @@ SSD_INLINE int32_t live_segments(const HeadRange& head, const RowView& view, Seg
   }
   segments[used++] = {view.base + begin, unwrapped};
   return used;
+}
+
+// One head's row of the pin mask: visual token t is bit t % 32 of word t / 32.
+struct PinMask {
+  const int32_t* words;
+  int32_t num_visual_tokens;
+};
+
+SSD_INLINE int32_t pin_words(const LayerShape& shape) {
+  return shape.num_visual_tokens / 32 + (shape.num_visual_tokens % 32 != 0);
+}
+
+// `pinned`: int32 [heads, pin_words].
+SSD_INLINE PinMask pin_mask(const LayerShape& shape, const int32_t* pinned, int32_t head) {
+  return {pinned + static_cast<int64_t>(head) * pin_words(shape), shape.num_visual_tokens};
+}
+
+// Whether the token at `position` of a row is pinned: any two numbers may be given, and prompt tokens are not.
+SSD_INLINE bool is_pinned(const PinMask& mask, int32_t position, int32_t prompt_len) {
+  const uint32_t token = static_cast<uint32_t>(position) - static_cast<uint32_t>(prompt_len);
+  return token < static_cast<uint32_t>(mask.num_visual_tokens) &&
+         (static_cast<uint32_t>(mask.words[token / 32]) >> (token % 32) & 1u);
 }
 
 SSD_INLINE bool refresh_due(const RowView& view) { return (view.step + 1) % view.period == 0; }

@@ -20,6 +20,11 @@ SSD_INLINE int64_t eviction_rank(float key, int32_t position) {
   return static_cast<int64_t>(key == key ? ordered : INT32_MIN) * (int64_t{1} << 32) + position;
 }
 
+// The same for a pinned token: above every key, infinity included, and below the protected.
+SSD_INLINE int64_t pinned_rank(int32_t position) {
+  return static_cast<int64_t>(INT32_MAX) * (int64_t{1} << 32) + position;
+}
+
 // Decode steps in which a token has been attended to, `steps` being all taken so far: since its own step for a visual
 // token, since the first for a prompt token, and at least 1.
 SSD_INLINE int32_t attended_steps(int32_t position, int32_t prompt_len, int32_t steps) {

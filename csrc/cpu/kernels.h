@@ -107,11 +107,35 @@ struct Decoder {
     for (int32_t i = 0; i < count; ++i) {
       float key = scores[i];
       if (kRule == kMean) key /= static_cast<float>(attended_steps(positions[i], prompt_len, steps));
-      const int64_t value = eviction_rank(key, positions[i]);
+      const int64_t value = kRule == kPosition ? positions[i] : eviction_rank(key, positions[i]);
       ranks[i] = positions[i] >= protected_from ? kProtected : value;
       lowest = ranks[i] < lowest ? ranks[i] : lowest;
     }
     return lowest;
+  }
+
+  // Lifts the pinned of the tokens [0, count) above the others; returns the lowest rank. A pass of its own, so that
+  // heads without pinned tokens have nothing to do with it.
+  SSD_ALWAYS_INLINE int64_t lift_pinned(const Item& item, int32_t count, const PinMask& mask, int64_t* ranks) {
+    const int32_t* positions = item_positions(layer, item) + item.view.base;
+    const int32_t prompt_len = item.view.base + item.view.first;
+    int64_t lowest = kProtected;
+    for (int32_t i = 0; i < count; ++i) {
+      if (ranks[i] != kProtected && is_pinned(mask, positions[i], prompt_len)) ranks[i] = pinned_rank(positions[i]);
+      lowest = ranks[i] < lowest ? ranks[i] : lowest;
+    }
+    return lowest;
+  }
+
+  SSD_ALWAYS_INLINE int64_t rank_by_rule(const Item& item, int32_t count, int64_t* ranks) {
+    switch (item.range.rule) {
+      case kMean:
+        return rank<kMean>(item, count, ranks);
+      case kPosition:
+        return rank<kPosition>(item, count, ranks);
+      default:
+        return rank<kSum>(item, count, ranks);
+    }
   }
 
   // Rule 4: the tokens of lowest rank lose; winners from beyond the first M evictable slots overwrite losers there.
@@ -122,7 +146,11 @@ struct Decoder {
     float* scores = item_scores(layer, item) + item.view.base;
     int32_t* positions = item_positions(layer, item) + item.view.base;
     int64_t* ranks = scratch.ranks;
-    const int64_t lowest = item.range.rule == kMean ? rank<kMean>(item, count, ranks) : rank<kSum>(item, count, ranks);
+    int64_t lowest = rank_by_rule(item, count, ranks);
+    const PinMask mask = pin_mask(layer.shape, layer.pinned, item.head);
+    int32_t any_pinned = 0;
+    for (int32_t word = 0; word < pin_words(layer.shape); ++word) any_pinned |= mask.words[word];
+    if (any_pinned) lowest = lift_pinned(item, count, mask, ranks);
     const auto overwrite = [&](int32_t loser, int32_t winner) {
       move_slot(keys, item.view.base + winner, item.view.base + loser);
       move_slot(values, item.view.base + winner, item.view.base + loser);

@@ -19,6 +19,7 @@ struct CacheLayer {
   int32_t* positions;  // [batch, scored_slots]
   Cursor* cursors;     // [batch]
   const HeadRange* heads;
+  const int32_t* pinned;  // [heads, pin_words]
 };
 
 // One decode step. Strides are in elements; the last dimension of q, k and v has unit stride.

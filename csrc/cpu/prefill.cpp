@@ -25,7 +25,8 @@ void prompt_survivors(const HeadRange& range, const RowView& view, const float* 
   ranks.resize(static_cast<size_t>(2 * prompt_len));
   for (int32_t position = 0; position < prompt_len; ++position) {
     const float score = scores ? scores[position] : 0.0f;
-    ranks[position] = prompt_len - position <= range.recent ? kProtected : eviction_rank(score, position);
+    const int64_t rank = range.rule == kPosition ? position : eviction_rank(score, position);
+    ranks[position] = prompt_len - position <= range.recent ? kProtected : rank;
     ranks[prompt_len + position] = ranks[position];
   }
   const int64_t losing = losing_rank(ranks.data() + prompt_len, prompt_len, range.keep);

@@ -20,3 +20,15 @@ def included_model() -> str:
         raise FileNotFoundError(f"the included model is not installed (no {folder}/config.json); pass a folder or a "
                                 "hub id instead")
     return str(folder)
+
+
+def included_profile() -> Path:
+    """The head profile of the included model.
+
+    Raises:
+        FileNotFoundError: this installation came without it.
+    """
+    file = Path(included_model()) / "profile.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"no profile of the included model ({file}); make one with `ssd-janus profile`")
+    return file

@@ -20,6 +20,7 @@ from .options import (
     LayoutName,
     Model,
     PolicyName,
+    ProfileFile,
     PromptsFile,
     RowBuffer,
     Seed,
@@ -29,6 +30,7 @@ from .options import (
     console,
     last_run,
     load,
+    load_profile,
     messages,
     one_line_errors,
     show_bytes,
@@ -65,6 +67,7 @@ def generate(
     budget: Annotated[float | None, typer.Option(help="Share of the picture's tokens that the policy may keep, row "
                                                       f"buffer included. Default: {DEFAULT_BUDGET}.")] = None,
     row_buffer: RowBuffer = None,
+    profile: ProfileFile = None,
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     prompts_file: PromptsFile = None,
     layout: Annotated[LayoutName | None, typer.Option(
@@ -83,7 +86,8 @@ def generate(
 
     chosen = gather(prompts, prompts_file)
     pipe = load(model, device, dtype, backend)
-    cache_plan = choose_plan(pipe.shape, plan, policy, budget, row_buffer)
+    heads = load_profile(profile, model, [policy] if policy else [])
+    cache_plan = choose_plan(pipe.shape, plan, policy, budget, row_buffer, heads)
     out.mkdir(parents=True, exist_ok=True)
     from . import drawing
 
@@ -142,7 +146,8 @@ def demo(
 ) -> None:
     """Draw the same prompts with the full cache and with a 20% plan, side by side on one sheet."""
     pipe = load(None, device, dtype, backend)
-    from . import policies
+    from ssd_kernels import policies
+
     from .images import contact_sheet, file_names, save_picture
 
     out.mkdir(parents=True, exist_ok=True)

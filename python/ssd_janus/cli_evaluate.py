@@ -1,4 +1,4 @@
-"""The commands ``evaluate`` and ``gallery``."""
+"""The commands ``evaluate``, ``gallery`` and ``profile``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .options import (
     Guidance,
     Model,
     PolicyName,
+    ProfileFile,
     PromptsFile,
     RowBuffer,
     Seed,
@@ -24,6 +25,7 @@ from .options import (
     choose_plans,
     console,
     load,
+    load_profile,
     messages,
     one_line_errors,
 )
@@ -59,6 +61,7 @@ def evaluate(
     policy: Policies = None,
     budget: Budgets = None,
     row_buffer: RowBuffer = None,
+    profile: ProfileFile = None,
     seeds: Annotated[int, typer.Option(min=1, help="Pictures per prompt (shapes).")] = 1,
     prompts_file: PromptsFile = None,
     limit: Annotated[int | None, typer.Option(min=1, help=(
@@ -68,12 +71,15 @@ def evaluate(
     dtype: Dtype = None,
     backend: Backend = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 16,
+    page: Annotated[Path | None, typer.Option(help="Also put the table into this Markdown page, between the comments "
+                                                   "<!-- SUITE --> and <!-- /SUITE -->.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure what plans do to pictures; writes results.json and table.md."""
     prompts = _prompts(suite, prompts_file, limit)
     pipe = load(model, device, dtype, backend)
-    plans = choose_plans(pipe.shape, plan or [], policy or [], budget or [], row_buffer)
+    heads = load_profile(profile, model, policy or [])
+    plans = choose_plans(pipe.shape, plan or [], policy or [], budget or [], row_buffer, heads)
     from .evaluation import fidelity, quality, report
     from .progress import progress_bar
 
@@ -92,6 +98,8 @@ def evaluate(
                                                   progress=progress, **common)
     facts = {"suite": suite.value, "prompts": len(prompts), "seeds": seeds}
     report.write(results, out, facts)
+    if page is not None:
+        report.into_page(results, page, suite.value)
     if as_json:
         print((out / "results.json").read_text(), end="")
     else:
@@ -110,6 +118,7 @@ def gallery(
     policy: Policies = None,
     budget: Budgets = None,
     row_buffer: RowBuffer = None,
+    profile: ProfileFile = None,
     prompts_file: PromptsFile = None,
     guidance: Guidance = None,
     device: Device = "cpu",
@@ -123,7 +132,8 @@ def gallery(
 
     texts = [prompt.text for prompt in gather(prompts, prompts_file)]
     pipe = load(model, device, dtype, backend)
-    plans = choose_plans(pipe.shape, plan or [], policy or [], budget or [], row_buffer)
+    heads = load_profile(profile, model, policy or [])
+    plans = choose_plans(pipe.shape, plan or [], policy or [], budget or [], row_buffer, heads)
     from .images import contact_sheet, save_picture
     from .progress import progress_bar
 
@@ -140,6 +150,60 @@ def gallery(
         print(json.dumps({"file": str(out), "prompts": texts, "plans": list(columns), "seed": seed}))
     else:
         console.print(str(out), markup=False, soft_wrap=True)
+
+
+@app.command("profile")
+@one_line_errors
+def profile_heads(
+    out: Annotated[Path, typer.Option(help="Folder for profile.safetensors and plots.")],
+    model: Model = None,
+    prompts_file: PromptsFile = None,
+    limit: Annotated[int, typer.Option(min=1, help="Only the first so many prompts.")] = 16,
+    radius: Annotated[int, typer.Option(min=0, help="Of the neighbourhood that the sparsity score leaves out, "
+                                                    "tokens.")] = 1,
+    tau: Annotated[float | None, typer.Option(min=0, max=1,
+                                              help="Line in the plots. Default: the median score.")] = None,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (needs matplotlib).")] = True,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line on stdout.")] = False,
+) -> None:
+    """Measure what every head looks at and what evicting costs it, for the policies that need to know.
+
+    Without --prompts-file, prompts of the shapes world that the suite of `evaluate` does not use.
+    """
+    from .prompts import calibration, read
+
+    texts = [prompt.text for prompt in read(prompts_file)][:limit] if prompts_file else calibration(limit)
+    if plots:
+        from .extras import needs
+
+        with needs("plot", "matplotlib"):
+            import matplotlib  # noqa: F401  # before the long part, not after
+    pipe = load(model, device, dtype, backend)
+    from . import plots as plotting
+    from .profiling import measure
+    from .progress import progress_bar
+
+    with progress_bar("profiling") as show:
+        measured = measure(pipe, texts, guidance_scale=guidance, seed=seed, radius=radius, batch_size=batch_size,
+                           progress=show)
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / "profile.safetensors"]
+    measured.save(files[0])
+    if plots:
+        files += plotting.save_all(measured, out, tau)
+    facts = {"files": [str(file) for file in files], "prompts": len(texts), "seconds": measured.meta["seconds"]}
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for file in files:
+        console.print(str(file), markup=False, soft_wrap=True)
+    messages.print(f"{len(texts)} prompts in {measured.meta['seconds']} s")
 
 
 def _prompts(suite: SuiteName, file: Path | None, limit: int | None) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from ssd_kernels import CachePlan
+    from ssd_kernels.policies import HeadProfile
 
     from .pipeline import Pipeline, RunStats
     from .shape import ModelShape
@@ -29,10 +30,19 @@ DEFAULT_BUDGET = 0.2
 
 
 class PolicyName(str, Enum):
+    """The policies of `ssd_kernels.policies`, written down here so that ``--help`` need not import torch."""
+
     full = "full"
     window = "window"
     heavy = "heavy"
-    mixed = "mixed"
+    streaming_llm = "streaming_llm"
+    h2o = "h2o"
+    rows = "rows"
+    random = "random"
+    ssd = "ssd"
+    ssd_guarded = "ssd_guarded"
+    margin = "margin"
+    adaptive = "adaptive"
 
 
 class LayoutName(str, Enum):
@@ -74,6 +84,9 @@ PromptsFile = Annotated[Path | None, typer.Option(help=(
     "item_id and text, or a folder of .txt files (as DPG-Bench's)."))]
 RowBuffer = Annotated[int | None, typer.Option(min=0, help="Steps between evictions of the policy; 0 evicts at every "
                                                            "step. Default: one grid row.")]
+ProfileFile = Annotated[Path | None, typer.Option(
+    "--profile", help="What `profile` measured about the model's heads, for the policies ssd, ssd_guarded, margin and "
+                      "adaptive. Default: the included model's own.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling; the same seed repeats the pictures.")]
 Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance; 1 turns it off. Default: "
                                                      "the model's own.")]
@@ -91,35 +104,44 @@ def check_plan_options(plan: Path | None, policy: PolicyName | None, budget: flo
 
 
 def choose_plan(shape: ModelShape, plan: Path | None, policy: PolicyName | None, budget: float | None,
-                row_buffer: int | None) -> CachePlan:
+                row_buffer: int | None, profile: HeadProfile | None) -> CachePlan:
     """One plan from the options of `generate`."""
-    from ssd_kernels import CachePlan
-
-    from . import policies
+    from ssd_kernels import CachePlan, policies
 
     if plan is not None:
         return shape.check(CachePlan.load(plan))
     name = PolicyName.full if policy is None else policy
     if budget is None:
         budget = 1.0 if name is PolicyName.full else DEFAULT_BUDGET
-    return policies.build(name.value, shape, budget, row_buffer)
+    return policies.build(name.value, shape, budget, row_buffer, profile=profile)
 
 
 def choose_plans(shape: ModelShape, files: Sequence[Path], policies: Sequence[PolicyName], budgets: Sequence[float],
-                 row_buffer: int | None) -> dict[str, CachePlan]:
+                 row_buffer: int | None, profile: HeadProfile | None) -> dict[str, CachePlan]:
     """Named plans from repeated options: every file, and every policy at every budget; the full plan if none."""
     plans = {}
     for file in files:
         if file.stem in plans:
             raise ValueError(f"--plan files must have different names, got {file.stem} twice")
-        plans[file.stem] = choose_plan(shape, file, None, None, None)
+        plans[file.stem] = choose_plan(shape, file, None, None, None, None)
     for policy in policies:
         if policy is PolicyName.full:
             plans["full"] = shape.full_plan()
             continue
         for budget in budgets or [DEFAULT_BUDGET]:
-            plans[f"{policy.value}-{budget:g}"] = choose_plan(shape, None, policy, budget, row_buffer)
+            plans[f"{policy.value}-{budget:g}"] = choose_plan(shape, None, policy, budget, row_buffer, profile)
     return plans or {"full": shape.full_plan()}
+
+
+def load_profile(file: Path | None, model: str | None, policies: Sequence[PolicyName]) -> HeadProfile | None:
+    """The profile that these policies need, if any does: the given one, or the included model's own."""
+    from ssd_kernels.policies import NEED_PROFILE, HeadProfile
+
+    from .checkpoints import included_profile
+
+    if file is None and model is None and NEED_PROFILE.intersection(policy.value for policy in policies):
+        file = included_profile()
+    return None if file is None else HeadProfile.load(file)
 
 
 def load(model: str | None, device: str, dtype: DtypeName | None, backend: str) -> Pipeline:

@@ -45,6 +45,17 @@ def shapes_suite() -> list[dict[str, Any]]:
     return load()
 
 
+def calibration(count: int) -> list[str]:
+    """Prompts of the shapes world to profile with; none is in its suite, nor uses a combination held out for it."""
+    import numpy as np
+
+    from ssd_shapes import world
+
+    generator = np.random.default_rng(1)
+    families = [name for name in world.FAMILIES if name != "single_object"]
+    return [world.draw_prompt(generator, "train", families[index % len(families)]).text for index in range(count)]
+
+
 def read(path: Path) -> list[FilePrompt]:
     """Read prompts from a file or folder.
 

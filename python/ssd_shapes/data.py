@@ -60,8 +60,18 @@ class Batches:
         blank: float = 0.1,
         seed: int = 0,
         split: world.Split = "train",
+        free_steps: int = 0,
     ):
-        self.tokenizer, self.book = tokenizer, book
+        """
+        Args:
+            tokenizer, book: for prompts and pictures.
+            size: B.
+            blank: share of prompts that are blanked, for guidance.
+            seed, split: of the data.
+            free_steps: until this step objects stand anywhere, later where the world puts them. More kinds of edges
+                are harder to learn.
+        """
+        self.tokenizer, self.book, self.free_steps = tokenizer, book, free_steps
         self.size, self.blank, self.seed, self.split = size, blank, seed, split
         self.boi, self.pad = (text.token_id(tokenizer, token) for token in (text.BOI, text.PAD))
 
@@ -79,7 +89,8 @@ class Batches:
             other = self._draw(rng)
             if len(other[1]) == len(first[1]):
                 drawn.append(other)
-        scenes = [world.draw_scene(rng, prompt) for prompt, _ in drawn]
+        places = 1 if step < self.free_steps else world.PLACES
+        scenes = [world.draw_scene(rng, prompt, places) for prompt, _ in drawn]
         pictures = np.stack([world.render(scene) for scene in scenes])
         shapes, colors, begins = (torch.from_numpy(np.stack(part)) for part in zip(*map(label, scenes), strict=True))
         prompts = torch.tensor([[*ids, self.boi] for _, ids in drawn])

@@ -106,7 +106,7 @@ def resume(run: Path, model: JanusForConditionalGeneration, head: losses.SceneHe
         return Progress()
     missing = set(trained_state(model)) - set(weights := load_file(found[-1] / "model.safetensors"))
     if missing or not (found[-1] / "scene_head.safetensors").exists():
-        raise ValueError(f"{found[-1]} lacks {sorted(missing)[:3] or 'the scene head'}: it was written by another version")
+        raise ValueError(f"{found[-1]} lacks {sorted(missing)[:3] or 'the scene head'}: another version wrote it")
     model.load_state_dict(weights, strict=False)
     head.load_state_dict(load_file(found[-1] / "scene_head.safetensors"))
     for opt, state in zip(opts, torch.load(found[-1] / "optimizer.pt", weights_only=True), strict=True):
@@ -142,6 +142,9 @@ def train(
     identity_weight: Annotated[
         float, typer.Option(help="How much more the tokens that begin an object count.")
     ] = 10.0,
+    free_steps: Annotated[
+        int, typer.Option(help="Steps, at the start, in which objects stand anywhere and not on patches.")
+    ] = 0,
     scene_weight: Annotated[float, typer.Option(help="Weight of reading the scene from hidden states.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 300.0,
@@ -171,7 +174,7 @@ def train(
     if compiled:
         for layer in model.model.language_model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
-    batches = Batches(tokenizer, book, batch, seed=seed)
+    batches = Batches(tokenizer, book, batch, seed=seed, free_steps=free_steps)
     held_out = [Batches(tokenizer, book, batch, 0.0, seed, "test")(i) for i in range(HELD_OUT_BATCHES)]
     parameters = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
     size = sum(p.numel() for p in parameters)

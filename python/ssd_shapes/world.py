@@ -50,6 +50,7 @@ FAMILIES: dict[str, float] = {
     "color_count": 0.12,
     "color_position": 0.10,
 }
+PLACES = 4  # pixels between the places where a centre may be: those of the patches that become tokens
 TEST_SHARE = 10  # one combination in this many is held out
 # How a prompt may begin, bare and GenEval's own first; single objects are held out by opening and shape.
 OPENINGS = (
@@ -270,10 +271,10 @@ def _related(relation: str, a: Object, b: Object) -> bool:
     return along >= a.radius + b.radius and along > 1.2 * abs(across)
 
 
-def draw_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
+def draw_scene(rng: np.random.Generator, prompt: Prompt, places: int = PLACES) -> Scene:
     """Arrange the objects of a prompt at random: inside the picture, apart, and in the asked relation.
 
-    Colours the prompt does not mention are random.
+    Colours the prompt does not mention are random. Centres are multiples of ``places`` pixels; 1 allows any.
     """
     wanted = [(thing["class"], thing.get("color")) for thing in prompt.include for _ in range(thing["count"])]
     colors = [color or _pick(rng, _COLORS)[0] for _, color in wanted]
@@ -283,7 +284,8 @@ def draw_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
         objects: list[Object] = []
         for (shape, _), color in zip(wanted, colors, strict=True):
             radius = int(rng.integers(9, largest))
-            x, y = (int(v) for v in rng.integers(radius + 2, SIZE - radius - 2, 2))
+            low, high = -(-(radius + 2) // places), (SIZE - radius - 3) // places + 1
+            x, y = (int(v) * places for v in rng.integers(low, high, 2))
             objects.append(Object(shape, color, (x, y), radius))
         apart = all(
             np.hypot(p.center[0] - q.center[0], p.center[1] - q.center[1]) >= 1.05 * (p.radius + q.radius) + 3

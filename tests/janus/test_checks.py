@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ssd_janus import Pipeline, policies
+from ssd_janus import Pipeline
 from ssd_janus.evaluation import fidelity, quality
 from ssd_janus.prompts import shapes_suite
-from ssd_kernels import CachePlan, HeadSpec
+from ssd_kernels import CachePlan, HeadSpec, policies
 
 pytestmark = pytest.mark.slow
 PROMPTS = shapes_suite()[:24]  # four of each family

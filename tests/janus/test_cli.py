@@ -13,8 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import ssd_janus.cli
-from ssd_janus import ModelShape, policies
+from ssd_janus import ModelShape
 from ssd_janus.images import contact_sheet, file_names
+from ssd_kernels import policies
 
 SHAPE = ModelShape(tiny.LAYERS, 4, 4, tiny.HEAD_DIM, tiny.TOKENS, tiny.GRID)
 
@@ -29,7 +30,7 @@ def draw(folder: Path, out: Path, *arguments: object) -> Result:
 
 def test_generate_writes_pictures_and_json(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "pictures"
-    result = draw(folder, out, "--policy", "mixed", "--budget", 0.5, "--images-per-prompt", 2, "--json",
+    result = draw(folder, out, "--policy", "heavy", "--budget", 0.5, "--images-per-prompt", 2, "--json",
                   "--batch-size", 3)
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in result.stdout.splitlines()]

@@ -12,11 +12,11 @@ import tiny
 import torch
 from test_cli import run
 
-from ssd_janus import Pipeline, policies
+from ssd_janus import Pipeline
 from ssd_janus.evaluation import fidelity, quality, report
 from ssd_janus.evaluation.folder import RunFolder, settings
 from ssd_janus.evaluation.statistics import family_scores
-from ssd_kernels import CachePlan, HeadSpec
+from ssd_kernels import CachePlan, HeadSpec, policies
 
 TEXTS = list(tiny.PROMPTS[:3])
 SUITE = [{"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": TEXTS[0]},
@@ -197,8 +197,15 @@ def test_missing_extras_are_named() -> None:
 
 
 def test_policies_of_one_suite_make_one_table(pipe: Pipeline, tmp_path: Path) -> None:
-    plans = {"full": pipe.shape.full_plan(), "mixed": policies.mixed(pipe.shape, 0.5)}
+    plans = {"full": pipe.shape.full_plan(), "heavy": policies.heavy(pipe.shape, 0.5)}
     results = {name: fidelity.evaluate(pipe, plan, tmp_path / name, prompts=TEXTS[:1]) for name, plan in plans.items()}
     lines = report.markdown(results).splitlines()
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
-    assert "equal" in lines[2] and lines[3].startswith("| mixed | 50.0% |")
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n<!-- fidelity -->\nold\n<!-- /fidelity -->\nAfter.\n")
+    report.into_page(results, page, "fidelity")
+    assert page.read_text() == ("Before.\n<!-- fidelity -->\n" + report.markdown(results)
+                                + "<!-- /fidelity -->\nAfter.\n")
+    with pytest.raises(ValueError, match="must have the lines <!-- shapes -->"):
+        report.into_page(results, page, "shapes")
+    assert "equal" in lines[2] and lines[3].startswith("| heavy | 50.0% |")

@@ -10,8 +10,8 @@ import tiny
 import torch
 from PIL.Image import Image
 
-from ssd_janus import Pipeline, disable, enable, policies
-from ssd_kernels import CachePlan, HeadSpec
+from ssd_janus import Pipeline, disable, enable
+from ssd_kernels import CachePlan, HeadSpec, policies
 
 
 @pytest.fixture(scope="module")

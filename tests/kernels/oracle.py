@@ -25,11 +25,11 @@ class Token:
     attended: int = 0
 
     def key(self, rule: str) -> float:
-        """What rule 4 sorts by."""
+        """What the rules `sum` and `mean` sort by."""
         return self.score / max(self.attended, 1) if rule == "mean" else self.score
 
 
-def survivors(tokens: dict[int, Token], spec: HeadSpec) -> set[int]:
+def survivors(tokens: dict[int, Token], spec: HeadSpec, prompt_len: int) -> set[int]:
     """Rule 4: the positions that stay, of all evictable ones."""
     newest_first = sorted(tokens, reverse=True)
     if spec.kind == "full":
@@ -37,11 +37,14 @@ def survivors(tokens: dict[int, Token], spec: HeadSpec) -> set[int]:
     if spec.kind == "window":
         return set(newest_first[:spec.size])
     protected, contest = newest_first[:spec.recent], newest_first[spec.recent:]
-    return {*protected, *sorted(contest, key=lambda p: _rank(tokens, p, spec), reverse=True)[:spec.size - spec.recent]}
+    pinned = [p for p in contest if p - prompt_len in spec.pinned]
+    others = [p for p in contest if p not in pinned]
+    if spec.score != "position":
+        others.sort(key=lambda p: _rank(tokens[p].key(spec.score), p), reverse=True)
+    return {*protected, *(pinned + others)[:spec.size - spec.recent]}
 
 
-def _rank(tokens: dict[int, Token], position: int, spec: HeadSpec) -> tuple[bool, float, int]:
-    key = tokens[position].key(spec.score)
+def _rank(key: float, position: int) -> tuple[bool, float, int]:
     return (False, 0.0, position) if math.isnan(key) else (True, key, position)
 
 
@@ -71,7 +74,7 @@ class Oracle:
         self.k[row, :, :length], self.v[row, :, :length] = k[:, :length].double(), v[:, :length].double()
         for head, spec in enumerate(self.specs):
             tokens = {p: Token(0.0 if scores is None else float(scores[head, p])) for p in range(length)}
-            stay = set(tokens) if self.keep_prompt else survivors(tokens, spec)
+            stay = set(tokens) if self.keep_prompt else survivors(tokens, spec, length)
             self.kept[row][head] = {p: token for p, token in tokens.items() if p in stay}
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,9 +115,10 @@ class Oracle:
         first = self.prompt_len[row] if self.keep_prompt else 0
         spec, tokens = self.specs[head], self.kept[row][head]
         evictable = {p: token for p, token in tokens.items() if p >= first}
-        stay = survivors(evictable, spec)
+        stay = survivors(evictable, spec, self.prompt_len[row])
         chosen = {p for p in choice if p >= first}
-        if chosen != stay and _within_rounding(evictable, spec, stay, chosen):
+        exact = {p for p in evictable if p - self.prompt_len[row] in spec.pinned}
+        if chosen != stay and not exact & (chosen ^ stay) and _within_rounding(evictable, spec, stay, chosen):
             stay = chosen
         self.forgotten[row, head] += sum(token.score for p, token in evictable.items() if p not in stay)
         self.kept[row][head] = {p: token for p, token in tokens.items() if p < first or p in stay}
@@ -133,7 +137,7 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 def _within_rounding(tokens: dict[int, Token], spec: HeadSpec, stay: set[int], chosen: set[int]) -> bool:
     """Whether ``chosen`` differs from ``stay`` only in keys that float32 cannot be asked to order."""
-    if spec.kind != "heavy" or len(chosen) != len(stay) or not chosen <= set(tokens):
+    if spec.kind != "heavy" or spec.score == "position" or len(chosen) != len(stay) or not chosen <= set(tokens):
         return False
     lost = [tokens[p].key(spec.score) for p in stay - chosen]
     gained = [tokens[p].key(spec.score) for p in chosen - stay]

@@ -42,8 +42,12 @@ def test_row_buffer(case: Case, row_buffer: int, keep_prompt: bool) -> None:
 @pytest.mark.parametrize("row_buffer", [0, 3], ids="R{}".format)
 @pytest.mark.parametrize("spec", [HeadSpec.window(0), HeadSpec.window(1), HeadSpec.heavy(1),
                                   HeadSpec.heavy(1, recent=1), HeadSpec.heavy(4, recent=4),
-                                  HeadSpec.heavy(1, score="mean"), HeadSpec.heavy(5, recent=2, score="mean")],
-                         ids=["W0", "W1", "M1", "M1-recent1", "M4-recent4", "M1-mean", "M5-recent2-mean"])
+                                  HeadSpec.heavy(1, score="mean"), HeadSpec.heavy(5, recent=2, score="mean"),
+                                  HeadSpec.heavy(1, score="position"), HeadSpec.heavy(4, 1, "position"),
+                                  HeadSpec.heavy(1, pinned=[3]), HeadSpec.heavy(4, recent=4, pinned=[0, 5]),
+                                  HeadSpec.heavy(2, 1, "mean", pinned=range(30))],
+                         ids=["W0", "W1", "M1", "M1-recent1", "M4-recent4", "M1-mean", "M5-recent2-mean", "M1-position",
+                              "M4-recent1-position", "M1-pinned", "M4-recent4-pinned", "M2-recent1-all-pinned"])
 def test_smallest_sizes(case: Case, spec: HeadSpec, row_buffer: int, keep_prompt: bool) -> None:
     """"W = 1; M = recent" (and W = 0, M = 1), by the step and by the row."""
     pair = Pair(uniform(spec, 2, row_buffer, keep_prompt), case, max_prompt=6, steps=14)
@@ -57,7 +61,9 @@ def test_smallest_sizes(case: Case, spec: HeadSpec, row_buffer: int, keep_prompt
                          ids=["M13-R6", "M17-R16", "M31-R2", "M33-R0", "M61-R5"])
 def test_sizes_off_block_boundaries(case: Case, keep: int, row_buffer: int, keep_prompt: bool) -> None:
     """"M + R not a multiple of any block size": sums just beside 16, 32 and 64, and evictions on both sides."""
-    plan = CachePlan([[HeadSpec.heavy(keep), HeadSpec.window(keep), HeadSpec.heavy(keep, recent=5, score="mean")]],
+    margin = range(0, 72, 6)
+    plan = CachePlan([[HeadSpec.heavy(keep), HeadSpec.window(keep), HeadSpec.heavy(keep, recent=5, score="mean"),
+                       HeadSpec.heavy(keep, pinned=margin), HeadSpec.heavy(keep, 5, "position", pinned=margin)]],
                      row_buffer=row_buffer, keep_prompt=keep_prompt)
     pair = Pair(plan, case, batch=1, max_prompt=3, steps=72)
     pair.prefill([3])
@@ -127,12 +133,13 @@ def test_mass_is_conserved(case: Case, dtype: torch.dtype) -> None:
 def test_mass_is_conserved_through_evictions(case: Case, row_buffer: int, keep_prompt: bool) -> None:
     """"mass is conserved, evictions included": what is kept plus what the oracle saw leave."""
     group = 2
-    plan = CachePlan([[HeadSpec.heavy(3), HeadSpec.heavy(4, recent=2, score="mean")]], row_buffer=row_buffer,
-                     keep_prompt=keep_prompt)
+    plan = CachePlan([[HeadSpec.heavy(3), HeadSpec.heavy(4, recent=2, score="mean"),
+                       HeadSpec.heavy(3, score="position"), HeadSpec.heavy(3, pinned=(2, 9))]],
+                     row_buffer=row_buffer, keep_prompt=keep_prompt)
     pair = Pair(plan, case, group=group, steps=STEPS)
     pair.prefill([5, 1])
     pair.run(STEPS)
-    for head in range(2):
+    for head in range(4):
         for row, scores in enumerate(pair.cache.scores(0, head)):
             forgotten = pair.oracles[0].forgotten[row, head].item()
             assert forgotten > 0.5

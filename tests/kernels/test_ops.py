@@ -158,11 +158,16 @@ BAD_ARGUMENTS: dict[str, tuple[int, Any, str]] = {
     "keys-dtype": (3, lambda keys: keys.double(), "values"),
     "table-huge": (8, torch.full((H, 8), 2**30, dtype=torch.int32), "table"),
     "table-negative": (8, torch.full((H, 8), -1, dtype=torch.int32), "table"),
-    "max_prompt-huge": (9, 10**6, "table|max_prompt"),
-    "num_visual_tokens-huge": (10, 10**6, "table|num_visual_tokens"),
-    "row_buffer-huge": (11, 10**6, "table|row_buffer"),
-    "row_buffer-negative": (11, -1, "row_buffer"),
-    "backend": (14, "fast", "backend"),
+    "table-rule": (8, lambda table: table.index_fill(1, torch.tensor(5), 3), "table"),
+    "pinned-heads": (9, torch.zeros(H - 1, 1, dtype=torch.int32), "pinned"),
+    "pinned-words": (9, torch.zeros(H, 0, dtype=torch.int32), "pinned"),
+    "pinned-dtype": (9, torch.zeros(H, 1, dtype=torch.int64), "pinned"),
+    "pinned-strided": (9, lambda pinned: torch.stack([pinned, pinned], -1)[..., 0], "pinned"),
+    "max_prompt-huge": (10, 10**6, "table|max_prompt"),
+    "num_visual_tokens-huge": (11, 10**6, "table|num_visual_tokens"),
+    "row_buffer-huge": (12, 10**6, "table|row_buffer"),
+    "row_buffer-negative": (12, -1, "row_buffer"),
+    "backend": (15, "fast", "backend"),
 }
 
 

@@ -28,6 +28,18 @@ BAD_SPECS = {
     "kind-unknown": (lambda: HeadSpec("sparse", 4), ValueError, "kind.*full.*window.*heavy.*sparse"),
     "full-sized": (lambda: HeadSpec("full", 4), ValueError, "size.*4"),
     "window-recent": (lambda: HeadSpec("window", 4, recent=1), ValueError, "recent"),
+    "pinned-negative": (lambda: HeadSpec.heavy(4, pinned=[2, -1]), ValueError, r"pinned\[1\].*-1"),
+    "pinned-float": (lambda: HeadSpec.heavy(4, pinned=[1.0]), TypeError, r"pinned\[0\].*1.0"),
+    "pinned-bool": (lambda: HeadSpec.heavy(4, pinned=(1, True)), TypeError, r"pinned\[1\].*True"),
+    "pinned-number": (lambda: HeadSpec.heavy(4, pinned=7), TypeError, "pinned.*7"),
+    "pinned-none": (lambda: HeadSpec.heavy(4, pinned=None), TypeError, "pinned.*None"),
+    "pinned-string": (lambda: HeadSpec.heavy(4, pinned="12"), TypeError, "pinned.*'12'"),
+    "pinned-bytes": (lambda: HeadSpec.heavy(4, pinned=b"12"), TypeError, "pinned.*b'12'"),
+    "pinned-tensor": (lambda: HeadSpec.heavy(4, pinned=torch.tensor([1])), TypeError, r"pinned\[0\].*Tensor"),
+    "pinned-too-many": (lambda: HeadSpec.heavy(4, pinned=range(2**20 + 1)), ValueError, "pinned.*1048576.*1048577"),
+    "window-pinned": (lambda: HeadSpec("window", 4, pinned=(1,)), ValueError, "pinned.*heavy.*window"),
+    "full-pinned": (lambda: HeadSpec("full", pinned=(1,)), ValueError, "pinned.*heavy.*full"),
+    "window-position": (lambda: HeadSpec("window", 4, score="position"), ValueError, "score.*position"),
     "window-score": (lambda: HeadSpec("window", 4, score="mean"), ValueError, "score"),
 }
 
@@ -60,6 +72,10 @@ def test_specs_and_plans_are_plain_frozen_data() -> None:
     """"plain data": equal when their contents are, hashable, and not to be changed afterwards."""
     assert HeadSpec.heavy(4) == HeadSpec.heavy(4, recent=0, score="sum") != HeadSpec.heavy(4, recent=1)
     assert HeadSpec.window(4) == HeadSpec("window", 4) and HeadSpec.full() == HeadSpec("full")
+    for pinned in ([3, 1, 3], {1, 3}, (n for n in (1, 3)), range(1, 4, 2), {3: "x", 1: "y"}):
+        assert HeadSpec.heavy(4, pinned=pinned) == HeadSpec("heavy", 4, 0, "sum", (1, 3)) != HeadSpec.heavy(4)
+    assert HeadSpec.heavy(4, pinned=[3, 1]).pinned == (1, 3) and HeadSpec.full().pinned == ()
+    assert hash(HeadSpec.heavy(4, pinned=[3, 1])) == hash(HeadSpec.heavy(4, pinned=(1, 3)))
     plan = mixed(3, row_buffer=4, num_layers=2)
     assert plan == mixed(3, row_buffer=4, num_layers=2) and hash(plan) == hash(mixed(3, row_buffer=4, num_layers=2))
     assert plan != mixed(3, row_buffer=5, num_layers=2) != mixed(3, row_buffer=5, num_layers=2, keep_prompt=False)

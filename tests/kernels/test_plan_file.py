@@ -38,6 +38,21 @@ def test_file_is_plain_versioned_json(tmp_path: Path) -> None:
                                      {"kind": "window", "size": 5}, {"kind": "full"}]
 
 
+def test_pinned_tokens_are_written_as_ranges(tmp_path: Path) -> None:
+    """`pinned` stands in a file only where there is something to say, as inclusive ranges."""
+    plan = CachePlan([[HeadSpec.heavy(4, pinned=[7, 0, 1, 2, 9, 10]), HeadSpec.heavy(4, score="position"),
+                       HeadSpec.heavy(1, pinned=[5])]])
+    plan.save(tmp_path / "plan.json")
+    heads = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["layers"][0]
+    assert heads[0] == {"kind": "heavy", "size": 4, "recent": 0, "score": "sum", "pinned": [[0, 2], [7, 7], [9, 10]]}
+    assert heads[1] == {"kind": "heavy", "size": 4, "recent": 0, "score": "position"}
+    assert heads[2]["pinned"] == [[5, 5]]
+    assert CachePlan.load(tmp_path / "plan.json") == plan
+    # Not as `save` writes them, but as clear: empty, or ranges that touch.
+    for ranges, pinned in (([], ()), ([[0, 1], [2, 3]], (0, 1, 2, 3)), ([[10**12, 10**12]], (10**12,))):
+        assert HeadSpec.from_dict({"kind": "heavy", "size": 4, "pinned": ranges}) == HeadSpec.heavy(4, pinned=pinned)
+
+
 GOOD: dict[str, Any] = {"format": "ssd_kernels.plan", "version": 1, "row_buffer": 4, "keep_prompt": True,
                         "layers": [[{"kind": "heavy", "size": 4, "recent": 1, "score": "sum"}, {"kind": "full"}],
                                    [{"kind": "window", "size": 5}, {"kind": "full"}]]}
@@ -98,6 +113,24 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "recent-of-window": (_set("layers.1.0.recent", 2), "recent"),
     "score-unknown": (_set("layers.0.0.score", "max"), "score.*max"),
     "score-null": (_set("layers.0.0.score", None), "score.*None"),
+    "pinned-null": (_set("layers.0.0.pinned", None), "pinned.*None"),
+    "pinned-number": (_set("layers.0.0.pinned", 3), "pinned.*3"),
+    "pinned-string": (_set("layers.0.0.pinned", "03"), "pinned.*'03'"),
+    "pinned-object": (_set("layers.0.0.pinned", {"0": 3}), "pinned"),
+    "pinned-flat": (_set("layers.0.0.pinned", [0, 3]), r"pinned\[0\].*first, last.*0"),
+    "pinned-single": (_set("layers.0.0.pinned", [[0]]), r"pinned\[0\].*first, last"),
+    "pinned-triple": (_set("layers.0.0.pinned", [[0, 1, 2]]), r"pinned\[0\].*first, last"),
+    "pinned-strings": (_set("layers.0.0.pinned", ["03"]), r"pinned\[0\].*first, last.*'03'"),
+    "pinned-first-float": (_set("layers.0.0.pinned", [[0.0, 1]]), r"pinned\[0\].*0.0"),
+    "pinned-last-bool": (_set("layers.0.0.pinned", [[0, True]]), r"pinned\[0\].*True"),
+    "pinned-last-null": (_set("layers.0.0.pinned", [[0, None]]), r"pinned\[0\].*None"),
+    "pinned-negative": (_set("layers.0.0.pinned", [[-1, 1]]), r"pinned\[0\].*-1"),
+    "pinned-backwards": (_set("layers.0.0.pinned", [[3, 2]]), r"pinned\[0\].*2"),
+    "pinned-overlap": (_set("layers.0.0.pinned", [[0, 3], [3, 5]]), r"pinned\[1\].*4.*3"),
+    "pinned-order": (_set("layers.0.0.pinned", [[7, 8], [3, 5]]), r"pinned\[1\].*9.*3"),
+    "pinned-huge": (_set("layers.0.0.pinned", [[0, 10**15]]), "pinned.*1048576"),
+    "pinned-of-window": (_set("layers.1.0.pinned", [[0, 3]]), "pinned.*heavy"),
+    "pinned-of-full": (_set("layers.0.1.pinned", [[0, 3]]), "pinned.*heavy"),
     "row_buffer-negative": (_set("row_buffer", -1), "row_buffer.*-1"),
     "row_buffer-float": (_set("row_buffer", 24.0), "row_buffer.*24.0"),
     "row_buffer-missing": (_drop("row_buffer"), "row_buffer"),

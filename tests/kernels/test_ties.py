@@ -76,6 +76,8 @@ def test_high_ties_survive_low_newcomers(case: Case, row_buffer: int) -> None:
     assert pair.cache.scores(0, 0)[0].tolist() == [6.0, 6.0, 0.0]
 
 
+RULES = st.sampled_from(["sum", "mean", "position"])
+PINNED = st.just(()) | st.sets(st.integers(0, 11))
 SCORES = st.sampled_from([0.0, BIG, BIG, 2 * BIG, 3 * BIG, 0.5, 0.5, -1.0, float("inf"), float("nan"), float("nan")])
 
 
@@ -84,7 +86,8 @@ SCORES = st.sampled_from([0.0, BIG, BIG, 2 * BIG, 3 * BIG, 0.5, 0.5, -1.0, float
 def test_prefill_keeps_the_best_of_given_scores(case: Case, data: st.DataObject) -> None:
     """Rule 4 at the end of prefill, on given scores full of ties, NaN and infinity."""
     size = data.draw(st.integers(1, 12), "M")
-    spec = HeadSpec.heavy(size, data.draw(st.integers(0, size), "recent"), data.draw(st.sampled_from(["sum", "mean"])))
+    spec = HeadSpec.heavy(size, data.draw(st.integers(0, size), "recent"), data.draw(RULES, "rule"),
+                          pinned=data.draw(PINNED, "pinned"))
     prompt = data.draw(st.integers(1, 20), "P")
     scores = data.draw(st.lists(SCORES, min_size=2 * prompt, max_size=2 * prompt), "scores")
     pair = Pair(uniform(spec, 1, keep_prompt=False), case, head_dim=32, max_prompt=prompt, steps=2)
@@ -96,19 +99,19 @@ def test_prefill_keeps_the_best_of_given_scores(case: Case, data: st.DataObject)
 def test_decode_keeps_the_best_of_equal_scores(case: Case, data: st.DataObject) -> None:
     """"Kept sets must be equal across backends given equal scores": scores too large for a step to change."""
     size = data.draw(st.integers(1, 9), "M")
-    rule = data.draw(st.sampled_from(["sum", "mean"]), "rule")
-    spec = HeadSpec.heavy(size, data.draw(st.integers(0, size), "recent"), rule)
+    spec = HeadSpec.heavy(size, data.draw(st.integers(0, size), "recent"), data.draw(RULES, "rule"),
+                          pinned=data.draw(PINNED, "pinned"))
     row_buffer = data.draw(st.sampled_from([0, 0, 1, 4]), "R")
     pair = Pair(uniform(spec, 2, row_buffer, data.draw(st.booleans(), "keep_prompt")), case, head_dim=32,
                 max_prompt=9, steps=10)
     pair.prefill([data.draw(st.integers(0, 9), "P0"), data.draw(st.integers(0, 9), "P1")])
     pair.run(data.draw(st.integers(0, 8), "steps before"))
-    table = pair.cache._layers[0].scores
+    table, inf, nan = pair.cache._layers[0].scores, float("inf"), float("nan")
     for head in range(2):
         for row in range(2):
             slots = pair.cache._kept(pair.cache._layers[0], head, row)
             for position, token in sorted(pair.oracles[0].kept[row][head].items()):
-                token.score = data.draw(st.sampled_from([0.0, BIG, BIG, 2 * BIG, 3 * BIG, float("nan")]), "score")
+                token.score = data.draw(st.sampled_from([0.0, BIG, BIG, 2 * BIG, 3 * BIG, inf, nan]), "score")
                 table[row, pair.cache._layers[0].layout.heads[head].score_offset + slots[position]] = token.score
     pair.run(2)
 

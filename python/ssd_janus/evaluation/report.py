@@ -59,3 +59,18 @@ def write(results: Mapping[str, Result], out: Path, facts: Mapping[str, Any]) ->
     record = {**facts, "results": {name: result.as_json() for name, result in results.items()}}
     write_text(out / "results.json", json.dumps(record, indent=1) + "\n")
     write_text(out / "table.md", markdown(results))
+
+
+def into_page(results: Mapping[str, Result], page: Path, name: str) -> None:
+    """Replace what stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a Markdown page by the table.
+
+    Raises:
+        FileNotFoundError: no such page.
+        ValueError: the page has no such pair of comments.
+    """
+    text = page.read_text(encoding="utf-8")
+    before, opened, rest = text.partition(f"<!-- {name} -->\n")
+    _, closed, after = rest.partition(f"<!-- /{name} -->")
+    if not (opened and closed):
+        raise ValueError(f"{page} must have the lines <!-- {name} --> and <!-- /{name} -->")
+    write_text(page, f"{before}{opened}{markdown(results)}{closed}{after}")

@@ -1,0 +1,174 @@
+"""Policies that give every head what its profile says it needs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..plan import CachePlan, HeadSpec, ScoreRule, peak_tokens
+from .profile import HeadProfile
+from .solve import Shape, Specs, check, check_share, largest, make
+
+
+def ssd(shape: Shape, budget: float, row_buffer: int | None = None, *, profile: HeadProfile, tau: float | None = None,
+        ratio: float = 3.0, recent: float = 0.0, score: ScoreRule = "sum") -> CachePlan:
+    """Spatial heads keep a window, semantic heads the tokens with the largest running sums: SSD as published
+    (arXiv 2510.18716, Algorithm 1).
+
+    The paper gives neither the radius of the neighbourhood, nor tau, nor W and M per budget. Here the radius is the
+    profile's, tau the median score, so that half of the heads are of either kind (published head maps fit a semantic
+    share of .46 to .63), and M = 3 W, near what fits the published curves.
+
+    Args:
+        tau: heads with a sparsity score above it are semantic; None for the median over all heads.
+        ratio: M / W.
+        recent: share of a semantic head's slots for its newest tokens; the paper has none.
+        score: the paper sums attention over all steps.
+    """
+    scores = profile.check(shape).sparsity
+    threshold = float(scores.median()) if tau is None else check_share("tau", tau)
+    return _two_kinds(shape, budget, row_buffer, scores > threshold, ratio, recent, score)
+
+
+def ssd_guarded(shape: Shape, budget: float, row_buffer: int | None = None, *, profile: HeadProfile,
+                loss: float = 0.4, window_rows: float = 2.0, ratio: float = 1.0, recent: float = 0.5) -> CachePlan:
+    """`ssd` repaired: per-step means instead of sums, half of the semantic heads' slots for their newest tokens, and
+    heads typed by what a window would cost them.
+
+    Running sums favour old tokens, so new ones starve, and a fixed radius takes heads for semantic that a slightly
+    longer window serves.
+
+    Args:
+        loss: heads are semantic when a window misses more than this share of their visual attention.
+        window_rows: length of that window in grid rows.
+        ratio: M / W.
+        recent: share of a semantic head's slots for its newest tokens.
+    """
+    missed = profile.check(shape).window_loss(round(window_rows * shape.columns))
+    return _two_kinds(shape, budget, row_buffer, missed > check_share("loss", loss), ratio, recent, "mean")
+
+
+def _two_kinds(shape: Shape, budget: float, row_buffer: int | None, semantic: torch.Tensor, ratio: float,
+               recent: float, score: ScoreRule) -> CachePlan:
+    """Windows of W for spatial heads, M = ratio * W heavy slots for ``semantic`` ones [L, H]."""
+    check_share("recent", recent)
+    if not 1 / 64 <= ratio <= 64:
+        raise ValueError(f"ratio must be within 1/64 .. 64, got {ratio}")
+    tokens, kinds = shape.num_visual_tokens, semantic.tolist()
+
+    def sized(number: int) -> Specs:
+        # The larger of the two grows by one token from each plan to the next.
+        w, m = (min(tokens, max(1, int(part * number / max(ratio, 1.0)))) for part in (1.0, ratio))
+        return lambda layer, head: (HeadSpec.heavy(m, recent=int(recent * m), score=score) if kinds[layer][head]
+                                    else HeadSpec.window(w))
+
+    return largest(shape, budget, row_buffer, sized, int(tokens * max(ratio, 1 / ratio)) + 1)
+
+
+def margin(shape: Shape, budget: float, row_buffer: int | None = None, *, profile: HeadProfile,
+           tau: float | None = None, left: int = 1, right: int = 1) -> CachePlan:
+    """Semantic heads keep the margin columns by position and need no scores; spatial heads keep a window.
+
+    SSD's own evidence is that semantic heads look at the right-most and the left-most columns of earlier rows. All
+    heads have the same number of slots; those that no margin token needs hold the newest tokens.
+
+    Args:
+        tau: as in `ssd`.
+        left, right: columns at either margin.
+    """
+    if not (0 <= left and 0 <= right and left + right <= shape.columns):
+        raise ValueError(f"left and right must be at least 0 and together at most {shape.columns}, got {left}, {right}")
+    scores = profile.check(shape).sparsity
+    semantic = (scores > (float(scores.median()) if tau is None else check_share("tau", tau))).tolist()
+    columns = shape.columns
+    margins = [token for token in range(shape.num_visual_tokens)
+               if token % columns < left or token % columns >= columns - right]
+
+    def sized(size: int) -> Specs:
+        # At least half of the slots stay with the newest tokens.
+        spec = HeadSpec.heavy(size, recent=size - size // 2, score="position", pinned=margins)
+        return lambda layer, head: spec if semantic[layer][head] else HeadSpec.window(size)
+
+    return largest(shape, budget, row_buffer, sized, shape.num_visual_tokens)
+
+
+def adaptive(shape: Shape, budget: float, row_buffer: int | None = None, *, profile: HeadProfile) -> CachePlan:
+    """Give every head the kind and the slots that lose least in total.
+
+    The objective is the sum over heads of ``profile.error``: the squared error that a head's own eviction adds to the
+    residual stream, relative to the attention block's output, measured per head with everything below it intact. It is
+    minimised over kinds and numbers of slots under the budget. Per head, the least error at each measured size is
+    taken and its lower convex hull, with 0 when everything is kept; slots then go one measured size at a time to the
+    head whose error falls most per slot, which is optimal on hulls (Fox 1966). The last step is cut to
+    what the budget leaves. Errors of different heads are added as if independent, and what errors in
+    one layer do to the layers above is not modelled.
+
+    Raises:
+        ValueError: as every policy; the smallest possible budget gives every head the profile's smallest size.
+    """
+    profile.check(shape)
+    buffer = check(shape, budget, row_buffer)
+    tokens = shape.num_visual_tokens
+    costs = [peak_tokens(min(size, tokens), 0, tokens, buffer) for size in profile.sizes]
+    least = profile.error.double().amin(2).numpy()  # [L, H, S]
+    kind = profile.error.argmin(2).numpy()
+    heads = [(layer, head) for layer in range(shape.num_layers) for head in range(shape.num_heads)]
+    points = [*costs, tokens]
+    hulls = {key: _hull(points, [*least[key], 0.0]) for key in heads}
+
+    left = int(budget * tokens * len(heads) + 1e-6) - costs[0] * len(heads)
+    if left < 0:
+        smallest = np.ceil(costs[0] / tokens * 1e4) / 1e4
+        raise ValueError(f"budget must be at least {smallest} with row_buffer={buffer} and a profile whose smallest "
+                         f"size is {profile.sizes[0]}, got {budget}")
+    steps = sorted(
+        ((before[1] - after[1]) / (after[0] - before[0]), key, after[0] - before[0])
+        for key, hull in hulls.items() for before, after in zip(hull, hull[1:], strict=False))
+    slots = dict.fromkeys(heads, costs[0])
+    for gain, key, step in reversed(steps):
+        taken = min(step, left)
+        if taken and gain > 0:
+            slots[key] += taken
+            left -= taken
+    # What no error curve asks for is spread evenly, so that bytes are equal across policies.
+    while left > 0 and (short := [key for key in heads if slots[key] < tokens]):
+        for key in short[:left]:
+            slots[key] += 1
+        left -= min(left, len(short))
+
+    def spec(layer: int, head: int) -> HeadSpec:
+        peak = slots[layer, head]
+        if peak >= tokens:
+            return HeadSpec.full()
+        nearest = int(np.argmin(np.abs(np.array(costs) - peak)))
+        return _SPECS[profile.kinds[kind[layer, head, nearest]]](_size(peak, tokens, buffer))
+
+    return make(shape, buffer, spec)
+
+
+_SPECS = {
+    "window": HeadSpec.window,
+    "heavy": lambda size: HeadSpec.heavy(size, recent=size // 2, score="mean"),
+    "sum": HeadSpec.heavy,
+}
+
+
+def _size(peak: int, tokens: int, buffer: int) -> int:
+    """The largest W or M whose peak is at most ``peak``."""
+    return max(size for size in range(1, peak + 1) if peak_tokens(size, 0, tokens, buffer) <= peak)
+
+
+def _hull(slots: list[int], errors: list[float]) -> list[tuple[int, float]]:
+    """Lower convex hull of (slots, error), decreasing, from the smallest size on."""
+    hull: list[tuple[int, float]] = []
+    for point in zip(slots, errors, strict=True):
+        if hull and point[0] <= hull[-1][0]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])

@@ -1,0 +1,86 @@
+"""What policies share: checking arguments and using up a budget."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ..plan import CachePlan, HeadSpec
+
+Specs = Callable[[int, int], HeadSpec]  # (layer, head) -> spec
+
+
+class Shape(Protocol):
+    """The sizes that a plan depends on; ``columns`` is the number of tokens in a grid row."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_visual_tokens(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+
+
+class Policy(Protocol):
+    __name__: str
+
+    def __call__(self, shape: Shape, budget: float, row_buffer: int | None = None, **parameters: Any) -> CachePlan: ...
+
+
+def make(shape: Shape, row_buffer: int, spec: Specs) -> CachePlan:
+    """The plan of ``spec(layer, head)``."""
+    return CachePlan([[spec(layer, head) for head in range(shape.num_heads)] for layer in range(shape.num_layers)],
+                     row_buffer)
+
+
+def largest(shape: Shape, budget: float, row_buffer: int | None, sized: Callable[[int], Specs],
+            steps: int) -> CachePlan:
+    """The largest of the plans ``sized(1) .. sized(steps)`` that is within the budget.
+
+    Plans must grow with their number, by at most one slot per head on average from one to the next; then less than one
+    slot per head stays unused, unless the last of them is still within the budget.
+
+    Raises:
+        TypeError, ValueError: bad budget or row buffer, or even the first plan exceeds the budget.
+    """
+    buffer = check(shape, budget, row_buffer)
+    tokens = shape.num_visual_tokens
+
+    def reached(number: int) -> float:
+        return make(shape, buffer, sized(number)).budget(tokens)
+
+    numbers = range(1, steps + 1)
+    within = bisect.bisect_right(numbers, budget + 1e-9, key=reached)
+    if within == 0:
+        smallest = math.ceil(reached(1) * 1e4) / 1e4
+        raise ValueError(f"budget must be at least {smallest} with row_buffer={buffer} and {tokens} visual tokens, got "
+                         f"{budget}")
+    return make(shape, buffer, sized(numbers[within - 1]))
+
+
+def check(shape: Shape, budget: object, row_buffer: object) -> int:
+    """Check the arguments that all policies share; returns R in steps."""
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise TypeError(f"budget must be a number, got {budget!r}")
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget must be within (0, 1], got {budget}")
+    if row_buffer is None:
+        return shape.columns
+    if isinstance(row_buffer, bool) or not isinstance(row_buffer, int):
+        raise TypeError(f"row_buffer must be an int or None, got {row_buffer!r}")
+    if row_buffer < 0:
+        raise ValueError(f"row_buffer must be at least 0, got {row_buffer}")
+    return row_buffer
+
+
+def check_share(name: str, value: object) -> float:
+    """A number within [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be within 0 .. 1, got {value}")
+    return float(value)

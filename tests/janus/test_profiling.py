@@ -1,0 +1,135 @@
+"""Head profiles against dense attention computed from transformers' own eager weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from test_cli import run
+
+from ssd_janus import Pipeline, profiling
+from ssd_janus.evaluation import fidelity
+from ssd_janus.prompts import calibration, shapes_suite
+from ssd_kernels import CachePlan, policies
+from ssd_kernels.policies import HeadProfile
+
+TEXTS = list(tiny.PROMPTS[:3])
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def profile(pipe: Pipeline) -> HeadProfile:
+    return profiling.measure(pipe, TEXTS, seed=3, batch_size=2)
+
+
+def dense_attention(pipe: Pipeline) -> list[torch.Tensor]:
+    """Per picture the visual-to-all attention [layers, rows, heads, T, P + T] of a run with the profile's tokens."""
+    found = []
+    for first in range(0, len(TEXTS), 2):
+        texts = TEXTS[first:first + 2]
+        tokens = pipe.generate_tokens(texts, seed=3 + first)
+        model = pipe.model
+        inputs = pipe._tokenise(texts)
+        ids, mask = inputs["input_ids"].repeat(2, 1), inputs["attention_mask"].repeat(2, 1)
+        blank = (ids[len(texts):] != 0) & (ids[len(texts):] != 3)
+        ids[len(texts):].masked_fill_(blank, 2)
+        images = model.prepare_embeddings_for_image_generation(tokens.repeat(2, 1))
+        embedded = torch.cat([model.get_input_embeddings()(ids), images[:, :-1]], 1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), embedded.shape[1] - mask.shape[1])], 1)
+        before = model.model.language_model.config._attn_implementation
+        model.model.language_model.config._attn_implementation = "eager"
+        try:
+            with torch.no_grad():
+                out = model.model.language_model(inputs_embeds=embedded, attention_mask=mask, output_attentions=True)
+        finally:
+            model.model.language_model.config._attn_implementation = before
+        found.append(torch.stack(out.attentions)[:, :, :, ids.shape[1]:])
+    return found
+
+
+def test_shares_equal_dense_attention(pipe: Pipeline, profile: HeadProfile) -> None:
+    columns, steps = tiny.GRID, tiny.TOKENS - 1  # the last token is drawn and never attends
+    age, sparsity, prompt, first, count = 0.0, 0.0, 0.0, 0.0, 0
+    for weights in dense_attention(pipe):
+        length = weights.shape[-1] - steps
+        for query in range(columns, steps):
+            prompt = prompt + weights[:, :, :, query, :length].sum((1, 3))
+            visual = weights[:, :, :, query, length:length + query + 1]
+            visual = (visual / visual.sum(-1, keepdim=True)).sum(1)
+            padded = torch.zeros(*visual.shape[:2], tiny.TOKENS)
+            padded[..., :query + 1] = visual.flip(-1)
+            age = age + padded
+            far = [token for token in range(query + 1) if query // columns - token // columns > 1
+                   or abs(query % columns - token % columns) > 1]
+            sparsity = sparsity + visual[..., far].sum(-1)
+            first = first + visual[..., :columns]
+            count += weights.shape[1]
+    for got, total in ((profile.sparsity, sparsity), (profile.prompt_mass, prompt), (profile.age_mass, age),
+                       (profile.first_mass, first)):
+        assert torch.allclose(got, total / count, atol=1e-5)
+
+
+def test_shares_add_up(profile: HeadProfile) -> None:
+    ones = torch.ones(tiny.LAYERS, 4)
+    for name, dims in (("age_mass", 2), ("offset_mass", (2, 3)), ("column_mass", 2)):
+        assert torch.allclose(getattr(profile, name).sum(dims), ones, atol=1e-5), name
+    assert torch.allclose(profile.window_loss(tiny.TOKENS), 0 * ones, atol=1e-5)
+    assert (profile.first_mass <= profile.column_mass + 1e-6).all()
+    assert profile.meta["prompts"] == TEXTS and profile.meta["seconds"] > 0
+    # The first layer's keys and values know nothing of the prompt yet, and the last token never attends.
+    assert (profile.guidance_difference[1:, :-1] > 0).all()
+    assert not profile.guidance_difference[0].any() and not profile.guidance_difference[:, -1].any()
+
+
+def test_errors_fall_with_size_and_match_fidelity(pipe: Pipeline, profile: HeadProfile, tmp_path: Path) -> None:
+    assert profile.error.shape == (tiny.LAYERS, 4, 3, len(profile.sizes))
+    mean = profile.error.mean((0, 1))
+    assert (mean[:, :-1] > mean[:, 1:]).all()
+    # Windows: the relative output error of one head, through its own projection, as `fidelity` measures it.
+    size = profile.sizes[2]
+    plan = CachePlan([[profiling.KINDS["window"](size)] * 4] * tiny.LAYERS, tiny.GRID)
+    found = torch.tensor(fidelity.evaluate(pipe, plan, tmp_path, prompts=TEXTS[:2]).head_error)
+    order = profile.error[:, :, 0, 2].sqrt().flatten().argsort()
+    assert torch.corrcoef(torch.stack([found.flatten()[order], profile.error[:, :, 0, 2].sqrt().flatten()[order]]))[
+        0, 1] > 0.5
+
+
+def test_profiling_changes_nothing_and_repeats(pipe: Pipeline, profile: HeadProfile) -> None:
+    before = pipe.generate_tokens(TEXTS, seed=3)
+    again = profiling.measure(pipe, TEXTS, seed=3, batch_size=2)
+    assert torch.equal(again.error, profile.error) and torch.equal(again.age_mass, profile.age_mass)
+    assert torch.equal(pipe.generate_tokens(TEXTS, seed=3), before)
+
+
+def test_without_guidance(pipe: Pipeline) -> None:
+    profile = profiling.measure(pipe, TEXTS[:1], guidance_scale=1.0)
+    assert not profile.guidance_difference.any() and profile.error.any()
+
+
+def test_calibration_prompts_are_not_evaluated() -> None:
+    assert not set(calibration(500)) & {prompt["prompt"] for prompt in shapes_suite()}
+
+
+def test_profile_command_and_policies_that_use_it(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    result = run("profile", "--model", folder, "--prompts-file", tmp_path / "prompts.txt", "--limit", 2, "--out",
+                 tmp_path / "profile", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert [Path(file).name for file in facts["files"]] == [
+        "profile.safetensors", "heads.png", "attention.png", "columns.png", "kinds.png"]
+    assert all(Path(file).stat().st_size > 1000 for file in facts["files"]) and facts["prompts"] == 2
+    common = ("a heart", "--model", folder, "--out", tmp_path / "pictures", "--budget", 0.5)
+    for policy in sorted(policies.NEED_PROFILE):
+        result = run("generate", *common, "--policy", policy, "--profile", facts["files"][0])
+        assert result.exit_code == 0, result.output
+    result = run("generate", *common, "--policy", "adaptive")
+    assert result.exit_code == 2 and "needs a profile" in " ".join(result.stderr.split())

@@ -1,0 +1,239 @@
+"""Policies: the budget is used up and never exceeded, at equal bytes, and every head gets what its policy says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssd_kernels import CachePlan, HeadSpec, policies
+from ssd_kernels.policies import NEED_PROFILE, POLICIES, HeadProfile
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_layers: int
+    num_heads: int
+    num_visual_tokens: int
+    columns: int
+
+
+JANUS, SMALL = Shape(24, 16, 576, 24), Shape(3, 2, 36, 6)
+SIZES = {576: (4, 16, 48, 96, 192, 288), 36: (1, 3, 6, 12, 20)}
+KINDS = ("window", "heavy", "sum")
+
+
+def profile_of(shape: Shape, seed: int = 0) -> HeadProfile:
+    """Random but plausible: attention falls with age at a rate of its own in every head, errors fall with size."""
+    generator = torch.Generator().manual_seed(seed)
+    head, tokens, columns = (shape.num_layers, shape.num_heads), shape.num_visual_tokens, shape.columns
+    rate = torch.rand(*head, generator=generator)
+    age = (-rate[..., None] * torch.arange(tokens) / 8).softmax(-1)
+    sizes = SIZES[tokens]
+    fall = 1 / torch.tensor(sizes) ** 0.7
+    error = rate.flip(0)[..., None, None] ** 3 * (0.5 + torch.rand(*head, 3, 1, generator=generator)) * fall
+    offset = torch.rand(*head, tokens // columns, 2 * columns - 1, generator=generator)
+    return HeadProfile(
+        sparsity=torch.rand(head, generator=generator), prompt_mass=torch.rand(head, generator=generator),
+        age_mass=age, offset_mass=offset / offset.sum((2, 3), keepdim=True),
+        column_mass=torch.full((*head, columns), 1 / columns), first_mass=torch.full((*head, columns), 1e-3),
+        guidance_difference=torch.rand(shape.num_layers, tokens, generator=generator), error=error, sizes=sizes,
+        kinds=KINDS, columns=columns, radius=1, row_buffer=columns, meta={"prompts": ["a", "b"]})
+
+
+PROFILES = {JANUS: profile_of(JANUS), SMALL: profile_of(SMALL)}
+
+
+def build(name: str, shape: Shape, budget: float, row_buffer: int | None = None, **options: object) -> CachePlan:
+    profile = PROFILES[shape] if name in NEED_PROFILE else None
+    return policies.build(name, shape, budget, row_buffer, profile=profile, **options)
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"full"}))
+@pytest.mark.parametrize("row_buffer", [None, 0, 7, 24])
+@pytest.mark.parametrize("budget", [0.05, 0.1, 0.2, 1 / 3, 0.9, 1.0])
+@pytest.mark.parametrize("shape", [JANUS, SMALL], ids=["janus", "small"])
+def test_budgets_are_used_up_and_never_exceeded(name: str, row_buffer: int | None, budget: float,
+                                                shape: Shape) -> None:
+    if name in ("random", "ssd") and shape is JANUS and budget not in (0.1, 0.2):
+        pytest.skip("the same code as for the small shape, and slow")
+    try:
+        plan = build(name, shape, budget, row_buffer)
+    except ValueError as error:
+        smallest = float(str(error).split("at least ")[1].split()[0])
+        assert smallest > budget
+        assert build(name, shape, smallest, row_buffer).budget(shape.num_visual_tokens) > budget
+        return
+    got = plan.budget(shape.num_visual_tokens)
+    # Equal bytes: less than one slot per head on average below what was asked for.
+    assert budget - 1.01 / shape.num_visual_tokens < got <= budget + 1e-9
+    assert plan.row_buffer == (shape.columns if row_buffer is None else row_buffer)
+    assert (plan.num_layers, plan.num_heads) == (shape.num_layers, shape.num_heads)
+
+
+def test_policies_have_equal_bytes() -> None:
+    options = {"batch_size": 2, "head_dim": 128, "max_prompt": 16, "dtype": torch.bfloat16}
+    heads, slot = 24 * 16, 2 * 2 * 128 * 2  # keys and values of two rows in bfloat16
+    slabs = {name: build(name, JANUS, 0.2).nbytes(**options) for name in POLICIES if name not in ("full", "random")}
+    window = slabs["window"]
+    for name, size in slabs.items():
+        # Scores and positions of heavy heads are 8 bytes per slot and row; masks of pinned tokens 72 bytes per head.
+        extra = heads * (2 * 8 * 640 + 80)
+        assert window - heads * slot <= size <= window + heads * slot + extra, name
+
+
+def specs(plan: CachePlan) -> list[HeadSpec]:
+    return [spec for heads in plan.layers for spec in heads]
+
+
+def test_uniform_policies_say_what_they_keep() -> None:
+    assert {spec.size for spec in specs(build("window", JANUS, 0.2))} == {91}
+    assert set(specs(build("heavy", JANUS, 0.2))) == {HeadSpec.heavy(91, recent=45, score="mean")}
+    assert set(specs(build("h2o", JANUS, 0.2))) == {HeadSpec.heavy(91, recent=45)}
+    assert set(specs(build("h2o", JANUS, 0.2, recent=0.25))) == {HeadSpec.heavy(91, recent=22)}
+    assert set(specs(build("streaming_llm", JANUS, 0.2))) == {HeadSpec.heavy(91, score="position", pinned=range(4))}
+    assert set(specs(build("rows", JANUS, 0.2))) == {HeadSpec.heavy(91, score="position", pinned=range(24))}
+    draws = specs(build("random", SMALL, 0.5))
+    assert len(set(draws)) == len(draws) and draws == specs(build("random", SMALL, 0.5))
+    assert draws != specs(build("random", SMALL, 0.5, seed=1))
+    assert all(len(spec.pinned) == spec.size - 1 for spec in draws)
+
+
+def test_ssd_types_heads_by_their_score() -> None:
+    profile = PROFILES[JANUS]
+    for tau in (None, 0.2, 0.7):
+        plan = build("ssd", JANUS, 0.2, tau=tau)
+        semantic = profile.sparsity > (profile.sparsity.median() if tau is None else tau)
+        assert [spec.kind == "heavy" for spec in specs(plan)] == semantic.flatten().tolist()
+        windows = {spec.size for spec in specs(plan) if spec.kind == "window"}
+        heavies = {(spec.size, spec.recent, spec.score) for spec in specs(plan) if spec.kind == "heavy"}
+        (w,), ((m, recent, score),) = windows, heavies
+        assert 3 * w <= m < 3 * w + 3 and (recent, score) == (0, "sum")
+    assert all(spec.kind == "window" for spec in specs(build("ssd", JANUS, 0.2, tau=1.0)))
+
+
+def test_ssd_guarded_types_heads_by_what_a_window_misses() -> None:
+    plan = build("ssd_guarded", JANUS, 0.2, loss=0.3)
+    missed = 1 - PROFILES[JANUS].age_mass[..., :48].sum(-1)
+    assert [spec.kind == "heavy" for spec in specs(plan)] == (missed > 0.3).flatten().tolist()
+    assert {(spec.recent, spec.score) for spec in specs(plan) if spec.kind == "heavy"} == {(45, "mean")}
+
+
+def test_margin_pins_the_margins_of_semantic_heads() -> None:
+    kinds = {spec.kind: spec for spec in specs(build("margin", JANUS, 0.2, left=1, right=2))}
+    assert kinds["window"].size == kinds["heavy"].size == 91
+    assert {token % 24 for token in kinds["heavy"].pinned} == {0, 22, 23} and len(kinds["heavy"].pinned) == 72
+
+
+def predicted(plan: CachePlan, profile: HeadProfile) -> float:
+    """The total error of a plan of windows and heavy heads by linear interpolation, computed head by head."""
+    total = 0.0
+    for layer, heads in enumerate(plan.layers):
+        for head, spec in enumerate(heads):
+            sizes = [*profile.sizes, profile.num_visual_tokens]
+            size = sizes[-1] if spec.size is None else spec.size
+            errors = [*profile.error[layer, head].amin(0).tolist(), 0.0]
+            for (a, e), (b, f) in zip(zip(sizes, errors, strict=True), zip(sizes[1:], errors[1:], strict=True),
+                                      strict=False):
+                if a <= size <= b:
+                    total += e + (f - e) * (size - a) / (b - a)
+                    break
+    return total
+
+
+@pytest.mark.parametrize("shape", [JANUS, SMALL], ids=["janus", "small"])
+def test_adaptive_predicts_less_error_than_equal_shares(shape: Shape) -> None:
+    profile = PROFILES[shape]
+    for budget in (0.25, 0.4):
+        ours, even = build("adaptive", shape, budget), build("window", shape, budget)
+        assert predicted(ours, profile) < predicted(even, profile)
+        sizes = {spec.size for spec in specs(ours)}
+        assert len(sizes) > 1
+
+
+def test_adaptive_is_optimal_on_a_small_problem() -> None:
+    """Against every division of the slots, on convex curves."""
+    shape = Shape(1, 2, 36, 6)
+    sizes = (1, 2, 3, 4, 5, 6, 7)
+    curves = torch.tensor([[8.0, 4, 2, 1, 0.5, 0.3, 0.2], [9.0, 8, 7, 6, 5.5, 5.2, 5.1]])
+    profile = replace(profile_of(Shape(1, 2, 36, 6)), error=curves[None, :, None].repeat(1, 1, 3, 1), sizes=sizes)
+    plan = policies.adaptive(shape, 10 / 72, 0, profile=profile)
+    got = [spec.size for spec in plan.layers[0]]
+    total = [(curves[0, a] + curves[1, b], a, b) for a in range(7) for b in range(7)
+             if sizes[a] + 1 + sizes[b] + 1 <= 10]
+    best = min(float(error) for error, _, _ in total)
+    assert float(curves[0, got[0] - 1] + curves[1, got[1] - 1]) == pytest.approx(best)
+
+
+def test_adaptive_takes_the_kind_with_the_least_error() -> None:
+    profile = PROFILES[SMALL]
+    error = torch.ones_like(profile.error)
+    for layer in range(3):
+        for head in range(2):
+            error[layer, head, (layer + head) % 3] = 0.5
+    error = error / torch.tensor(profile.sizes)
+    plan = policies.adaptive(SMALL, 0.4, 6, profile=replace(profile, error=error))
+    for layer, heads in enumerate(plan.layers):
+        for head, spec in enumerate(heads):
+            kind = KINDS[(layer + head) % 3]
+            assert spec.kind == ("window" if kind == "window" else "heavy")
+            assert kind == "window" or (spec.score == "mean") == (kind == "heavy")
+
+
+def test_full_keeps_everything() -> None:
+    plan = policies.build("full", JANUS, 1.0)
+    assert plan.budget(576) == 1 and plan.row_buffer == 0
+    with pytest.raises(ValueError, match="budget of policy full must be 1, got 0.2"):
+        policies.full(JANUS, 0.2)
+
+
+def test_profiles_are_saved_and_checked(tmp_path: Path) -> None:
+    profile, path = PROFILES[SMALL], tmp_path / "profile.safetensors"
+    profile.save(path)
+    again = HeadProfile.load(path)
+    for name, value in vars(profile).items():
+        other = getattr(again, name)
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+    assert [entry.name for entry in tmp_path.iterdir()] == ["profile.safetensors"]
+    with pytest.raises(FileNotFoundError, match="absent"):
+        HeadProfile.load(tmp_path / "absent")
+    path.write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match="profile.safetensors"):
+        HeadProfile.load(path)
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, path, {"format": "other"})
+    with pytest.raises(ValueError, match="format ssd_kernels.profile, version 1, got other"):
+        HeadProfile.load(path)
+    replace(profile, error=profile.error[..., :-1]).save(path)
+    with pytest.raises(ValueError, match=r"error must be \[3, 2, 3, 5\]"):
+        HeadProfile.load(path)
+
+
+@pytest.mark.parametrize("name, options, error, message", [
+    ("window", {"budget": 0}, ValueError, r"budget must be within \(0, 1\], got 0"),
+    ("window", {"budget": float("nan")}, ValueError, "budget must be within"),
+    ("window", {"budget": "20%"}, TypeError, "budget must be a number"),
+    ("window", {"row_buffer": -1}, ValueError, "row_buffer must be at least 0"),
+    ("window", {"row_buffer": 2.5}, TypeError, "row_buffer must be an int"),
+    ("heavy", {"budget": 0.03}, ValueError, "budget must be at least 0.0435 with row_buffer=24"),
+    ("adaptive", {"budget": 0.03}, ValueError, "budget must be at least 0.0487 with row_buffer=24"),
+    ("paper", {}, ValueError, "policy must be one of full, window, .*adaptive, got 'paper'"),
+    ("h2o", {"recent": 1.5}, ValueError, "recent must be within 0 .. 1, got 1.5"),
+    ("ssd", {"tau": -1}, ValueError, "tau must be within 0 .. 1, got -1"),
+    ("ssd", {"ratio": 0}, ValueError, "ratio must be within"),
+    ("margin", {"left": 20, "right": 9}, ValueError, "left and right must be .* at most 24, got 20, 9"),
+    ("streaming_llm", {"first": -1}, ValueError, "first must be"),
+])
+def test_bad_arguments(name: str, options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build(name, JANUS, **{"budget": 0.2, **options})
+
+
+def test_profiles_must_fit() -> None:
+    with pytest.raises(ValueError, match="policy ssd needs a profile"):
+        policies.build("ssd", JANUS, 0.2)
+    with pytest.raises(ValueError, match=r"profile must be of a model with .* = \(24, 16, 576, 24\), got one with"):
+        policies.build("ssd", JANUS, 0.2, profile=PROFILES[SMALL])
