@@ -71,6 +71,8 @@ def evaluate(
     dtype: Dtype = None,
     backend: Backend = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 16,
+    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help=(
+        "fidelity: also draw freely under every plan, for PSNR and SSIM."))] = True,
     page: Annotated[Path | None, typer.Option(help="Also put the table into this Markdown page, between the comments "
                                                    "<!-- SUITE --> and <!-- /SUITE -->.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
@@ -86,16 +88,14 @@ def evaluate(
     common: dict[str, Any] = {"guidance_scale": guidance, "batch_size": batch_size}
     results: dict[str, Result] = {}
     with progress_bar("drawing") as show:
-        for number, (name, chosen) in enumerate(plans.items()):
-            def progress(done: int, total: int, number: int = number) -> None:
-                show(number * total + done, len(plans) * total)
-
-            if suite is SuiteName.shapes:
-                results[name] = quality.evaluate(pipe, chosen, out / name, prompts=prompts, seeds=seeds,
-                                                 progress=progress, **common)
-            else:
-                results[name] = fidelity.evaluate(pipe, chosen, out / name, prompts=[p["prompt"] for p in prompts],
-                                                  progress=progress, **common)
+        if suite is SuiteName.fidelity:
+            results.update(fidelity.evaluate(pipe, plans, out, prompts=[prompt["prompt"] for prompt in prompts],
+                                             pictures=pictures, progress=show, **common))
+        else:
+            for number, (name, chosen) in enumerate(plans.items()):
+                results[name] = quality.evaluate(
+                    pipe, chosen, out / name, prompts=prompts, seeds=seeds,
+                    progress=lambda done, total: show(number * total + done, len(plans) * total), **common)  # noqa: B023
     facts = {"suite": suite.value, "prompts": len(prompts), "seeds": seeds}
     report.write(results, out, facts)
     if page is not None:

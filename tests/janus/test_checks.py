@@ -57,8 +57,9 @@ def test_scores_collapse_without_a_cache_and_with_other_prompts(pipe: Pipeline, 
 
 def test_divergence_grows_as_budgets_shrink(pipe: Pipeline, tmp_path: Path) -> None:
     texts = [prompt["prompt"] for prompt in PROMPTS[1:3]]
-    plans = [pipe.shape.full_plan(), *(policies.heavy(pipe.shape, budget) for budget in (0.5, 0.2, 0.06))]
-    found = [fidelity.evaluate(pipe, plan, tmp_path / str(index), prompts=texts) for index, plan in enumerate(plans)]
+    plans = {"full": pipe.shape.full_plan()} | {
+        str(budget): policies.heavy(pipe.shape, budget) for budget in (0.5, 0.2, 0.06)}
+    found = list(fidelity.evaluate(pipe, plans, tmp_path, prompts=texts, pictures=False).values())
     assert found[0].kl_mean == 0 and found[0].agreement == 1
     for more, less in zip(found, found[1:], strict=False):
         assert more.kl_mean < less.kl_mean and more.agreement > less.agreement

@@ -34,7 +34,7 @@ def uniform(spec: HeadSpec, **options: Any) -> CachePlan:
 
 
 def test_fidelity_of_the_full_plan_is_perfect(pipe: Pipeline, tmp_path: Path) -> None:
-    found = fidelity.evaluate(pipe, uniform(HeadSpec.full()), tmp_path, prompts=TEXTS, batch_size=2)
+    found = fidelity.evaluate(pipe, {"a": uniform(HeadSpec.full())}, tmp_path, prompts=TEXTS, batch_size=2)["a"]
     assert (found.kl_mean, found.kl_p99, found.agreement, found.ssim) == (0.0, 0.0, 1.0, 1.0)
     assert found.psnr_db is None and found.pictures == 3 and found.budget == 1.0
     assert found.head_error == [[0.0] * 4] * tiny.LAYERS
@@ -42,8 +42,8 @@ def test_fidelity_of_the_full_plan_is_perfect(pipe: Pipeline, tmp_path: Path) ->
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_fidelity_falls_with_the_budget(pipe: Pipeline, tmp_path: Path, guidance: float) -> None:
-    found = [fidelity.evaluate(pipe, uniform(HeadSpec.window(size)), tmp_path / str(size), prompts=TEXTS,
-                               guidance_scale=guidance) for size in (24, 12, 3)]
+    plans = {str(size): uniform(HeadSpec.window(size)) for size in (24, 12, 3)}
+    found = list(fidelity.evaluate(pipe, plans, tmp_path, prompts=TEXTS, guidance_scale=guidance).values())
     for more, less in zip(found, found[1:], strict=False):
         assert 0 < more.kl_mean < less.kl_mean
         assert more.agreement > less.agreement
@@ -55,7 +55,7 @@ def test_fidelity_falls_with_the_budget(pipe: Pipeline, tmp_path: Path, guidance
 
 def test_only_compressed_heads_have_errors(pipe: Pipeline, tmp_path: Path) -> None:
     plan = tiny.plan_of(HeadSpec.full(), HeadSpec.window(2), HeadSpec.heavy(3), HeadSpec.full())
-    errors = fidelity.evaluate(pipe, plan, tmp_path, prompts=TEXTS[:1]).head_error
+    errors = fidelity.evaluate(pipe, {"a": plan}, tmp_path, prompts=TEXTS[:1])["a"].head_error
     for heads, specs in zip(errors, plan.layers, strict=True):
         assert [error > 0 for error in heads] == [spec.kind != "full" for spec in specs]
 
@@ -89,6 +89,23 @@ def test_quality_of_a_full_plan_equals_no_plan(pipe: Pipeline, tmp_path: Path) -
     for path, picture in zip(drawn, pictures, strict=True):
         assert Image.open(path).tobytes() == picture.tobytes()
     assert set(found.families) == {"single_object", "colors"} and found.pictures == 3
+
+
+def test_plans_do_not_depend_on_their_company_and_runs_go_on(pipe: Pipeline, tmp_path: Path) -> None:
+    plans = {str(size): uniform(HeadSpec.window(size)) for size in (20, 10)}
+    common: dict[str, Any] = {"prompts": TEXTS, "batch_size": 2}
+    both = fidelity.evaluate(pipe, plans, tmp_path / "both", **common)
+    for name, plan in plans.items():
+        assert fidelity.evaluate(pipe, {name: plan}, tmp_path / "alone", **common) == {name: both[name]}
+    lost = tmp_path / "both" / "10" / "batches" / "seed-0-00002.npz"
+    lost.unlink()
+    steps: list[tuple[int, int]] = []
+    again = fidelity.evaluate(pipe, plans, tmp_path / "both", **common, progress=lambda *step: steps.append(step))
+    assert again == both and lost.exists()
+    assert steps == [(step, 3 * tiny.TOKENS) for step in range(1, 3 * tiny.TOKENS + 1)]
+    quick = fidelity.evaluate(pipe, plans, tmp_path / "quick", **common, pictures=False)
+    assert quick["10"].kl_mean == both["10"].kl_mean and quick["10"].ssim is None
+    assert not list((tmp_path / "quick").rglob("*.png"))
 
 
 class Killed(Exception):
@@ -198,7 +215,7 @@ def test_missing_extras_are_named() -> None:
 
 def test_policies_of_one_suite_make_one_table(pipe: Pipeline, tmp_path: Path) -> None:
     plans = {"full": pipe.shape.full_plan(), "heavy": policies.heavy(pipe.shape, 0.5)}
-    results = {name: fidelity.evaluate(pipe, plan, tmp_path / name, prompts=TEXTS[:1]) for name, plan in plans.items()}
+    results = fidelity.evaluate(pipe, plans, tmp_path, prompts=TEXTS[:1])
     lines = report.markdown(results).splitlines()
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     page = tmp_path / "page.md"

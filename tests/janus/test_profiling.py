@@ -95,7 +95,7 @@ def test_errors_fall_with_size_and_match_fidelity(pipe: Pipeline, profile: HeadP
     # Windows: the relative output error of one head, through its own projection, as `fidelity` measures it.
     size = profile.sizes[2]
     plan = CachePlan([[profiling.KINDS["window"](size)] * 4] * tiny.LAYERS, tiny.GRID)
-    found = torch.tensor(fidelity.evaluate(pipe, plan, tmp_path, prompts=TEXTS[:2]).head_error)
+    found = torch.tensor(fidelity.evaluate(pipe, {"a": plan}, tmp_path, prompts=TEXTS[:2])["a"].head_error)
     order = profile.error[:, :, 0, 2].sqrt().flatten().argsort()
     assert torch.corrcoef(torch.stack([found.flatten()[order], profile.error[:, :, 0, 2].sqrt().flatten()[order]]))[
         0, 1] > 0.5

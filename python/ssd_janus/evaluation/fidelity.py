@@ -7,7 +7,7 @@ every step compares two next-token distributions after the same past, and not tw
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from ..pipeline import Pipeline
 from ..progress import ProgressCallback
 from .folder import Batch, RunFolder, settings
 
-RUNS_PER_BATCH = 3  # full cache, forced tokens, free drawing
 FORBIDDEN = -1e4  # a logit; finite, because guidance subtracts logits
 
 
@@ -40,8 +39,9 @@ class Fidelity:
         agreement: share of tokens where both distributions have the same most probable token.
         head_error: per layer and KV head, |out - out_full| / |out_full| of the attention output (root of summed
             squares over all steps), for the same queries: each head's own loss, nothing inherited from layers below.
-        psnr_db: of freely drawn pictures against the full cache's of the same seed; None if all are equal.
-        ssim: likewise, mean over pictures; 1 is equal.
+        psnr_db: of freely drawn pictures against the full cache's of the same seed; None if all are equal or none were
+            drawn.
+        ssim: likewise, mean over pictures; 1 is equal, None if none were drawn.
         pictures: measured.
         budget: of the plan.
     """
@@ -52,7 +52,7 @@ class Fidelity:
     agreement: float
     head_error: list[list[float]]
     psnr_db: float | None
-    ssim: float
+    ssim: float | None
     pictures: int
     budget: float
 
@@ -119,74 +119,100 @@ class AttentionError:
             total[layer] += tensor.square().sum((0, 2)).view(self.plan.num_heads, -1).sum(1).cpu()
 
 
-def evaluate(pipe: Pipeline, plan: CachePlan, out: Path, *, prompts: Sequence[str],
-             guidance_scale: float | None = None, batch_size: int = 8,
-             progress: ProgressCallback = lambda done, total: None) -> Fidelity:
-    """Measure one plan, one picture per prompt.
+class Observers:
+    """Several `AttentionError` at once, in ``all``."""
 
-    Pictures go to ``out/pictures/full`` and ``out/pictures/plan``, figures of finished batches to ``out/batches``; a
-    killed run goes on after the last one. Memory: 4 bytes x codes x visual tokens per picture of a batch for the
-    distributions (38 MB for Janus-Pro), besides a full cache and two compressed ones.
+    def __init__(self, observers: Sequence[AttentionError]) -> None:
+        self.all = list(observers)
+
+    def prefill(self, *arguments: Any) -> None:
+        for observer in self.all:
+            observer.prefill(*arguments)
+
+    def decode(self, *arguments: Any) -> None:
+        for observer in self.all:
+            observer.decode(*arguments)
+
+
+def evaluate(pipe: Pipeline, plans: Mapping[str, CachePlan], out: Path, *, prompts: Sequence[str],
+             guidance_scale: float | None = None, batch_size: int = 8, pictures: bool = True,
+             progress: ProgressCallback = lambda done, total: None) -> dict[str, Fidelity]:
+    """Measure plans, one picture per prompt; all are compared with the same full-cache pictures.
+
+    Each plan has a folder of its name in ``out``: figures of finished batches in ``batches``, and pictures in
+    ``pictures/full`` and ``pictures/plan``. A killed run goes on with the batches that are missing. Memory: 4 bytes x
+    codes x visual tokens per picture of a batch for the distributions (38 MB for Janus-Pro), twice, besides a full
+    cache and one cache per plan.
 
     Args:
         pipe: any Janus.
-        plan: what the caches keep.
-        out: folder of this plan.
+        plans: by name, what the caches keep.
+        out: folder.
         prompts: texts.
         guidance_scale: None for the model's default.
         batch_size: pictures drawn at once.
+        pictures: also draw freely under every plan, for PSNR and SSIM; costs as much again as forcing tokens.
         progress: ``progress(done_steps, all_steps)``.
 
     Raises:
-        ValueError: no prompts, or ``out`` holds results made with other settings.
+        ValueError: no prompts, or a folder holds results made with other settings.
         ImportError: scikit-image is missing; the message names the extra.
     """
     if not prompts:
         raise ValueError("prompts must hold at least one text, got none")
     with needs("evaluate", "skimage"):
         import skimage.metrics  # noqa: F401  # before hours of drawing, not after
-    chosen = settings(pipe, "fidelity", plan, guidance_scale, batch_size)
-    folder = RunFolder(out, chosen, prompts, ".npz")
-    names = file_names(list(prompts), 1)
-    for name in ("full", "plan"):
-        (out / "pictures" / name).mkdir(parents=True, exist_ok=True)
-    remaining = folder.open_batches(1)
-    total = len(remaining) * RUNS_PER_BATCH * pipe.shape.num_visual_tokens
-    for number, batch in enumerate(remaining):
-        before = number * RUNS_PER_BATCH * pipe.shape.num_visual_tokens
-        figures, pictures = _measure(pipe, plan, batch, chosen["guidance_scale"], folder.sampling_seed(batch),
-                                     lambda done: progress(before + done, total))  # noqa: B023
-        for name, drawn in pictures.items():
-            for index, picture in enumerate(drawn, batch.first):
-                save_picture(picture, out / "pictures" / name / names[index])
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **figures)
-        write_atomically(folder.file(batch), lambda file: file.write(buffer.getvalue()))  # noqa: B023
-    return _summarise([dict(np.load(path, allow_pickle=False)) for path in folder.done_files(1)], pipe, plan)
+    chosen = {name: settings(pipe, "fidelity", plan, guidance_scale, batch_size) | {"pictures": pictures}
+              for name, plan in plans.items()}
+    folders = {name: RunFolder(out / name, chosen[name], prompts, ".npz") for name in plans}
+    steps, texts = pipe.shape.num_visual_tokens, file_names(list(prompts), 1)
+    todo: dict[Batch, list[str]] = {}
+    for name, folder in folders.items():
+        for batch in folder.open_batches(1):
+            todo.setdefault(batch, []).append(name)
+    total = steps * sum(1 + len(names) * (1 + pictures) for names in todo.values())
+    done = 0
+    for batch, names in todo.items():
+        def draw(plan: CachePlan, recorder: Recorder | None = None, observer: Observers | None = None,
+                 batch: Batch = batch) -> torch.Tensor:
+            nonlocal done
+            tokens = pipe.generate_tokens(
+                list(batch.prompts), guidance_scale=guidance_scale, seed=folders[names[0]].sampling_seed(batch),  # noqa: B023
+                plan=plan, observer=observer, logits_processor=[recorder] if recorder else [],
+                progress=lambda step, _: progress(done + step, total))
+            done += steps
+            return tokens
+
+        scale = chosen[names[0]]["guidance_scale"]
+        attention = Observers([AttentionError(plans[name], pipe.backend) for name in names])
+        full = Recorder(scale)
+        tokens = draw(pipe.shape.full_plan(), full, attention)
+        drawn = {"full": pipe.decode(tokens)} if pictures else {}
+        for name, errors in zip(names, attention.all, strict=True):
+            forced = Recorder(scale, tokens)
+            draw(plans[name], forced)
+            if pictures:
+                drawn["plan"] = pipe.decode(draw(plans[name]))
+            for kind, images in drawn.items():
+                folder = out / name / "pictures" / kind
+                folder.mkdir(parents=True, exist_ok=True)
+                for index, picture in enumerate(images, batch.first):
+                    save_picture(picture, folder / texts[index])
+            buffer = io.BytesIO()
+            np.savez(buffer, allow_pickle=False, **_figures(full, forced, errors, drawn))
+            write_atomically(folders[name].file(batch), lambda file: file.write(buffer.getvalue()))  # noqa: B023
+    return {name: _summarise([dict(np.load(path, allow_pickle=False)) for path in folder.done_files(1)], pipe,
+                             plans[name]) for name, folder in folders.items()}
 
 
-def _measure(pipe: Pipeline, plan: CachePlan, batch: Batch, scale: float, seed: int,
-             progress: Any) -> tuple[dict[str, np.ndarray], dict[str, list[Image]]]:
-    """Three runs of one batch: full cache, forced tokens, free drawing. Figures, and pictures by kind of cache."""
-    runs = iter(range(RUNS_PER_BATCH))
-
-    def draw(plan: CachePlan, recorder: Recorder | None = None, observer: Any = None) -> torch.Tensor:
-        before = next(runs) * pipe.shape.num_visual_tokens
-        return pipe.generate_tokens(batch.prompts, guidance_scale=scale, seed=seed, plan=plan, observer=observer,
-                                    logits_processor=[recorder] if recorder else [],
-                                    progress=lambda done, _: progress(before + done))
-
-    attention, full = AttentionError(plan, pipe.backend), Recorder(scale)
-    tokens = draw(pipe.shape.full_plan(), full, attention)
-    forced = Recorder(scale, tokens)
-    draw(plan, forced)
+def _figures(full: Recorder, forced: Recorder, attention: AttentionError,
+             drawn: Mapping[str, list[Image]]) -> dict[str, np.ndarray]:
+    """What one batch adds to the results of one plan."""
     kl, agreement = zip(*(compare(p, q) for p, q in zip(full.steps, forced.steps, strict=True)), strict=True)
-    pictures = {"full": pipe.decode(tokens), "plan": pipe.decode(draw(plan))}
-    squares, ssim = zip(*(_distance(a, b) for a, b in zip(pictures["full"], pictures["plan"], strict=True)),
-                        strict=True)
+    distances = [_distance(a, b) for a, b in zip(drawn.get("full", []), drawn.get("plan", []), strict=True)]
     return {"kl": torch.stack(kl, 1).cpu().numpy(), "agreement": torch.stack(agreement, 1).cpu().numpy(),
             "error": attention.error.numpy(), "norm": attention.norm.numpy(),
-            "squares": np.array(squares), "ssim": np.array(ssim)}, pictures
+            "distances": np.array(distances).reshape(-1, 2)}
 
 
 def compare(full: torch.Tensor, compressed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,7 +236,8 @@ def _distance(full: Image, drawn: Image) -> tuple[float, float]:
 def _summarise(batches: list[dict[str, np.ndarray]], pipe: Pipeline, plan: CachePlan) -> Fidelity:
     kl = np.concatenate([batch["kl"] for batch in batches]).astype(np.float64)  # [pictures, steps]
     errors, norms = (sum(batch[name] for batch in batches) for name in ("error", "norm"))
-    squares = float(np.concatenate([batch["squares"] for batch in batches]).mean())
+    distances = np.concatenate([batch["distances"] for batch in batches])  # [pictures, 2], or none
+    squares, ssim = distances.mean(0).tolist() if len(distances) else (0.0, None)
     return Fidelity(
         kl_mean=float(kl.mean()), kl_p99=float(np.quantile(kl, 0.99)),
         kl_by_row=kl.reshape(len(kl), -1, pipe.shape.columns).mean((0, 2)).tolist(),
@@ -218,5 +245,4 @@ def _summarise(batches: list[dict[str, np.ndarray]], pipe: Pipeline, plan: Cache
         head_error=np.sqrt(errors / np.maximum(norms, np.finfo(np.float64).tiny)).tolist(),
         # From the mean error, because a picture that is equal has none to average in decibels.
         psnr_db=float(10 * np.log10(255**2 / squares)) if squares else None,
-        ssim=float(np.concatenate([batch["ssim"] for batch in batches]).mean()),
-        pictures=len(kl), budget=plan.budget(pipe.shape.num_visual_tokens))
+        ssim=ssim, pictures=len(kl), budget=plan.budget(pipe.shape.num_visual_tokens))

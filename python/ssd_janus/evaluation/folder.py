@@ -25,7 +25,7 @@ class Batch:
 
     seed: int
     first: int
-    prompts: list[str]
+    prompts: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ class RunFolder:
     def batches(self, seeds: int) -> list[Batch]:
         """All batches of seeds 0 .. seeds - 1."""
         size = self.settings["batch_size"]
-        return [Batch(seed, first, self.prompts[first:first + size])
+        return [Batch(seed, first, tuple(self.prompts[first:first + size]))
                 for seed in range(seeds) for first in range(0, len(self.prompts), size)]
 
     def file(self, batch: Batch) -> Path:

@@ -68,7 +68,7 @@ def evaluate(pipe: Pipeline, plan: CachePlan, out: Path, *, prompts: Sequence[Ma
     names = file_names(texts, 1)
     remaining, steps = folder.open_batches(seeds), pipe.shape.num_visual_tokens
     for number, batch in enumerate(remaining):
-        pictures = pipe(batch.prompts, guidance_scale=guidance_scale, seed=folder.sampling_seed(batch), plan=plan,
+        pictures = pipe(list(batch.prompts), guidance_scale=guidance_scale, seed=folder.sampling_seed(batch), plan=plan,
                         progress=lambda done, _: progress(number * steps + done, len(remaining) * steps))  # noqa: B023
         target = out / "pictures" / f"seed-{batch.seed}"
         target.mkdir(parents=True, exist_ok=True)
