@@ -73,6 +73,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 16,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help=(
         "fidelity: also draw freely under every plan, for PSNR and SSIM."))] = True,
+    plot: Annotated[Path | None, typer.Option(help="Also plot the results against the budget into this PNG file "
+                                                   "(needs matplotlib).")] = None,
     page: Annotated[Path | None, typer.Option(help="Also put the table into this Markdown page, between the comments "
                                                    "<!-- SUITE --> and <!-- /SUITE -->.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
@@ -98,6 +100,10 @@ def evaluate(
                     progress=lambda done, total: show(number * total + done, len(plans) * total), **common)  # noqa: B023
     facts = {"suite": suite.value, "prompts": len(prompts), "seeds": seeds}
     report.write(results, out, facts)
+    if plot is not None:
+        from .plots import save_curves
+
+        save_curves(results, plot)
     if page is not None:
         report.into_page(results, page, suite.value)
     if as_json:

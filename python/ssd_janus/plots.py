@@ -1,9 +1,10 @@
-"""Pictures of a head profile; needs matplotlib."""
+"""Plots of head profiles and of results against the budget; need matplotlib."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +12,10 @@ from ssd_kernels.policies import HeadProfile
 
 from .extras import needs
 from .files import write_atomically
+
+if TYPE_CHECKING:
+    from .evaluation.fidelity import Fidelity
+    from .evaluation.quality import Quality
 
 
 def save_all(profile: HeadProfile, out: Path, tau: float | None = None) -> list[Path]:
@@ -94,3 +99,49 @@ def _kinds(figure: Any, profile: HeadProfile, tau: float) -> None:
         right.plot(torch.linspace(0, 1, len(loss)), loss, style, color="black", label=f"{rows} rows")
     right.set(xlabel="share of heads", ylabel="visual attention that a window misses", ylim=(0, 1))
     right.legend()
+
+
+def save_curves(results: Mapping[str, Quality | Fidelity], file: Path) -> None:
+    """Plot results against the budget, one line per policy, as PNG.
+
+    Quality: overall score with its 95% interval. Fidelity: mean KL, on a logarithmic scale, without plans that equal
+    the full cache.
+
+    Args:
+        results: by plan name, ``POLICY-BUDGET``; a name without a budget is a point of its own.
+        file: to write.
+
+    Raises:
+        ImportError: matplotlib is missing; the message names the extra.
+    """
+    from .evaluation.quality import Quality
+
+    with needs("plot", "matplotlib"):
+        from matplotlib.figure import Figure
+    lines: dict[str, list[Quality | Fidelity]] = {}
+    for name, result in results.items():
+        lines.setdefault(name.rpartition("-")[0] or name, []).append(result)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, found) in enumerate(lines.items()):
+        found.sort(key=lambda result: result.budget)
+        style: dict[str, Any] = {"label": name, "marker": "osv^Dx*P<>"[number % 10], "markersize": 5,
+                                 "linestyle": ("-", "--", "-.", ":")[number % 4]}
+        scores = [result.overall for result in found if isinstance(result, Quality)]
+        if scores:
+            means = [score.mean for score in scores]
+            axes.errorbar([result.budget for result in found], means, capsize=2, **style,
+                          yerr=[[score.mean - score.low for score in scores],
+                                [score.high - score.mean for score in scores]])
+        else:
+            points = [(result.budget, result.kl_mean) for result in found
+                      if not isinstance(result, Quality) and result.kl_mean > 0]
+            if points:
+                axes.plot(*zip(*points, strict=True), **style)
+                axes.set_yscale("log")
+    axes.set(xlabel="budget (share of the visual tokens, row buffer included)", xlim=(0, None),
+             ylabel="overall score" if isinstance(next(iter(results.values())), Quality)
+             else "KL to the full cache, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    write_atomically(file, lambda out: figure.savefig(out, format="png", dpi=110))

@@ -146,6 +146,27 @@ def adaptive(shape: Shape, budget: float, row_buffer: int | None = None, *, prof
     return make(shape, buffer, spec)
 
 
+def predicted_error(plan: CachePlan, profile: HeadProfile) -> float:
+    """What `adaptive` minimises, for any plan: the total of the heads' errors, relative to the attention outputs.
+
+    Errors between measured sizes are interpolated linearly in the number of slots, those below the smallest size count
+    as at the smallest, and keeping everything costs nothing. Each head counts by its own kind: windows as "window",
+    heavy heads as "heavy" when they go by means or positions or protect recent tokens, else as "sum".
+    """
+    tokens = profile.num_visual_tokens
+    points = np.array([*profile.sizes, tokens])
+    total = 0.0
+    for layer, heads in enumerate(plan.layers):
+        for head, spec in enumerate(heads):
+            if spec.size is None or spec.size >= tokens:
+                continue
+            literal = spec.kind == "heavy" and spec.score == "sum" and not spec.recent
+            kind = "window" if spec.kind == "window" else "sum" if literal else "heavy"
+            errors = [*profile.error[layer, head, profile.kinds.index(kind)].tolist(), 0.0]
+            total += float(np.interp(spec.size, points, errors))
+    return total
+
+
 _SPECS = {
     "window": HeadSpec.window,
     "heavy": lambda size: HeadSpec.heavy(size, recent=size // 2, score="mean"),

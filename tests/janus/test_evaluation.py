@@ -183,19 +183,22 @@ def test_evaluate_command(folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "suite.jsonl"
     prompts.write_text("".join(json.dumps(line) + "\n" for line in SUITE))
     common = ("--model", folder, "--prompts-file", prompts, "--policy", "full", "--policy", "window", "--budget", 0.4,
-              "--budget", 0.6, "--json")
+              "--budget", 0.6, "--json", "--plot", tmp_path / "plot.png")
     result = run("evaluate", "--out", tmp_path / "shapes", "--seeds", 2, *common)
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert list(facts["results"]) == ["full", "window-0.4", "window-0.6"]
     assert facts["results"]["window-0.4"]["budget"] <= 0.4 and facts["results"]["full"]["pictures"] == 6
     table = (tmp_path / "shapes" / "table.md").read_text()
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+    (tmp_path / "plot.png").unlink()
     assert "| full | 100.0% | 6 |" in table and "single object" in table
     result = run("evaluate", "--suite", "fidelity", "--out", tmp_path / "fidelity", "--limit", 1, *common)
     assert result.exit_code == 0, result.output
     results = json.loads(result.stdout)["results"]
     assert results["full"]["kl_mean"] == 0 < results["window-0.6"]["kl_mean"] < results["window-0.4"]["kl_mean"]
     assert results["full"]["pictures"] == 1
+    assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 def test_the_shapes_suite_needs_metadata(folder: Path, tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ def test_adaptive_predicts_less_error_than_equal_shares(shape: Shape) -> None:
     profile = PROFILES[shape]
     for budget in (0.25, 0.4):
         ours, even = build("adaptive", shape, budget), build("window", shape, budget)
+        assert policies.predicted_error(ours, profile) < policies.predicted_error(even, profile)
         assert predicted(ours, profile) < predicted(even, profile)
         sizes = {spec.size for spec in specs(ours)}
         assert len(sizes) > 1
@@ -180,6 +181,18 @@ def test_adaptive_takes_the_kind_with_the_least_error() -> None:
             kind = KINDS[(layer + head) % 3]
             assert spec.kind == ("window" if kind == "window" else "heavy")
             assert kind == "window" or (spec.score == "mean") == (kind == "heavy")
+
+
+def test_predicted_error_adds_up_heads() -> None:
+    profile = PROFILES[SMALL]
+    plans = {kind: CachePlan.uniform(spec, 3, 2) for kind, spec in (
+        (0, HeadSpec.window(3)), (1, HeadSpec.heavy(3, recent=1, score="mean")), (2, HeadSpec.heavy(3)))}
+    for kind, plan in plans.items():
+        expected = float(profile.error[:, :, kind, 1].sum())
+        assert policies.predicted_error(plan, profile) == pytest.approx(expected)
+    between = policies.predicted_error(CachePlan.uniform(HeadSpec.window(28), 3, 2), profile)
+    assert between == pytest.approx(float(profile.error[:, :, 0, 4].sum()) / 2)
+    assert policies.predicted_error(CachePlan.uniform(HeadSpec.full(), 3, 2), profile) == 0
 
 
 def test_full_keeps_everything() -> None:
