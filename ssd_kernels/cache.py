@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from . import backends, ops
-from .layout import LayerLayout, RowView
+from .layout import RECENT, LayerLayout, RowView
 from .plan import CachePlan, check_int
 from .state import LayerState
 
@@ -164,6 +164,42 @@ class CompressedCache:
         result = self._backend.decode(state, q, k, v, scale)
         self._calls[layer] += 1
         return result
+
+    def set_recent(self, layer: int, recent: torch.Tensor) -> None:
+        """Change how many of their newest tokens the heavy heads of a layer protect, before anything was evicted.
+
+        A heavy head that protects all its M tokens is a window; so heads can be typed while a picture is drawn. Writes
+        the head table on the device and reads nothing back; numbers beyond 0 .. M count as the nearest of these, and
+        heads that are not heavy stay as they are. ``plan`` goes on saying what the cache was made with. The change
+        stays, for rows that restart too, until it is called again.
+
+        Args:
+            layer: layer index.
+            recent: ``[H]`` integers on the cache's device.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, or a row may have evicted tokens already.
+        """
+        state = self._layer(layer)
+        if not isinstance(recent, torch.Tensor) or recent.dtype not in (torch.int32, torch.int64):
+            raise TypeError("recent must be an int32 or int64 tensor, got "
+                            f"{recent.dtype if isinstance(recent, torch.Tensor) else type(recent).__name__}")
+        if recent.shape != (self.plan.num_heads,) or recent.device != self.device:
+            raise ValueError(f"recent must have shape [{self.plan.num_heads}] on {self.device}, got "
+                             f"{list(recent.shape)} on {recent.device}")
+        heavy = [spec.kind == "heavy" for spec in self.plan.layers[layer]]
+        sizes = [spec.size or 0 for spec in self.plan.layers[layer]]
+        smallest = min((size for size, is_heavy in zip(sizes, heavy, strict=True) if is_heavy), default=0)
+        steps = self._calls[layer] - min(self._started[layer])
+        if any(heavy) and (steps > smallest or not self.plan.keep_prompt):
+            raise ValueError(f"set_recent must come before a heavy head evicts, within {smallest} steps and with "
+                             f"keep_prompt, got {steps} steps and keep_prompt={self.plan.keep_prompt}")
+        column = state.table[:, RECENT]
+        if any(heavy):
+            limits = torch.tensor(sizes, dtype=torch.int32).to(self.device, non_blocking=True)
+            chosen = torch.tensor(heavy).to(self.device, non_blocking=True)
+            wanted = torch.minimum(recent.clamp_min(0).to(torch.int32), limits)
+            column.copy_(torch.where(chosen, wanted, column))
 
     def positions(self, layer: int, head: int) -> list[torch.Tensor]:
         """Kept positions of one KV head: a LongTensor per batch row, ascending, on the cache's device."""

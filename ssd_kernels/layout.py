@@ -14,6 +14,7 @@ from .plan import SCORE_RULES, CachePlan, HeadSpec, check_int, peak_tokens
 
 KEEP_ALL = 2**31 - 1
 TABLE_COLUMNS = 8
+RECENT = 4  # the head table's column of protected newest tokens
 WORD_BITS = 32
 KIND_CODES = {"full": 0, "window": 1, "heavy": 2}
 

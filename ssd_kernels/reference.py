@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 
-from .layout import KEEP_ALL, LayerLayout, RowView, pinned_tokens
+from .layout import KEEP_ALL, RECENT, LayerLayout, RowView, pinned_tokens
 from .plan import SCORE_RULES
 from .state import LayerState
 
@@ -34,7 +34,7 @@ def decode(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         ValueError: a row has no step left; nothing is written then.
     """
     layout = state.layout
-    cursors = state.cursors.tolist()
+    cursors, recent = state.cursors.tolist(), state.table[:, RECENT].tolist()
     check_cursors(cursors, layout)
     group = q.shape[1] // len(layout.heads)
     out = torch.empty_like(q)
@@ -47,7 +47,8 @@ def decode(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
             if view.head.score_offset >= 0:
                 add_scores(state, row, view, probabilities)
             if view.head.kind == "heavy" and (step + 1) % view.period == 0:
-                evict(state, row, view, pinned_tokens(state.pinned[head].tolist(), layout.num_visual_tokens))
+                evict(state, row, view, recent[head],
+                      pinned_tokens(state.pinned[head].tolist(), layout.num_visual_tokens))
     state.cursors[:, 1] += 1
     return out
 
@@ -82,10 +83,10 @@ def add_scores(state: LayerState, row: int, view: RowView, probabilities: torch.
     state.scores[row, slots] += probabilities.sum(0).to(torch.float32)
 
 
-def evict(state: LayerState, row: int, view: RowView, pinned: AbstractSet[int]) -> None:
+def evict(state: LayerState, row: int, view: RowView, recent: int, pinned: AbstractSet[int]) -> None:
     """Rule 4 for a heavy head: winners from beyond the first M evictable slots overwrite the losers among those.
 
-    ``pinned``: the head's pinned visual tokens, by their numbers in the picture.
+    ``recent``: protected newest tokens. ``pinned``: the head's pinned visual tokens, by their numbers in the picture.
     """
     head = view.head
     count = view.evictable + 1
@@ -96,7 +97,7 @@ def evict(state: LayerState, row: int, view: RowView, pinned: AbstractSet[int]) 
     prompt_len = view.base + view.first
     scores = state.scores[row, evictable]
     keys = eviction_keys(scores, positions, prompt_len, view.step + 1, SCORE_RULES[head.rule])
-    kept = survivors(keys, positions, head.keep, head.recent, {prompt_len + token for token in pinned})
+    kept = survivors(keys, positions, head.keep, recent, {prompt_len + token for token in pinned})
     losers = [index for index in range(head.keep) if index not in kept]
     winners = [index for index in sorted(kept) if index >= head.keep]
     for loser, winner in zip(losers, winners, strict=True):

@@ -19,6 +19,7 @@ import ssd_kernels
 from ssd_kernels import CachePlan
 
 from .cache import ATTENTION, JanusCache, Observer
+from .online import OnlinePlan
 from .shape import ModelShape
 
 _ENABLED = "_ssd_janus"
@@ -123,7 +124,8 @@ def _generate(self: JanusForConditionalGeneration, *args: Any, **kwargs: Any) ->
         raise ValueError("output_attentions must be False on an enabled model, got True: evicted tokens have no "
                          "attention weights")
     guided = _settle_guidance(self, kwargs)
-    cache = JanusCache(enabled.plan, enabled.shape.num_visual_tokens, enabled.backend, enabled.observer)
+    observer = enabled.plan.observer() if isinstance(enabled.plan, OnlinePlan) else enabled.observer
+    cache = JanusCache(enabled.plan, enabled.shape.num_visual_tokens, enabled.backend, observer)
     # Given a cache, transformers makes none of its own (5.13 to 5.17 fail when they try).
     kwargs["past_key_values"] = cache
     try:

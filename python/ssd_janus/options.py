@@ -43,6 +43,7 @@ class PolicyName(str, Enum):
     ssd_guarded = "ssd_guarded"
     margin = "margin"
     adaptive = "adaptive"
+    online = "online"
 
 
 class LayoutName(str, Enum):
@@ -113,6 +114,10 @@ def choose_plan(shape: ModelShape, plan: Path | None, policy: PolicyName | None,
     name = PolicyName.full if policy is None else policy
     if budget is None:
         budget = 1.0 if name is PolicyName.full else DEFAULT_BUDGET
+    if name is PolicyName.online:
+        from .online import OnlinePlan
+
+        return OnlinePlan(shape, budget, row_buffer)
     return policies.build(name.value, shape, budget, row_buffer, profile=profile)
 
 
