@@ -70,7 +70,7 @@ def evaluate(
     device: Device = "cpu",
     dtype: Dtype = None,
     backend: Backend = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 25,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help=(
         "fidelity: also draw freely under every plan, for PSNR and SSIM."))] = True,
     plot: Annotated[Path | None, typer.Option(help="Also plot the results against the budget into this PNG file "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -167,7 +169,7 @@ def predicted_error(plan: CachePlan, profile: HeadProfile) -> float:
     return total
 
 
-_SPECS = {
+_SPECS: dict[str, Callable[[int], HeadSpec]] = {
     "window": HeadSpec.window,
     "heavy": lambda size: HeadSpec.heavy(size, recent=size // 2, score="mean"),
     "sum": HeadSpec.heavy,

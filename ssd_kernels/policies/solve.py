@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..plan import CachePlan, HeadSpec
 
@@ -25,10 +25,7 @@ class Shape(Protocol):
     def columns(self) -> int: ...
 
 
-class Policy(Protocol):
-    __name__: str
-
-    def __call__(self, shape: Shape, budget: float, row_buffer: int | None = None, **parameters: Any) -> CachePlan: ...
+Policy = Callable[..., CachePlan]  # (shape, budget, row_buffer=None, *, profile=..., own parameters) -> plan
 
 
 def make(shape: Shape, row_buffer: int, spec: Specs) -> CachePlan:
