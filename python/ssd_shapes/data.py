@@ -61,6 +61,7 @@ class Batches:
         seed: int = 0,
         split: world.Split = "train",
         free_steps: int = 0,
+        late_from: int | None = None,
     ):
         """
         Args:
@@ -70,23 +71,26 @@ class Batches:
             seed, split: of the data.
             free_steps: until this step objects stand anywhere, later where the world puts them. More kinds of edges
                 are harder to learn.
+            late_from: from this step on families are drawn by ``world.LATE_FAMILIES``.
         """
-        self.tokenizer, self.book, self.free_steps = tokenizer, book, free_steps
+        self.tokenizer, self.book, self.free_steps, self.late_from = tokenizer, book, free_steps, late_from
         self.size, self.blank, self.seed, self.split = size, blank, seed, split
         self.boi, self.pad = (text.token_id(tokenizer, token) for token in (text.BOI, text.PAD))
 
-    def _draw(self, rng: np.random.Generator) -> tuple[world.Prompt, list[int]]:
-        prompt = world.draw_prompt(rng, self.split)
+    def _draw(self, rng: np.random.Generator, shares: dict[str, float]) -> tuple[world.Prompt, list[int]]:
+        prompt = world.draw_prompt(rng, self.split, shares=shares)
         return prompt, self.tokenizer.backend_tokenizer.encode(prompt.text).ids
 
     def __call__(self, step: int) -> Batch:
         """The batch of one step. The first prompt sets the length; others are drawn until they have it too,
         which leaves the distribution of prompts unchanged."""
         rng = np.random.default_rng([self.seed, step, self.split == "test"])
-        first = self._draw(rng)
+        late = self.late_from is not None and step >= self.late_from
+        shares = world.LATE_FAMILIES if late else world.FAMILIES
+        first = self._draw(rng, shares)
         drawn = [first]
         while len(drawn) < self.size:
-            other = self._draw(rng)
+            other = self._draw(rng, shares)
             if len(other[1]) == len(first[1]):
                 drawn.append(other)
         places = 1 if step < self.free_steps else world.PLACES

@@ -216,6 +216,8 @@ def export(
         "bytes": (partial / "model.safetensors").stat().st_size,
         "scores": None if results is None else json.loads(results.read_text()),
     }
+    # With it, training can go on from this folder: ssd_shapes.train --init.
+    shutil.copyfile(checkpoint / "scene_head.safetensors", partial / "scene_head.safetensors")
     if profile is not None:
         shutil.copyfile(profile, partial / "profile.safetensors")
     (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")

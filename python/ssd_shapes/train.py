@@ -135,6 +135,12 @@ def train(
     steps: Annotated[
         int, typer.Option(help="All steps, past ones included. The last half decays.")
     ] = 3000,
+    init: Annotated[
+        Path | None, typer.Option(help="Start a new run from the weights of an exported folder.")
+    ] = None,
+    until: Annotated[
+        int | None, typer.Option(help="Stop at this step, with the schedule of --steps; resume with other options.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Pictures per step.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the hidden matrices (Muon).")] = 3e-3,
     adam_lr: Annotated[float, typer.Option(help="Peak learning rate of everything else (AdamW).")] = 2e-3,
@@ -145,6 +151,9 @@ def train(
     free_steps: Annotated[
         int, typer.Option(help="Steps, at the start, in which objects stand anywhere and not on patches.")
     ] = 0,
+    late_from: Annotated[
+        int | None, typer.Option(help="Step from which families are drawn by world.LATE_FAMILIES.")
+    ] = None,
     scene_weight: Annotated[float, typer.Option(help="Weight of reading the scene from hidden states.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 300.0,
@@ -169,12 +178,16 @@ def train(
     initialise(model, book)
     head = losses.SceneHead()
     opts = optimizers(model, head, lr, adam_lr)
+    if init is not None:
+        weights = load_file(init / "model.safetensors")
+        model.load_state_dict({name: weights[name] for name in trained_state(model)}, strict=False)
+        head.load_state_dict(load_file(init / "scene_head.safetensors"))
     progress = resume(run, model, head, opts)
     run.mkdir(parents=True, exist_ok=True)
     if compiled:
         for layer in model.model.language_model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
-    batches = Batches(tokenizer, book, batch, seed=seed, free_steps=free_steps)
+    batches = Batches(tokenizer, book, batch, seed=seed, free_steps=free_steps, late_from=late_from)
     held_out = [Batches(tokenizer, book, batch, 0.0, seed, "test")(i) for i in range(HELD_OUT_BATCHES)]
     parameters = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
     size = sum(p.numel() for p in parameters)
@@ -186,7 +199,8 @@ def train(
     model.train()
     recent: list[float] = []
     saved = began = time.monotonic()
-    while progress.step < steps and not stopped:
+    end = steps if until is None else min(until, steps)
+    while progress.step < end and not stopped:
         factor = schedule(progress.step, steps, warmup)
         data = batches(progress.step)
         hidden, logits = losses.predict(model, data)
@@ -203,7 +217,7 @@ def train(
         recent.append(loss.item())
         progress.step += 1
         progress.pictures += batch
-        last = progress.step == steps or bool(stopped)
+        last = progress.step == end or bool(stopped)
         if progress.step % log_every == 0 or last:
             now = time.monotonic()
             progress.loss, progress.seconds = sum(recent) / len(recent), progress.seconds + now - began

@@ -50,6 +50,17 @@ FAMILIES: dict[str, float] = {
     "color_count": 0.12,
     "color_position": 0.10,
 }
+# Shares late in training: which colour, shape and place belong together is what takes longest.
+LATE_FAMILIES: dict[str, float] = {
+    "single_object": 0.03,
+    "two_object": 0.10,
+    "counting": 0.07,
+    "colors": 0.04,
+    "position": 0.18,
+    "color_attr": 0.34,
+    "color_count": 0.06,
+    "color_position": 0.18,
+}
 PLACES = 4  # pixels between the places where a centre may be: those of the patches that become tokens
 TEST_SHARE = 10  # one combination in this many is held out
 # How a prompt may begin, bare and GenEval's own first; single objects are held out by opening and shape.
@@ -251,13 +262,19 @@ def _draw_prompt(rng: np.random.Generator, family: str) -> tuple[Prompt, list[tu
     return Prompt(f"{opening} {text}".strip(), family, include, exclude), keys
 
 
-_FAMILY_EDGES = np.cumsum(list(FAMILIES.values()))
+def draw_prompt(
+    rng: np.random.Generator,
+    split: Split = "train",
+    family: str | None = None,
+    shares: dict[str, float] = FAMILIES,
+) -> Prompt:
+    """Draw a prompt, of ``family`` or of one drawn by ``shares``.
 
-
-def draw_prompt(rng: np.random.Generator, split: Split = "train", family: str | None = None) -> Prompt:
-    """Draw a prompt. "train" uses no held-out combination, "test" at least one."""
+    "train" uses no held-out combination, "test" at least one.
+    """
+    edges = np.cumsum(list(shares.values()))
     while True:
-        name = family or list(FAMILIES)[int(np.searchsorted(_FAMILY_EDGES, rng.random() * _FAMILY_EDGES[-1]))]
+        name = family or list(shares)[int(np.searchsorted(edges, rng.random() * edges[-1]))]
         prompt, keys = _draw_prompt(rng, name)
         if any(held_out(*key) for key in keys) == (split == "test"):
             return prompt
