@@ -100,10 +100,9 @@ class HeadStatistics:
         logits = torch.einsum("bhgd,bhnd->bhgn", grouped.float(), store[:, :, :longest + step + 1].float())
         logits *= query.shape[-1] ** -0.5 if scale is None else scale
         logits[..., :longest].masked_fill_(~mask[:, None, None], -torch.inf)
-        mass = logits.softmax(-1).mean(2)  # [B, H, P + t + 1]
-        self.prompt[layer] += mass[..., :longest].sum((0, 2))
-        visual = mass[..., longest:]
-        visual = (visual / visual.sum(-1, keepdim=True)).sum(0)  # [H, t + 1]
+        self.prompt[layer] += logits.softmax(-1)[..., :longest].sum(-1).mean(2).sum(0)
+        # Not the visual part of that softmax, which vanishes where all attention is on the prompt.
+        visual = logits[..., longest:].softmax(-1).mean(2).sum(0)  # [H, t + 1]
         self.age[layer, :, :step + 1] += visual.flip(-1)
         self.first[layer] += visual[:, :self.shape.columns]
         self.column[layer].index_add_(1, self.column_of[:step + 1], visual)

@@ -134,13 +134,16 @@ class HeadProfile:
     def _checked(self) -> HeadProfile:
         layers, heads, tokens = self.age_mass.shape
         columns = self.columns
-        shapes = {"sparsity": (layers, heads), "prompt_mass": (layers, heads), "column_mass": (layers, heads, columns),
-                  "first_mass": (layers, heads, columns), "guidance_difference": (layers, tokens),
+        shapes = {"age_mass": (layers, heads, tokens), "sparsity": (layers, heads), "prompt_mass": (layers, heads),
+                  "column_mass": (layers, heads, columns), "first_mass": (layers, heads, columns),
+                  "guidance_difference": (layers, tokens),
                   "offset_mass": (layers, heads, tokens // columns, 2 * columns - 1),
                   "error": (layers, heads, len(self.kinds), len(self.sizes))}
         for name, shape in shapes.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(f"{name} must be {list(shape)}, got {list(getattr(self, name).shape)}")
+            if not getattr(self, name).isfinite().all():
+                raise ValueError(f"{name} must be finite")
         if list(self.sizes) != sorted(set(self.sizes)):
             raise ValueError(f"sizes must ascend, got {self.sizes}")
         return self

@@ -33,7 +33,7 @@ def score(pipe: Pipeline, plan: CachePlan, out: Path) -> float:
 
 def test_scores_collapse_without_a_cache_and_with_other_prompts(pipe: Pipeline, tmp_path: Path) -> None:
     full = score(pipe, pipe.shape.full_plan(), tmp_path / "full")
-    assert full >= 0.6
+    assert full >= 0.5
     assert score(pipe, window(pipe, 4), tmp_path / "five tokens") <= 0.25 * full
     # The same pictures judged by other prompts of the same family.
     from ssd_shapes import detector

@@ -108,6 +108,18 @@ def test_profiling_changes_nothing_and_repeats(pipe: Pipeline, profile: HeadProf
     assert torch.equal(pipe.generate_tokens(TEXTS, seed=3), before)
 
 
+def test_heads_that_see_only_the_prompt_have_shares_too(folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(folder)
+    with torch.no_grad():  # attention so sharp that the shares of most tokens underflow
+        for layer in pipe.model.model.language_model.layers:
+            layer.self_attn.q_proj.weight *= 200
+    profile = profiling.measure(pipe, TEXTS[:1])
+    assert (profile.prompt_mass > 0.2).any()
+    for value in vars(profile).values():
+        assert not isinstance(value, torch.Tensor) or value.isfinite().all()
+    assert torch.allclose(profile.age_mass.sum(2), torch.ones(tiny.LAYERS, 4), atol=1e-5)
+
+
 def test_without_guidance(pipe: Pipeline) -> None:
     profile = profiling.measure(pipe, TEXTS[:1], guidance_scale=1.0)
     assert not profile.guidance_difference.any() and profile.error.any()

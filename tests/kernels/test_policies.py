@@ -220,6 +220,9 @@ def test_profiles_are_saved_and_checked(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, path, {"format": "other"})
     with pytest.raises(ValueError, match="format ssd_kernels.profile, version 1, got other"):
         HeadProfile.load(path)
+    replace(profile, age_mass=profile.age_mass * float("nan")).save(path)
+    with pytest.raises(ValueError, match="age_mass must be finite"):
+        HeadProfile.load(path)
     replace(profile, error=profile.error[..., :-1]).save(path)
     with pytest.raises(ValueError, match=r"error must be \[3, 2, 3, 5\]"):
         HeadProfile.load(path)
