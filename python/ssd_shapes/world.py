@@ -288,6 +288,11 @@ def _related(relation: str, a: Object, b: Object) -> bool:
     return along >= a.radius + b.radius and along > 1.2 * abs(across)
 
 
+def _apart(a: Object, b: Object) -> bool:
+    """Whether two objects keep their distance, whatever their shapes: a triangle's corner is 1.31 radii out."""
+    return bool(np.hypot(a.center[0] - b.center[0], a.center[1] - b.center[1]) >= 1.2 * (a.radius + b.radius) + 2)
+
+
 def draw_scene(rng: np.random.Generator, prompt: Prompt, places: int = PLACES) -> Scene:
     """Arrange the objects of a prompt at random: inside the picture, apart, and in the asked relation.
 
@@ -304,11 +309,7 @@ def draw_scene(rng: np.random.Generator, prompt: Prompt, places: int = PLACES) -
             low, high = -(-(radius + 2) // places), (SIZE - radius - 3) // places + 1
             x, y = (int(v) * places for v in rng.integers(low, high, 2))
             objects.append(Object(shape, color, (x, y), radius))
-        apart = all(
-            np.hypot(p.center[0] - q.center[0], p.center[1] - q.center[1]) >= 1.05 * (p.radius + q.radius) + 3
-            for i, p in enumerate(objects)
-            for q in objects[:i]
-        )
+        apart = all(_apart(p, q) for i, p in enumerate(objects) for q in objects[:i])
         if apart and (relation is None or _related(relation, objects[1], objects[0])):
             break
     rng.shuffle(objects)

@@ -38,7 +38,8 @@ def exported(tmp_path_factory, start):
     root = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
     model = janus.build_model(text.build_tokenizer())
-    progress = train.Progress(step=7, pictures=56, seconds=60.0, loss=2.0, held_out_loss=2.5)
+    progress = train.Progress(step=7, pictures=56, seconds=60.0, loss=2.0, held_out_loss=2.5,
+                              held_out_scene={"shape": 0.5, "color": 0.25, "number": 1.0})
     train.save(root / "lm", model, losses.SceneHead(), [], progress)
     (root / "vq").mkdir()
     save_file({k: v.contiguous() for k, v in start.state_dict().items()}, root / "vq" / "model.safetensors")

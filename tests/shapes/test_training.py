@@ -56,7 +56,7 @@ def test_size_of_the_model(tokenizer):
 def test_schedule():
     assert train.schedule(0, 1000, 100) == pytest.approx(0.01)
     assert train.schedule(500, 1000, 100) == 1.0
-    assert train.schedule(875, 1000, 100) == pytest.approx(0.5)
+    assert train.schedule(750, 1000, 100) == pytest.approx(0.5)
 
 
 def test_checkpoints_resume(tokenizer, tmp_path):
