@@ -130,7 +130,6 @@ def test_calibration_prompts_are_not_evaluated() -> None:
 
 
 def test_profile_command_and_policies_that_use_it(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
     result = run("profile", "--model", folder, "--prompts-file", tmp_path / "prompts.txt", "--limit", 2, "--out",
                  tmp_path / "profile", "--json")

@@ -57,8 +57,6 @@ def build(name: str, shape: Shape, budget: float, row_buffer: int | None = None,
 @pytest.mark.parametrize("shape", [JANUS, SMALL], ids=["janus", "small"])
 def test_budgets_are_used_up_and_never_exceeded(name: str, row_buffer: int | None, budget: float,
                                                 shape: Shape) -> None:
-    if name in ("random", "ssd") and shape is JANUS and budget not in (0.1, 0.2):
-        pytest.skip("the same code as for the small shape, and slow")
     try:
         plan = build(name, shape, budget, row_buffer)
     except ValueError as error:
