@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 
 from ssd_shapes import text, tokens, world
 
-SHOWN = 0.08  # share of a patch that an object must cover to count as shown there
 _SHAPES, _COLORS = list(world.SHAPES), list(world.COLORS)
 
 
@@ -40,7 +39,7 @@ def label(scene: world.Scene) -> tuple[NDArray[np.int64], NDArray[np.int64], NDA
         share[y - half : y + half + 1, x - half : x + half + 1] = world.coverage(item.shape, item.radius)[..., 0]
     shares = shares.reshape(-1, tokens.GRID, tokens.PATCH, tokens.GRID, tokens.PATCH).mean((2, 4))
     shares = shares.reshape(-1, tokens.TOKENS)
-    owner = np.where(shares.max(0) >= SHOWN, shares.argmax(0), -1)
+    owner = np.where(shares.max(0) >= world.SHOWN, shares.argmax(0), -1)
     # Index -1 reads the entry that is appended for the background.
     shapes = np.array([*(_SHAPES.index(item.shape) for item in scene.objects), -1])[owner]
     colors = np.array([*(_COLORS.index(item.color) for item in scene.objects), -1])[owner]
@@ -93,7 +92,7 @@ class Batches:
             other = self._draw(rng, shares)
             if len(other[1]) == len(first[1]):
                 drawn.append(other)
-        places = 1 if step < self.free_steps else world.PLACES
+        places = 1 if step < self.free_steps else world.PATCH
         scenes = [world.draw_scene(rng, prompt, places) for prompt, _ in drawn]
         pictures = np.stack([world.render(scene) for scene in scenes])
         shapes, colors, begins = (torch.from_numpy(np.stack(part)) for part in zip(*map(label, scenes), strict=True))

@@ -161,7 +161,7 @@ def card(model: JanusForConditionalGeneration, record: dict[str, Any]) -> str:
         tokens=tokens.TOKENS,
         codes=tokens.CODES,
         patch=tokens.PATCH,
-        places=world.PLACES,
+        places=world.PATCH,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,25 +15,45 @@ from ssd_shapes.data import Batch
 from ssd_shapes.janus import HIDDEN
 
 MOST_OBJECTS = 4
+PLACE_WEIGHT = 0.25
+HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # else products of bfloat16 are slower
+
+
+class Reading(NamedTuple):
+    """Logits, float32 [B, 576, n], of what hidden states say about the token they predict."""
+
+    shape: Tensor  # of the object that it shows
+    color: Tensor
+    remaining: Tensor  # number of objects that begin there or later
+    row: Tensor  # where it is
+    column: Tensor
+    next_row: Tensor  # where the next object begins
+    next_column: Tensor
 
 
 class SceneHead(nn.Module):
     """Reads from a hidden state what the next token is to show; used in training only.
 
     Whether a picture fits its prompt is decided at the few tokens where an object begins, and the loss of image tokens
-    alone hardly notices. Asking the last hidden states for the shape and colour of the object at hand, and
-    for how many are still to begin, teaches the layers below to look these up in the prompt.
+    alone hardly notices. Asking the last hidden states for the shape and colour of the object at hand, for how many
+    are still to begin and where, teaches the layers below to look these up in the prompt; asking where the token is
+    keeps objects from running over the right edge into the next row.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts = (len(world.SHAPES), len(world.COLORS), MOST_OBJECTS + 1)
+        places = (tokens.GRID,) * 4
+        self.parts = (len(world.SHAPES), len(world.COLORS), MOST_OBJECTS + 1, *places)
         self.weight = nn.Parameter(torch.zeros(sum(self.parts), HIDDEN))
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [B, 576, C] to logits of shape, colour and number of objects to begin, float32."""
-        shapes, colors, remaining = F.linear(hidden.float(), self.weight.float()).split(self.parts, -1)
-        return shapes, colors, remaining
+    def forward(self, hidden: Tensor) -> Reading:
+        """Hidden states [B, 576, C] to what they say."""
+        return Reading(*F.linear(hidden.float(), self.weight.float()).split(self.parts, -1))
+
+    def start_from(self, weight: Tensor) -> None:
+        """Take over the rows of a head that knew fewer of the parts, [n, C]; the others stay."""
+        with torch.no_grad():
+            self.weight[: len(weight)].copy_(weight)
 
 
 def remaining_objects(begins: Tensor) -> Tensor:
@@ -40,33 +61,55 @@ def remaining_objects(begins: Tensor) -> Tensor:
     return begins.flip(1).cumsum(1).flip(1)
 
 
-def scene_loss(read: tuple[Tensor, Tensor, Tensor], batch: Batch) -> Tensor:
-    """Nats of shape and colour where objects begin, of shape all over them, and of the number still to begin."""
-    shapes, colors, remaining = read
+def next_begin(begins: Tensor) -> Tensor:
+    """The first token at or after each at which an object begins, 576 if none: boolean [B, 576] to int64 [B, 576]."""
+    places = torch.where(begins, torch.arange(tokens.TOKENS), tokens.TOKENS)
+    return places.flip(1).cummin(1).values.flip(1)
+
+
+def scene_loss(read: Reading, batch: Batch) -> Tensor:
+    """Nats of shape and colour where objects begin, of shape all over them, of the number still to begin, and,
+    by ``PLACE_WEIGHT``, of where the token is and where the next object begins."""
     begins, shown = batch.begins, batch.shapes >= 0
+    coming = next_begin(begins)
+    some = coming < tokens.TOKENS
+    here = torch.arange(tokens.TOKENS).expand_as(coming)
+    places = (
+        F.cross_entropy(read.row.flatten(0, 1), (here // tokens.GRID).flatten())
+        + F.cross_entropy(read.column.flatten(0, 1), (here % tokens.GRID).flatten())
+        + F.cross_entropy(read.next_row[some], coming[some] // tokens.GRID)
+        + F.cross_entropy(read.next_column[some], coming[some] % tokens.GRID)
+    )
     return (
-        F.cross_entropy(shapes[begins], batch.shapes[begins])
-        + F.cross_entropy(colors[begins], batch.colors[begins])
-        + F.cross_entropy(shapes[shown], batch.shapes[shown])
-        + F.cross_entropy(remaining.flatten(0, 1), remaining_objects(begins).flatten())
+        F.cross_entropy(read.shape[begins], batch.shapes[begins])
+        + F.cross_entropy(read.color[begins], batch.colors[begins])
+        + F.cross_entropy(read.shape[shown], batch.shapes[shown])
+        + F.cross_entropy(read.remaining.flatten(0, 1), remaining_objects(begins).flatten())
+        + PLACE_WEIGHT * places
     )
 
 
-def scene_accuracy(read: tuple[Tensor, Tensor, Tensor], batch: Batch) -> dict[str, float]:
-    """How often the most probable reading is right: shape and colour where objects begin, number at the first token."""
-    shapes, colors, remaining = (part.argmax(-1) for part in read)
+def scene_accuracy(read: Reading, batch: Batch) -> dict[str, float]:
+    """How often the most probable reading is right: shape and colour where objects begin, number at the first token,
+    column everywhere."""
+    shapes, colors, remaining = (part.argmax(-1) for part in read[:3])
     begins = batch.begins
+    columns = torch.arange(tokens.TOKENS) % tokens.GRID
     return {
         "shape": (shapes[begins] == batch.shapes[begins]).float().mean().item(),
         "color": (colors[begins] == batch.colors[begins]).float().mean().item(),
         "number": (remaining[:, 0] == begins.sum(1)).float().mean().item(),
+        "column": (read.column.argmax(-1) == columns).float().mean().item(),
     }
 
 
 def predict(model: JanusForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Teacher-forced hidden states [B, 576, C] and logits [B, 576, 1024] of the image tokens, in bfloat16."""
+    """Teacher-forced hidden states [B, 576, C] and logits [B, 576, 1024] of the image tokens.
+
+    In bfloat16 where the CPU multiplies it as fast as float32, else in float32.
+    """
     janus = model.model
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16):
         codes = janus.generation_aligner(janus.generation_embeddings(batch.codes[:, :-1]))
         embedded = torch.cat([janus.language_model.embed_tokens(batch.prompts), codes], 1)
         hidden = janus.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, -tokens.TOKENS :]

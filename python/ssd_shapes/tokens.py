@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssd_shapes import world
 
-PATCH = 4  # pixels
+PATCH = world.PATCH  # pixels
 GRID = world.SIZE // PATCH  # patches per row and per column
 TOKENS = GRID * GRID
 CODES = 1024

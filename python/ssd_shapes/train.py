@@ -61,6 +61,20 @@ def trained_state(model: JanusForConditionalGeneration) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name.startswith(names)}
 
 
+def orthogonalize(grad: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """The Newton-Schulz iteration of torch's Muon, [m, n] to [m, n], in float32 instead of bfloat16.
+
+    On a CPU without bfloat16 arithmetic torch's own takes longer than the rest of a step.
+    """
+    a, b, c = coefficients
+    x = grad.T if len(grad) > len(grad.T) else grad
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if len(grad) > len(grad.T) else x
+
+
 def optimizers(
     model: JanusForConditionalGeneration, head: losses.SceneHead, lr: float, adam_lr: float
 ) -> list[torch.optim.Optimizer]:
@@ -73,6 +87,8 @@ def optimizers(
             matrices.append(parameter)
         else:
             others.append(parameter)
+    if not losses.HAS_BFLOAT16:
+        torch.optim._muon._zeropower_via_newtonschulz = orthogonalize
     muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
     for optimizer in (muon, adam):
@@ -121,12 +137,12 @@ def measure(
     model: JanusForConditionalGeneration, head: losses.SceneHead, batches: list[Batch], progress: Progress
 ) -> None:
     """Write the loss of image tokens and the shares of scenes read right on ``batches`` into ``progress``."""
-    found, read = 0.0, dict.fromkeys(("shape", "color", "number"), 0.0)
+    found, read = 0.0, dict[str, float]()
     for batch in batches:
         hidden, logits = losses.predict(model, batch)
         found += losses.token_loss(logits, batch.codes).item() / len(batches)
         for name, share in losses.scene_accuracy(head(hidden), batch).items():
-            read[name] += share / len(batches)
+            read[name] = read.get(name, 0.0) + share / len(batches)
     progress.held_out_loss, progress.held_out_scene = found, read
 
 
@@ -181,7 +197,7 @@ def train(
     if init is not None:
         weights = load_file(init / "model.safetensors")
         model.load_state_dict({name: weights[name] for name in trained_state(model)}, strict=False)
-        head.load_state_dict(load_file(init / "scene_head.safetensors"))
+        head.start_from(load_file(init / "scene_head.safetensors")["weight"])
     progress = resume(run, model, head, opts)
     run.mkdir(parents=True, exist_ok=True)
     if compiled:
