@@ -13,7 +13,8 @@ from .layout import LayerLayout
 from .state import LayerState
 
 _CACHE = ("Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, Tensor(d!) positions, Tensor(e!) cursors, "
-          "Tensor table, Tensor pinned, int max_prompt, int num_visual_tokens, int row_buffer, bool keep_prompt")
+          "Tensor table, Tensor pinned, int max_prompt, int num_visual_tokens, int row_buffer, bool keep_prompt, "
+          "int largest")
 
 _library = torch.library.Library("ssd_kernels", "DEF")
 _library.define(f"decode(Tensor q, Tensor k, Tensor v, {_CACHE}, float scale, str backend) -> Tensor",
@@ -22,15 +23,15 @@ _library.define(f"prefill(Tensor k, Tensor v, Tensor prompt_lens, Tensor? prompt
                 "str backend) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def layout_arguments(layout: LayerLayout) -> tuple[int, int, int, bool]:
+def layout_arguments(layout: LayerLayout) -> tuple[int, int, int, bool, int]:
     """The layout's scalars in the order of the operators' schema."""
-    return layout.max_prompt, layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt
+    return layout.max_prompt, layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt, layout.largest
 
 
 def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
            scores: torch.Tensor, positions: torch.Tensor, cursors: torch.Tensor, table: torch.Tensor,
            pinned: torch.Tensor, max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool,
-           scale: float, backend: str) -> torch.Tensor:
+           largest: int, scale: float, backend: str) -> torch.Tensor:
     """One decode step of one layer (SPEC section 3): append, attend, score, evict.
 
     Args:
@@ -38,7 +39,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
         keys, values: slabs ``[B, S, D]``, changed in place.
         scores (float32), positions (int32): ``[B, T]``, changed in place.
         cursors: int32 ``[B, 2]``, changed in place.
-        table: int32 ``[H, 8]``; with the four numbers after ``pinned``, the layout
+        table: int32 ``[H, 8]``; with the five numbers after ``pinned``, the layout
             (`ssd_kernels.layout.LayerLayout`).
         pinned: int32 ``[H, W]``, a bit per visual token (`ssd_kernels.layout.LayerLayout.pin_mask`).
         scale: factor on the dot products.
@@ -51,7 +52,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
         ValueError: shapes or the table do not fit together, or a row has no step left.
     """
     state = _state(keys, values, scores, positions, cursors, table, pinned, max_prompt, num_visual_tokens, row_buffer,
-                   keep_prompt)
+                   keep_prompt, largest, backend)
     _check_step(state, q, k, v)
     return backends.get(backend).decode(state, q, k, v, scale)
 
@@ -59,7 +60,8 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
 def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_scores: torch.Tensor | None,
             rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor,
             positions: torch.Tensor, cursors: torch.Tensor, table: torch.Tensor, pinned: torch.Tensor,
-            max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool, backend: str) -> None:
+            max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool, largest: int,
+            backend: str) -> None:
     """Restart ``rows`` of one layer with new prompts (SPEC section 3, "Prefill").
 
     Args:
@@ -72,7 +74,7 @@ def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_
         ValueError: shapes, lengths or rows out of range.
     """
     state = _state(keys, values, scores, positions, cursors, table, pinned, max_prompt, num_visual_tokens, row_buffer,
-                   keep_prompt)
+                   keep_prompt, largest, backend)
     lengths, indices = [int(n) for n in prompt_lens], [int(n) for n in rows]
     expected = (len(indices), table.shape[0], k.shape[2] if k.dim() == 4 else 0, keys.shape[2])
     if k.shape != expected or v.shape != expected or len(lengths) != len(indices):
@@ -93,19 +95,21 @@ def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_
 
 def _state(keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, positions: torch.Tensor,
            cursors: torch.Tensor, table: torch.Tensor, pinned: torch.Tensor, max_prompt: int,
-           num_visual_tokens: int, row_buffer: int, keep_prompt: bool) -> LayerState:
+           num_visual_tokens: int, row_buffer: int, keep_prompt: bool, largest: int, backend: str) -> LayerState:
     for name, tensor, dims in (("keys", keys, 3), ("scores", scores, 2)):
         if tensor.dim() != dims:
             raise ValueError(f"{name} must have {dims} dimensions, got {list(tensor.shape)}")
     layout = LayerLayout.from_table(table, keys.shape[1], scores.shape[1], max_prompt, num_visual_tokens, row_buffer,
-                                    keep_prompt)
+                                    keep_prompt, largest, read=table.is_cpu or backends.get(backend).reads_table)
+    if table.device != keys.device:
+        raise ValueError(f"table must be on {keys.device}, got {table.device}")
     batch = keys.shape[0]
     for name, tensor, shape, dtype in (("keys", keys, (batch, layout.slots, keys.shape[-1]), keys.dtype),
                                        ("values", values, keys.shape, keys.dtype),
                                        ("scores", scores, (batch, layout.scored_slots), torch.float32),
                                        ("positions", positions, (batch, layout.scored_slots), torch.int32),
                                        ("cursors", cursors, (batch, 2), torch.int32),
-                                       ("pinned", pinned, (len(layout.heads), layout.pin_words), torch.int32)):
+                                       ("pinned", pinned, (table.shape[0], layout.pin_words), torch.int32)):
         if (tensor.shape != shape or tensor.dtype != dtype or tensor.device != keys.device
                 or not tensor.is_contiguous()):
             raise ValueError(f"{name} must be contiguous {list(shape)} of {dtype} on {keys.device}, got "
@@ -116,7 +120,7 @@ def _state(keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, posit
 
 def _check_step(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     batch, _, head_dim = state.keys.shape
-    heads = len(state.layout.heads)
+    heads = state.table.shape[0]
     if q.dim() != 3 or q.shape[0] != batch or q.shape[2] != head_dim or q.shape[1] % heads or q.shape[1] == 0:
         raise ValueError(f"q must be [B, Hq, D] = [{batch}, multiple of {heads}, {head_dim}], got {list(q.shape)}")
     for name, tensor in (("k", k), ("v", v)):

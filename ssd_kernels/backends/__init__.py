@@ -10,6 +10,7 @@ import torch
 from .base import Backend
 from .cpu import CPUBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 __all__ = ["Backend", "available", "backend_names", "get", "register", "resolve"]
 
@@ -22,6 +23,7 @@ def register(backend: Backend) -> None:
 
 
 register(CPUBackend())
+register(TritonBackend())
 register(ReferenceBackend())
 
 

@@ -18,6 +18,7 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
+    reads_table: ClassVar[bool] = True  # on the host; if False, ``state.layout.heads`` may be empty
 
     @abstractmethod
     def unavailable(self) -> str | None:

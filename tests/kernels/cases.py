@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ssd_kernels import CachePlan, HeadSpec, backends
+from ssd_kernels.backends.triton import interpreting
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -29,9 +30,11 @@ class Case:
     compiled: bool = True
 
 
+INTERPRETED = interpreting()
 CASES = (
     Case("reference", dtypes=(F32, BF16, F16, F64), compiled=False),
     Case("cpu"),
+    *([Case("triton", device="cpu" if INTERPRETED else "cuda")] if backends.available()["triton"] is None else []),
 )
 
 

@@ -167,7 +167,9 @@ BAD_ARGUMENTS: dict[str, tuple[int, Any, str]] = {
     "num_visual_tokens-huge": (11, 10**6, "table|num_visual_tokens"),
     "row_buffer-huge": (12, 10**6, "table|row_buffer"),
     "row_buffer-negative": (12, -1, "row_buffer"),
-    "backend": (15, "fast", "backend"),
+    "largest-small": (14, 0, "table"),
+    "largest-negative": (14, -1, "largest"),
+    "backend": (16, "fast", "backend"),
 }
 
 

@@ -1,0 +1,112 @@
+"""Backend ``triton``: ssd_kernels/triton, one launch per layer and step on NVIDIA GPUs; no compiler to install."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..state import LayerState
+from .base import Backend
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on tensors of the CPU: TRITON_INTERPRET=1, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+class TritonBackend(Backend):
+    """Programs over (row, head); everything a step needs to know is read on the device."""
+
+    name = "triton"
+    reads_table = False
+
+    def unavailable(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install 'ssd_kernels[triton]'"
+        if not interpreting() and not torch.cuda.is_available():
+            return "no CUDA device (TRITON_INTERPRET=1 runs it slowly on the CPU)"
+        return None
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device.type != ("cpu" if interpreting() else "cuda"):
+            return f"it needs device {'cpu while interpreting' if interpreting() else 'cuda'}, got {device}"
+        if dtype not in DTYPES:
+            return f"it needs dtype float32, bfloat16 or float16, got {dtype}"
+        if head_dim % 8 or not 32 <= head_dim <= 256:
+            return f"it needs head_dim to be a multiple of 8 within 32 .. 256, got {head_dim}"
+        return None
+
+    def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               scale: float) -> torch.Tensor:
+        kernels, launch = _modules()
+        layout, (batch, slots, head_dim), heads = state.layout, state.keys.shape, state.table.shape[0]
+        group = q.shape[1] // heads
+        _check_limits(heads, layout.num_visual_tokens, launch)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        # From torch's caching allocator, so that all layers share it and a graph keeps it.
+        logits = torch.empty((batch, group, layout.scored_slots), dtype=torch.float32, device=q.device)
+        evict_block = max(launch.power_of_two(layout.largest), launch.MIN_EVICT_BLOCK)
+        config = launch.decode_config(head_dim, q.element_size(), group, evict_block, _capability(q.device))
+        kernels.decode_kernel[(batch * heads,)](
+            q, k, v, *state.tensors, out, logits, logits.view(torch.int32), *q.stride()[:2], *k.stride()[:2],
+            *v.stride()[:2], batch, heads, slots, layout.scored_slots, layout.max_prompt, layout.num_visual_tokens,
+            layout.pin_words, max(layout.row_buffer, 1), scale,
+            KEEP_PROMPT=layout.keep_prompt, EVERY_STEP=layout.row_buffer <= 1, SCORED=layout.scored_slots > 0,
+            D=head_dim, D_PAD=launch.power_of_two(head_dim), GROUP=group,
+            GROUP_PAD=1 if group == 1 else max(launch.MIN_GROUP_BLOCK, launch.power_of_two(group)),
+            BLOCK=config.block, EVICT_BLOCK=evict_block, COPY_BLOCK=config.copy_block, STAGES=config.stages,
+            INTERPRETED=interpreting(), num_warps=config.warps)
+        return out
+
+    def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
+                scores: torch.Tensor | None, rows: Sequence[int]) -> None:
+        kernels, launch = _modules()
+        layout, heads = state.layout, state.table.shape[0]
+        _check_limits(heads, layout.num_visual_tokens, launch)
+        if not rows:
+            return
+        k, v = k.contiguous(), v.contiguous()
+        scores = None if scores is None else scores.contiguous()
+        block = launch.power_of_two(max(k.shape[2], 1))
+        lengths, indices = (torch.tensor(list(numbers), dtype=torch.int32).to(k.device, non_blocking=True)
+                            for numbers in (prompt_lens, rows))
+        slot_list = torch.empty((len(rows), heads, block), dtype=torch.int32, device=k.device)
+        kernels.prefill_kernel[(len(rows), heads)](
+            k, v, k if scores is None else scores, lengths, indices, *state.tensors, slot_list, k.shape[2], heads,
+            state.keys.shape[1], layout.scored_slots, layout.max_prompt, layout.num_visual_tokens, layout.pin_words,
+            KEEP_PROMPT=layout.keep_prompt, GIVEN=scores is not None, D=k.shape[3],
+            D_PAD=launch.power_of_two(k.shape[3]), PROMPT_BLOCK=block,
+            BLOCK=launch.decode_config(k.shape[3], k.element_size(), 1, block).block)
+
+
+@cache
+def _modules() -> tuple[Any, Any]:
+    """The kernels and their host side: importing them imports Triton, which `import ssd_kernels` must not."""
+    from types import SimpleNamespace
+
+    from ..triton import launch
+    from ..triton.decode import decode_kernel
+    from ..triton.prefill import prefill_kernel
+
+    return SimpleNamespace(decode_kernel=decode_kernel, prefill_kernel=prefill_kernel), launch
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _check_limits(heads: int, num_visual_tokens: int, launch: Any) -> None:
+    if heads > launch.MAX_HEADS or num_visual_tokens > launch.MAX_STEPS:
+        raise ValueError(f"the triton backend serves at most {launch.MAX_HEADS} KV heads and {launch.MAX_STEPS} visual "
+                         f"tokens, got {heads} and {num_visual_tokens}")

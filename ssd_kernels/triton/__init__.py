@@ -1,0 +1,1 @@
+"""Triton kernels and their host side. Imported late: `import ssd_kernels` needs torch only."""

@@ -1,0 +1,80 @@
+"""Ahead-of-time compilation of the kernels, with no GPU at hand: what a launch would compile, and what it needs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .launch import MIN_GROUP_BLOCK, decode_config, power_of_two
+
+ARCHITECTURES = (80, 86, 89, 90)
+POINTERS = {"keys": "", "values": "", "q": "", "k": "", "v": "", "out": "", "scores": "fp32", "logits": "fp32",
+            "positions": "i32", "cursors": "i32", "table": "i32", "pinned": "i32", "lists": "i32"}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes.
+
+    Attributes:
+        registers: per thread. shared: bytes of shared memory per program, static and dynamic.
+        stack: bytes of local memory per thread. warps: per program.
+        async_copies: instructions that copy from global to shared memory (LDGSTS).
+        local_accesses: loads and stores of local memory (LDL, STL): spills.
+        products: matrix instructions (HMMA, HGMMA, ...).
+    """
+
+    registers: int
+    shared: int
+    stack: int
+    warps: int
+    async_copies: int
+    local_accesses: int
+    products: int
+
+    def as_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def compile_decode(architecture: int, dtype: str, head_dim: int, group: int = 1, row_buffer: int = 24,
+                   evict_block: int = 256, keep_prompt: bool = True, scored: bool = True) -> Any:
+    """Triton's compiled `decode_kernel` for a compute capability such as 80; ``dtype``: "fp32", "bf16" or "fp16"."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from .decode import decode_kernel
+
+    item_size = 4 if dtype == "fp32" else 2
+    config = decode_config(head_dim, item_size, group, evict_block, architecture)
+    constants = {
+        "KEEP_PROMPT": keep_prompt, "EVERY_STEP": row_buffer <= 1, "SCORED": scored, "D": head_dim,
+        "D_PAD": power_of_two(head_dim), "GROUP": group,
+        "GROUP_PAD": 1 if group == 1 else max(MIN_GROUP_BLOCK, power_of_two(group)), "BLOCK": config.block,
+        "EVICT_BLOCK": evict_block, "COPY_BLOCK": config.copy_block, "STAGES": config.stages, "INTERPRETED": False}
+    names = decode_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else "fp32" if name == "scale" else
+                 "*" + (POINTERS[name] or dtype) if name in POINTERS else "i32" for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in POINTERS}
+    source = ASTSource(fn=decode_kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": config.warps})
+
+
+def resources(kernel: Any) -> Resources:
+    """Read registers, memory and instruction counts from a compiled kernel's machine code."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(kernel.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage, code = (subprocess.run([tool, option, str(file)], capture_output=True, text=True, check=True).stdout
+                       for option in ("-res-usage", "-sass"))
+    numbers = dict(re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage))
+    counts = Counter(re.findall(r"\b(LDGSTS|LDL|STL|HMMA|HGMMA|IMMA)\b", code))
+    return Resources(int(numbers["REG"]), kernel.metadata.shared, int(numbers["STACK"]), kernel.metadata.num_warps,
+                     counts["LDGSTS"], counts["LDL"] + counts["STL"], counts["HMMA"] + counts["HGMMA"])

@@ -1,0 +1,84 @@
+"""The host side of the Triton kernels: block sizes, limits and byte counts, as functions of plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..layout import KIND_CODES, LayerLayout, RowView
+
+MAX_STEPS = 2**20 - 1  # the kernels count programs in the cursor's bits above these: decode.ARRIVALS
+MAX_HEADS = 2**11 - 1
+MIN_GROUP_BLOCK = 16  # rows of the smallest matrix product
+MIN_EVICT_BLOCK = 64
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``, and at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How `decode_kernel` is compiled for a layer.
+
+    Attributes:
+        block: slots read at once.
+        copy_block: slots moved at once by a refresh.
+        warps, stages: of 32 threads; blocks in flight.
+    """
+
+    block: int
+    copy_block: int
+    warps: int
+    stages: int
+
+
+def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, capability: int = 80) -> DecodeConfig:
+    """Block sizes by a small table, never by measuring: the first step costs what every other does.
+
+    A program streams slots through shared memory, ``stages`` - 1 blocks ahead of the arithmetic, and several programs
+    share a multiprocessor. Blocks of 4 KB of keys and as many of values keep a thread near 128 registers, so that four
+    programs fit and together have some 100 KB under way, several times what hides the latency of memory.
+
+    Args:
+        head_dim: D. item_size: bytes of an element. group: query heads per KV head.
+        evict_block: slots that one program ranks at once, a power of two.
+        capability: compute capability, 80 for 8.0; 86 and 89 have less shared memory.
+    """
+    dim = power_of_two(head_dim)
+    block = max(16, min(128, 4096 // (dim * item_size)))
+    if group > 1:
+        block = max(block, 32)
+    warps = 8 if evict_block > 1024 or (group > 1 and dim > 128) or dim * item_size >= 1024 else 4
+    limit = (48 if capability in (86, 89) else 80) * 1024  # of 100 KB and 164 KB, for two programs at least
+    if 2 * block * dim * item_size > limit:
+        block //= 2
+    tiles = 2 * block * dim * item_size
+    stages = 1 + max(1, min(3, limit // tiles))
+    return DecodeConfig(block, max(16, min(32, 4096 // dim)), warps, stages)
+
+
+def step_bytes(layout: LayerLayout, prompt_len: int, step: int, head_dim: int, item_size: int,
+               query_heads: int | None = None) -> int:
+    """Bytes that one decode step of one layer has to move for one batch row: the floor of its time.
+
+    Keys and values of every kept slot are read once and the new token's are written; a scored head's scores are read
+    and written, its new position is written, and at a refresh its positions are read; q, k and v are read and the
+    output is written; cursors are read and written. Moves of evicted slots depend on the data and are left out.
+
+    Args:
+        layout: of the layer. prompt_len, step: cursors of the row before the step.
+        head_dim: D. item_size: bytes of an element. query_heads: Hq; None for one per KV head.
+    """
+    heads = len(layout.heads)
+    vector = head_dim * item_size
+    total = 16 + vector * (2 * (query_heads or heads) + 2 * heads)
+    for head, span in enumerate(layout.heads):
+        view = RowView.of(layout, head, prompt_len, step)
+        kept = view.base + view.evictable
+        total += 2 * vector * (kept + 1)
+        if span.score_offset >= 0:
+            total += 8 * kept + 8
+            if KIND_CODES[span.kind] == KIND_CODES["heavy"] and (step + 1) % view.period == 0:
+                total += 4 * view.evictable
+    return total

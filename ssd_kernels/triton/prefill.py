@@ -1,0 +1,74 @@
+"""Prompts into the slabs; with ``keep_prompt=False`` rule 4 of SPEC section 3 is applied to them once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decode import COLUMNS, HEAVY, lose, rank_of
+
+
+@triton.jit
+def prefill_kernel(k, v, given, prompt_lens, rows, keys, values, scores, positions, cursors, table, pinned, slot_list,
+                   prompt_stride, heads, slots, scored_slots, max_prompt, num_visual_tokens, pin_words,
+                   KEEP_PROMPT: tl.constexpr, GIVEN: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+                   PROMPT_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+    """One (entry, head) of a prefill. ``k``, ``v`` [N, H, P, D] and ``given`` scores [N, H, P], contiguous.
+
+    ``slot_list``: int32 [N, H, PROMPT_BLOCK], scratch: the slot of every prompt token, -1 if it is not kept.
+    ``PROMPT_BLOCK``: at least the longest prompt.
+    """
+    entry = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    kind = tl.load(table + head * COLUMNS)
+    offset = tl.load(table + head * COLUMNS + 1)
+    capacity = tl.load(table + head * COLUMNS + 2)
+    keep = tl.load(table + head * COLUMNS + 3)
+    recent = tl.load(table + head * COLUMNS + 4)
+    rule = tl.load(table + head * COLUMNS + 5)
+    score_offset = tl.load(table + head * COLUMNS + 6)
+    prompt_len = tl.load(prompt_lens + entry)
+    row = tl.load(rows + entry).to(tl.int64)
+    item = entry * heads + head
+
+    position = tl.arange(0, PROMPT_BLOCK)
+    valid = position < prompt_len
+    slot = position
+    if not KEEP_PROMPT:
+        ring = capacity
+        lost = (position < prompt_len - keep) & valid
+        if (kind == HEAVY) & (prompt_len > keep):
+            if GIVEN:
+                score = tl.load(given + item * prompt_stride + position, mask=valid, other=0.0)
+            else:
+                score = tl.zeros([PROMPT_BLOCK], tl.float32)
+            # No token is visual yet, so none is pinned, and no step divides the score.
+            rank = rank_of(score, position, prompt_len - 1, prompt_len, 0, recent, rule, pinned + head * pin_words,
+                           0, valid)
+            lost = lose(rank, valid, prompt_len - keep, PROMPT_BLOCK)
+        valid = valid & ~lost
+        slot = tl.where(kind == HEAVY, tl.cumsum(valid.to(tl.int32), 0) - 1, position % ring)
+    tl.store(slot_list + item * PROMPT_BLOCK + position, tl.where(valid, slot, -1))
+    tl.debug_barrier()
+
+    dim = tl.arange(0, D_PAD)
+    in_dim = dim < D
+    for start in range(0, prompt_len, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        target = tl.load(slot_list + item * PROMPT_BLOCK + token, mask=token < prompt_len, other=-1)
+        mask = (target >= 0)[:, None] & in_dim[None, :]
+        source_at = (item * prompt_stride + token)[:, None] * D + dim[None, :]  # [BLOCK, D_PAD]
+        target_at = (row * slots + offset + target)[:, None] * D + dim[None, :]
+        tl.store(keys + target_at, tl.load(k + source_at, mask=mask), mask=mask)
+        tl.store(values + target_at, tl.load(v + source_at, mask=mask), mask=mask)
+        scored = (target >= 0) & (score_offset >= 0)
+        scored_at = row * scored_slots + score_offset + target
+        if GIVEN:
+            first_score = tl.load(given + item * prompt_stride + token, mask=scored, other=0.0)
+        else:
+            first_score = tl.zeros([BLOCK], tl.float32)
+        tl.store(scores + scored_at, first_score, mask=scored)
+        tl.store(positions + scored_at, token, mask=scored)
+    if head == 0:
+        tl.store(cursors + row * 2, prompt_len)
+        tl.store(cursors + row * 2 + 1, 0)

@@ -1,0 +1,70 @@
+"""The host side of the Triton kernels: plain functions of plain numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ssd_kernels import CachePlan, HeadSpec
+from ssd_kernels.layout import LayerLayout
+from ssd_kernels.triton import launch
+
+
+@pytest.mark.parametrize(("n", "power"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
+def test_power_of_two(n: int, power: int) -> None:
+    assert launch.power_of_two(n) == power
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("item_size", [2, 4])
+@pytest.mark.parametrize("head_dim", [32, 40, 64, 96, 128, 192, 256])
+def test_blocks_fit(head_dim: int, item_size: int, group: int, capability: int) -> None:
+    """Powers of two, and tiles of which every multiprocessor's shared memory holds two programs' worth."""
+    config = launch.decode_config(head_dim, item_size, group, 256, capability)
+    for size in (config.block, config.copy_block, config.warps):
+        assert size & (size - 1) == 0
+    assert config.block >= 16 and config.stages >= 2
+    shared = (config.stages - 1) * 2 * config.block * launch.power_of_two(head_dim) * item_size
+    assert 2 * shared <= (100 if capability in (86, 89) else 164) * 1024
+
+
+def test_config_does_not_depend_on_the_batch() -> None:
+    """SPEC "Batch invariance": nothing about the batch is asked for."""
+    assert "batch" not in launch.decode_config.__code__.co_varnames
+
+
+def layout(*specs: HeadSpec, row_buffer: int = 0, tokens: int = 576) -> LayerLayout:
+    return LayerLayout.build(specs, CachePlan([specs], row_buffer), 10, tokens)
+
+
+def test_bytes_of_a_full_head() -> None:
+    """30 prompt and visual tokens and the new one, K and V of 64 bfloat16; q, k, v and output; two cursors twice."""
+    assert launch.step_bytes(layout(HeadSpec.full()), 10, 20, 64, 2) == 2 * 128 * 31 + 4 * 128 + 16
+
+
+def test_bytes_stop_growing_with_the_window() -> None:
+    window = layout(HeadSpec.window(7))
+    found = [launch.step_bytes(window, 3, step, 64, 2) for step in (0, 6, 7, 8, 500)]
+    assert found[0] < found[1] < found[2] == found[3] == found[4]
+    assert found[2] == 2 * 128 * (3 + 7 + 1) + 4 * 128 + 16
+
+
+def test_bytes_of_scores_and_evictions() -> None:
+    """A heavy head also reads and writes scores (4 bytes), writes one position, and reads positions to evict."""
+    heavy, window = layout(HeadSpec.heavy(7), row_buffer=4), layout(HeadSpec.window(7), row_buffer=4)
+    for step, held in ((12, 7), (15, 10)):
+        extra = launch.step_bytes(heavy, 3, step, 64, 2) - launch.step_bytes(window, 3, step, 64, 2)
+        assert extra == 8 * (3 + held) + 8 + (4 * held if step == 15 else 0)
+
+
+def test_queries_of_a_group_share_the_slots() -> None:
+    one, four = (launch.step_bytes(layout(HeadSpec.full()), 10, 20, 64, 2, query_heads=n) for n in (1, 4))
+    assert four - one == 2 * 3 * 128
+
+
+def test_byte_count_follows_the_sizes_of_the_tensors() -> None:
+    """With everything kept, the slabs' bytes: an independent way to the same number."""
+    full = layout(HeadSpec.full(), HeadSpec.full(), tokens=30)
+    slabs = full.nbytes(1, 64, torch.bfloat16) - 8 - 2 * 4 * (8 + full.pin_words)
+    assert launch.step_bytes(full, 10, 29, 64, 2) == slabs + 16 + 128 * 4 * 2
