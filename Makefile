@@ -2,8 +2,10 @@
 #
 #   make demo      draw pictures with a small Janus, full cache beside compressed -> demo/
 #   make test      all tests that need no GPU
+#   make triton    all contract tests of the Triton backend, interpreted on the CPU; takes long
 #   make bench     time one decode step against torch's attention
 #   make quality   scores and fidelity of the included model, full cache beside compressed -> docs/quality.md
+#   make policies  every policy at every budget, with the included model; long -> docs/policy-results.md
 #   make lint      ruff, mypy --strict, clang-format       (make format repairs what can be repaired)
 #
 # On a machine with a GPU, `make test CONSTRAINTS=` takes torch as pip finds it, not the CPU build.
@@ -22,7 +24,7 @@ BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13,<4' ninja 'cmake>=3.24'
 SOURCES     := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
 
-.PHONY: demo test bench quality lint format clean
+.PHONY: demo test triton bench quality policies lint format clean
 
 # Passive waiting: on a busy machine, threads that spin while they wait can turn seconds into minutes.
 demo: export OMP_WAIT_POLICY := passive
@@ -32,6 +34,12 @@ demo: $(VENV)/.built
 test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.built
 	$(BIN)/python -m pytest -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels -k 'triton and not test_triton' -m 'not gpu and not slow' -W ignore
+
+# All contract tests in Triton's interpreter; `make test` has a part of them.
+triton: export OMP_WAIT_POLICY := passive
+triton: $(VENV)/.built
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels -k 'triton and not test_triton' -W ignore
 
 bench: $(VENV)/.built
 	$(BIN)/ssd-bench kernel
@@ -43,6 +51,11 @@ quality: $(VENV)/.built
 		--out quality/shapes --page docs/quality.md
 	$(BIN)/ssd-janus evaluate --suite fidelity --policy full --policy $(POLICY) --budget 0.2 --budget 0.5 \
 		--out quality/fidelity --page docs/quality.md
+
+# Goes on where it was too; `make policies COMPARE="--part fidelity"` measures only some of it.
+policies: export OMP_WAIT_POLICY := passive
+policies: $(VENV)/.built
+	$(BIN)/ssd-janus compare --out runs/policies --page docs/policy-results.md --plots docs $(COMPARE)
 
 lint: $(VENV)/.built $(VENV)/.lint
 	$(BIN)/ruff check

@@ -54,7 +54,7 @@ class Layer {
 
   void decode(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int32_t query_heads, int64_t q_row_stride,
               int64_t q_head_stride, int64_t k_row_stride, int64_t k_head_stride, int64_t v_row_stride,
-              int64_t v_head_stride, float scale, int threads) const {
+              int64_t v_head_stride, float scale, uintptr_t cos, uintptr_t sin, int threads) const {
     const ssd::DecodeStep step{pointer<const void>(q),
                                pointer<const void>(k),
                                pointer<const void>(v),
@@ -66,7 +66,9 @@ class Layer {
                                k_head_stride,
                                v_row_stride,
                                v_head_stride,
-                               scale};
+                               scale,
+                               pointer<const float>(cos),
+                               pointer<const float>(sin)};
     ssd::Error error;
     {
       py::gil_scoped_release unlocked;

@@ -3,12 +3,13 @@
 from typing import Any
 
 class Layer:
-    def __init__(self, keys: int, values: int, scores: int, positions: int, cursors: int, table: int, dtype: int,
+    def __init__(self, keys: int, values: int, scores: int, positions: int, cursors: int, table: int, pinned: int,
+                 dtype: int,
                  batch: int, heads: int, head_dim: int, slots: int, scored_slots: int, max_prompt: int,
                  num_visual_tokens: int, row_buffer: int, keep_prompt: bool) -> None: ...
     def decode(self, q: int, k: int, v: int, out: int, query_heads: int, q_row_stride: int, q_head_stride: int,
                k_row_stride: int, k_head_stride: int, v_row_stride: int, v_head_stride: int, scale: float,
-               threads: int) -> None: ...
+               cos: int, sin: int, threads: int) -> None: ...
     def prefill(self, k: int, v: int, scores: int, prompt_stride: int, prompt_lens: list[int], rows: list[int],
                 threads: int) -> None: ...
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +12,12 @@ import torch
 from . import backends, ops
 from .layout import RECENT, LayerLayout, RowView
 from .plan import CachePlan, check_int
-from .state import LayerState
+from .state import LayerState, Rotary
 
 __all__ = ["CompressedCache"]
 
+_logger = logging.getLogger("ssd_kernels")
+NOTICEABLE_SECONDS = 1.0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -128,14 +132,17 @@ class CompressedCache:
         self._restart(layer, indices)
 
     def decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               scale: float | None = None) -> torch.Tensor:
+               scale: float | None = None, rotary: Rotary | None = None) -> torch.Tensor:
         """One decode step of one layer for every row: append, attend, score, evict (SPEC section 3).
 
         Args:
             layer: layer index.
-            q: ``[B, Hq, D]`` rotated queries. k, v: ``[B, H, D]`` rotated key and value of the new token. Unit stride
-                in the last dimension.
+            q: ``[B, Hq, D]`` queries. k, v: ``[B, H, D]`` key and value of the new token. Unit stride in the last
+                dimension.
             scale: factor on the dot products; None for 1 / sqrt(D).
+            rotary: (cos, sin), float32 ``[N, D / 2]`` with N at least max_prompt + num_visual_tokens: q and k are
+                rotated by their row's own position first (`ssd_kernels.reference.rotate`, the halves layout of Llama).
+                None: they are rotated already.
 
         Returns:
             ``[B, Hq, D]``, contiguous, in the cache's dtype.
@@ -154,16 +161,39 @@ class CompressedCache:
             scale = 1.0 / math.sqrt(self.head_dim)
         elif not isinstance(scale, (int, float)):
             raise TypeError(f"scale must be a number or None, got {scale!r}")
+        if rotary is not None:
+            ops.check_rotary(rotary, self.max_prompt + self.num_visual_tokens, q)
         if torch.compiler.is_compiling():
             out: torch.Tensor = torch.ops.ssd_kernels.decode(
-                q, k, v, *state.tensors, *ops.layout_arguments(state.layout), scale, self._backend.name)
+                q, k, v, *state.tensors, *ops.layout_arguments(state.layout), scale, self._backend.name,
+                *(rotary or ()))
             return out
         if self._calls[layer] >= self._last_call[layer]:
             raise ValueError(f"layer {layer} has taken all num_visual_tokens = {self.num_visual_tokens} steps of a "
                              "row; call prefill or reset to start over")
-        result = self._backend.decode(state, q, k, v, scale)
+        result = self._backend.decode(state, q, k, v, scale, rotary)
         self._calls[layer] += 1
         return result
+
+    def warmup(self, rotary: bool = False) -> float:
+        """Compile the kernels that `decode` will run, where the backend compiles at first use; changes nothing.
+
+        Call it before capturing a CUDA graph. Triton keeps what it compiled on disk, so that another process finds it.
+
+        Args:
+            rotary: for `decode` with ``rotary``.
+
+        Returns:
+            the seconds it took, which are also logged when they are many.
+        """
+        began = time.monotonic()
+        self._backend.warmup(self._layers, self.num_query_heads, rotary)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.monotonic() - began
+        if seconds > NOTICEABLE_SECONDS:
+            _logger.warning("compiled %s kernels in %.1f s; they are kept for the next time", self.backend, seconds)
+        return seconds
 
     def set_recent(self, layer: int, recent: torch.Tensor) -> None:
         """Change how many of their newest tokens the heavy heads of a layer protect, before anything was evicted.

@@ -6,18 +6,21 @@ Registered with `torch.library.Library`, with fakes and mutation annotations. Ea
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from . import backends
 from .layout import LayerLayout
-from .state import LayerState
+from .state import LayerState, Rotary
 
 _CACHE = ("Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, Tensor(d!) positions, Tensor(e!) cursors, "
           "Tensor table, Tensor pinned, int max_prompt, int num_visual_tokens, int row_buffer, bool keep_prompt, "
           "int largest")
 
 _library = torch.library.Library("ssd_kernels", "DEF")
-_library.define(f"decode(Tensor q, Tensor k, Tensor v, {_CACHE}, float scale, str backend) -> Tensor",
+_library.define(f"decode(Tensor q, Tensor k, Tensor v, {_CACHE}, float scale, str backend, "
+                "Tensor? cos=None, Tensor? sin=None) -> Tensor",
                 tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(f"prefill(Tensor k, Tensor v, Tensor prompt_lens, Tensor? prompt_scores, Tensor rows, {_CACHE}, "
                 "str backend) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
@@ -31,11 +34,13 @@ def layout_arguments(layout: LayerLayout) -> tuple[int, int, int, bool, int]:
 def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
            scores: torch.Tensor, positions: torch.Tensor, cursors: torch.Tensor, table: torch.Tensor,
            pinned: torch.Tensor, max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool,
-           largest: int, scale: float, backend: str) -> torch.Tensor:
+           largest: int, scale: float, backend: str, cos: torch.Tensor | None = None,
+           sin: torch.Tensor | None = None) -> torch.Tensor:
     """One decode step of one layer (SPEC section 3): append, attend, score, evict.
 
     Args:
-        q: ``[B, Hq, D]`` rotated queries; k, v: ``[B, H, D]`` rotated key and value of the new token.
+        q: ``[B, Hq, D]`` queries; k, v: ``[B, H, D]`` key and value of the new token; rotated, or to be rotated by
+            cos and sin.
         keys, values: slabs ``[B, S, D]``, changed in place.
         scores (float32), positions (int32): ``[B, T]``, changed in place.
         cursors: int32 ``[B, 2]``, changed in place.
@@ -44,6 +49,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
         pinned: int32 ``[H, W]``, a bit per visual token (`ssd_kernels.layout.LayerLayout.pin_mask`).
         scale: factor on the dot products.
         backend: a backend's name, not ``"auto"``.
+        cos, sin: float32 ``[N, D / 2]`` to rotate q and k by (`ssd_kernels.reference.rotate`), or neither.
 
     Returns:
         ``[B, Hq, D]`` in q's dtype, contiguous.
@@ -54,7 +60,9 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
     state = _state(keys, values, scores, positions, cursors, table, pinned, max_prompt, num_visual_tokens, row_buffer,
                    keep_prompt, largest, backend)
     _check_step(state, q, k, v)
-    return backends.get(backend).decode(state, q, k, v, scale)
+    rotary = None if cos is None and sin is None else (cos, sin)
+    check_rotary(rotary, max_prompt + num_visual_tokens, q)
+    return backends.get(backend).decode(state, q, k, v, scale, cast("Rotary | None", rotary))
 
 
 def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_scores: torch.Tensor | None,
@@ -130,6 +138,22 @@ def _check_step(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Te
         if tensor.dtype != state.keys.dtype or tensor.stride(2) != 1 or tensor.device != state.keys.device:
             raise ValueError(f"{name} must be {state.keys.dtype} on {state.keys.device} with unit last stride, got "
                              f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}")
+
+
+def check_rotary(rotary: object, positions: int, q: torch.Tensor) -> None:
+    """Raise TypeError or ValueError unless ``rotary`` is None or serves ``positions`` positions of ``q``."""
+    if rotary is None:
+        return
+    if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
+        raise TypeError(f"rotary must be the pair (cos, sin) or None, got {type(rotary).__name__}")
+    for name, table in zip(("cos", "sin"), rotary, strict=True):
+        if not isinstance(table, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(table).__name__}")
+        if (table.dtype != torch.float32 or table.device != q.device or table.dim() != 2
+                or table.shape[0] < positions or table.shape[1] != q.shape[-1] // 2 or q.shape[-1] % 2
+                or not table.is_contiguous()):
+            raise ValueError(f"{name} must be contiguous float32 [at least {positions}, {q.shape[-1] // 2}] on "
+                             f"{q.device}, got {table.dtype} {list(table.shape)} on {table.device}")
 
 
 def _decode_fake(q: torch.Tensor, *_: object) -> torch.Tensor:

@@ -15,17 +15,19 @@ import torch
 
 from .layout import KEEP_ALL, RECENT, LayerLayout, RowView, pinned_tokens
 from .plan import SCORE_RULES
-from .state import LayerState
+from .state import LayerState, Rotary
 
 
-def decode(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def decode(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
+           rotary: Rotary | None = None) -> torch.Tensor:
     """One decode step of one layer for every batch row (SPEC section 3).
 
     Args:
         state: the layer's cache, changed in place.
-        q: ``[B, Hq, D]`` rotated queries.
-        k, v: ``[B, H, D]`` rotated key and value of the new token.
+        q: ``[B, Hq, D]`` queries.
+        k, v: ``[B, H, D]`` key and value of the new token.
         scale: factor on the dot products.
+        rotary: q and k are rotated by it first (`rotate`); None: they are rotated already.
 
     Returns:
         ``[B, Hq, D]`` in q's dtype.
@@ -36,6 +38,9 @@ def decode(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     layout = state.layout
     cursors, recent = state.cursors.tolist(), state.table[:, RECENT].tolist()
     check_cursors(cursors, layout)
+    if rotary is not None:
+        positions = [prompt_len + step for prompt_len, step in cursors]
+        q, k = rotate(q, rotary, positions), rotate(k, rotary, positions)
     group = q.shape[1] // len(layout.heads)
     out = torch.empty_like(q)
     for row, (prompt_len, step) in enumerate(cursors):
@@ -51,6 +56,21 @@ def decode(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                       pinned_tokens(state.pinned[head].tolist(), layout.num_visual_tokens))
     state.cursors[:, 1] += 1
     return out
+
+
+def rotate(x: torch.Tensor, rotary: Rotary, positions: Sequence[int]) -> torch.Tensor:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864) in the halves layout of Llama.
+
+    Elements i and i + D / 2 are a pair, turned by the angle of ``rotary`` at the token's position; computed in
+    float32 or wider and rounded once.
+
+    Args:
+        x: ``[B, heads, D]``. rotary: cos and sin ``[N, D / 2]``. positions: B positions below N.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = (table[list(positions), None].to(wide) for table in rotary)  # [B, 1, D / 2]
+    a, b = x.to(wide).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 def append(state: LayerState, row: int, view: RowView, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -12,6 +12,10 @@ from .layout import LayerLayout
 from .plan import HeadSpec
 
 
+# cos and sin, float32 [N, D / 2] contiguous: how far a token at each position is turned; N covers every position.
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
 @dataclass
 class LayerState:
     """One layer's compressed cache. B batch rows, S slots, T scored slots, D head_dim, H KV heads.

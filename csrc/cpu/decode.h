@@ -11,6 +11,8 @@ namespace ssd {
 // enough to stay in the second-level cache.
 constexpr int64_t kPrefetchDistance = 16384;
 
+constexpr int kMaxHeadDim = 256;
+
 // Counts are padded to whole vectors of the widest instruction set.
 SSD_INLINE int32_t padded(int32_t count) { return (count + 15) / 16 * 16; }
 

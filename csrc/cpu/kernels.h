@@ -66,13 +66,29 @@ struct Decoder {
     });
   }
 
+  // Turns the pairs (i, i + head_dim / 2) of a vector by the new token's angles.
+  SSD_ALWAYS_INLINE void rotate(const T* x, const Item& item, T* to) {
+    const int half = layer.shape.head_dim / 2;
+    const int64_t position = item.view.base + item.view.first + item.view.step;
+    const float* cos = step.cos + position * half;
+    const float* sin = step.sin + position * half;
+    for (int i = 0; i < half; ++i) {
+      const float a = to_float(x[i]), b = to_float(x[i + half]);
+      from_float(a * cos[i] - b * sin[i], to + i);
+      from_float(b * cos[i] + a * sin[i], to + i + half);
+    }
+  }
+
   // Rule 1. The new token's slot in the slabs; its score starts at 0.
   SSD_ALWAYS_INLINE void append(T* keys, T* values, const Item& item) {
     const int dim = layer.shape.head_dim;
     const int32_t slot = next_slot(item.range, item.view);
     const T* k = static_cast<const T*>(step.k) + item.row * step.k_row_stride + item.head * step.k_head_stride;
     const T* v = static_cast<const T*>(step.v) + item.row * step.v_row_stride + item.head * step.v_head_stride;
-    std::memcpy(keys + static_cast<int64_t>(slot) * dim, k, sizeof(T) * dim);
+    if (step.cos)
+      rotate(k, item, keys + static_cast<int64_t>(slot) * dim);
+    else
+      std::memcpy(keys + static_cast<int64_t>(slot) * dim, k, sizeof(T) * dim);
     std::memcpy(values + static_cast<int64_t>(slot) * dim, v, sizeof(T) * dim);
     if (item.range.score_offset >= 0) {
       item_scores(layer, item)[slot] = 0.0f;
@@ -189,7 +205,15 @@ struct Decoder {
 
     // The scale rides on q [group, head_dim].
     const T* q = static_cast<const T*>(step.q) + item.row * step.q_row_stride + item.head * group * step.q_head_stride;
-    for (int32_t g = 0; g < group; ++g) widen(q + g * step.q_head_stride, dim, step.scale, scratch.q + g * dim);
+    T rotated[kMaxHeadDim];
+    for (int32_t g = 0; g < group; ++g) {
+      const T* query = q + g * step.q_head_stride;
+      if (step.cos) {
+        rotate(query, item, rotated);
+        query = rotated;
+      }
+      widen(query, dim, step.scale, scratch.q + g * dim);
+    }
 
     const int32_t count = item.view.base + item.view.evictable + 1;
     const int32_t stride = padded(count);

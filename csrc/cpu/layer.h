@@ -33,6 +33,9 @@ struct DecodeStep {
   int64_t k_row_stride, k_head_stride;
   int64_t v_row_stride, v_head_stride;
   float scale;
+  // Rotation of q and k by their position, [max_prompt + num_visual_tokens, head_dim / 2]; null: they are rotated.
+  const float* cos;
+  const float* sin;
 };
 
 // New prompts for some rows; k and v are contiguous [count, heads, prompt_stride, head_dim].

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from . import cli_evaluate  # noqa: F401  # adds its commands
+from . import cli_compare, cli_evaluate  # noqa: F401  # add their commands
 from .options import (
     DEFAULT_BUDGET,
     Backend,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,8 +125,7 @@ def save_curves(results: Mapping[str, Quality | Fidelity], file: Path) -> None:
     axes = figure.subplots()
     for number, (name, found) in enumerate(lines.items()):
         found.sort(key=lambda result: result.budget)
-        style: dict[str, Any] = {"label": name, "marker": "osv^Dx*P<>"[number % 10], "markersize": 5,
-                                 "linestyle": ("-", "--", "-.", ":")[number % 4]}
+        style = {"label": name, **_style(number)}
         scores = [result.overall for result in found if isinstance(result, Quality)]
         if scores:
             means = [score.mean for score in scores]
@@ -145,3 +144,115 @@ def save_curves(results: Mapping[str, Quality | Fidelity], file: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     write_atomically(file, lambda out: figure.savefig(out, format="png", dpi=110))
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Marker and line of the policy of this number, readable in grey."""
+    return {"marker": "osv^Dp*P<>Xh"[number % 12], "markersize": 5, "linestyle": ("-", "--", "-.", ":")[number % 4],
+            "color": (*(f"C{index}" for index in range(10)), "black", "grey")[number % 12]}
+
+
+def save_comparison(entries: Iterable[Mapping[str, Any]], out: Path, order: Sequence[str]) -> dict[str, Path]:
+    """Plot a comparison of policies as PNG, as far as it has been measured.
+
+    - ``policy-fidelity.png``: mean KL against the budget, a panel per row buffer;
+    - ``policy-quality.png``: likewise the overall score with its 95% interval, and the full cache's as a line;
+    - ``policy-prediction.png``: predicted error against mean KL, a mark per plan.
+
+    Args:
+        entries: of the grid of a `Comparison`'s record.
+        out: folder, which must exist.
+        order: of all policies; it decides their marks.
+
+    Returns:
+        The files by section of the page: "fidelity", "quality" and "prediction".
+
+    Raises:
+        ImportError: matplotlib is missing; the message names the extra.
+    """
+    with needs("plot", "matplotlib"):
+        from matplotlib.figure import Figure
+    styles = {name: _style(number) for number, name in enumerate(order)}
+    rows = sorted(entries, key=lambda entry: (order.index(entry["policy"]), entry["row_buffer"], entry["budget"]))
+    measured = {name: [row for row in rows if name in row] for name in ("fidelity", "quality")}
+    measured["prediction"] = [row for row in measured["fidelity"] if row.get("predicted_error", 0) > 0
+                              and row["fidelity"]["kl_mean"] > 0]
+    files = {}
+    for name, draw in (("fidelity", _kl_panels), ("quality", _score_panels), ("prediction", _scatter)):
+        found = [row for row in measured[name] if row["policy"] != "full"]
+        if not found:
+            continue
+        figure = Figure(figsize=(9, 6) if name == "prediction" else (12, 5.5), layout="constrained")
+        draw(figure, measured[name], styles)
+        files[name] = out / f"policy-{name}.png"
+        write_atomically(files[name], lambda file: figure.savefig(file, format="png", dpi=110))  # noqa: B023
+    return files
+
+
+def _panels(figure: Any, rows: Sequence[Mapping[str, Any]], ylabel: str) -> list[tuple[Any, dict[str, list[Any]]]]:
+    """One panel per row buffer, and what it shows: rows by policy."""
+    buffers = sorted({row["row_buffer"] for row in rows if row["policy"] != "full"})
+    budgets = sorted({row["budget"] for row in rows if row["policy"] != "full"})
+    shown = []
+    panels = figure.subplots(1, len(buffers), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, row_buffer in zip(panels, buffers, strict=True):
+        lines: dict[str, list[Any]] = {}
+        for row in rows:
+            if row["row_buffer"] == row_buffer and row["policy"] != "full":
+                lines.setdefault(row["policy"], []).append(row)
+        axes.set_xscale("log")
+        axes.set_xticks(budgets, [f"{budget:.0%}" for budget in budgets], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set(title=f"row buffer {row_buffer}", xlabel="budget", ylabel=ylabel)
+        axes.grid(alpha=0.3)
+        shown.append((axes, lines))
+    return shown
+
+
+def _kl_panels(figure: Any, rows: Sequence[Mapping[str, Any]], styles: Mapping[str, dict[str, Any]]) -> None:
+    for axes, lines in _panels(figure, rows, "mean KL to the full cache, nats per token"):
+        for name, found in lines.items():
+            points = [(row["budget"], kl) for row in found if (kl := row["fidelity"]["kl_mean"]) > 0]
+            axes.plot([x for x, _ in points], [y for _, y in points], label=name, **styles[name])
+        axes.set_yscale("log")
+    _legend(figure)
+
+
+def _score_panels(figure: Any, rows: Sequence[Mapping[str, Any]], styles: Mapping[str, dict[str, Any]]) -> None:
+    full = [row["quality"]["overall"] for row in rows if row["policy"] == "full"]
+    for axes, lines in _panels(figure, rows, "overall score"):
+        for number, (name, found) in enumerate(lines.items()):
+            scores = [row["quality"]["overall"] for row in found]
+            # Moved aside a little, so that intervals at one budget do not hide each other.
+            budgets = [row["budget"] * (1 + 0.012 * (number - (len(lines) - 1) / 2)) for row in found]
+            axes.errorbar(budgets, [score["mean"] for score in scores], label=name, capsize=2, elinewidth=0.7,
+                          yerr=[[score["mean"] - score["low"] for score in scores],
+                                [score["high"] - score["mean"] for score in scores]], **styles[name])
+        for score in full:
+            axes.axhline(score["mean"], color="black", linewidth=0.8, label="full")
+            axes.axhspan(score["low"], score["high"], color="black", alpha=0.08)
+    _legend(figure)
+
+
+def _scatter(figure: Any, rows: Sequence[Mapping[str, Any]], styles: Mapping[str, dict[str, Any]]) -> None:
+    axes = figure.subplots()
+    buffers = sorted({row["row_buffer"] for row in rows})
+    for name, style in styles.items():
+        for row_buffer in buffers:
+            found = [row for row in rows if (row["policy"], row["row_buffer"]) == (name, row_buffer)]
+            if found:
+                axes.plot([row["predicted_error"] for row in found], [row["fidelity"]["kl_mean"] for row in found],
+                          label=f"{name}, row buffer {row_buffer}", alpha=0.8,
+                          fillstyle=("none", "full", "left", "top")[buffers.index(row_buffer) % 4],
+                          **{**style, "linestyle": "none", "color": "black"})
+    axes.set(xscale="log", yscale="log", xlabel="predicted error, sum over heads",
+             ylabel="mean KL to the full cache, nats per token")
+    axes.grid(alpha=0.3)
+    _legend(figure)
+
+
+def _legend(figure: Any) -> None:
+    """One legend beside the panels; each name once."""
+    names = {name: handle for axes in figure.axes
+             for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(names.values(), names.keys(), loc="outside right center", fontsize="small")

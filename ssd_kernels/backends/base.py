@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from ..state import LayerState
+from ..state import LayerState, Rotary
 
 
 class Backend(ABC):
@@ -30,8 +30,11 @@ class Backend(ABC):
 
     @abstractmethod
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               scale: float) -> torch.Tensor:
+               scale: float, rotary: Rotary | None = None) -> torch.Tensor:
         """One decode step; see `ssd_kernels.reference.decode`."""
+
+    def warmup(self, states: Sequence[LayerState], query_heads: int, rotary: bool) -> None:
+        """Compile what `decode` of these layers will run; nothing in them changes. Nothing to do by default."""
 
     @abstractmethod
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],

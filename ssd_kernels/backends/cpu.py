@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import native
-from ..state import LayerState
+from ..state import LayerState, Rotary
 from .base import Backend
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,10 +32,12 @@ class CPUBackend(Backend):
         return None
 
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               scale: float) -> torch.Tensor:
+               scale: float, rotary: Rotary | None = None) -> torch.Tensor:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         _layer(state).decode(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q.shape[1],
-                             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], scale, torch.get_num_threads())
+                             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], scale,
+                             *((0, 0) if rotary is None else (table.data_ptr() for table in rotary)),
+                             torch.get_num_threads())
         return out
 
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import reference
-from ..state import LayerState
+from ..state import LayerState, Rotary
 from .base import Backend
 
 
@@ -21,8 +21,8 @@ class ReferenceBackend(Backend):
         return None
 
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               scale: float) -> torch.Tensor:
-        return reference.decode(state, q, k, v, scale)
+               scale: float, rotary: Rotary | None = None) -> torch.Tensor:
+        return reference.decode(state, q, k, v, scale, rotary)
 
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
                 scores: torch.Tensor | None, rows: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from .launch import MIN_GROUP_BLOCK, decode_config, power_of_two
 
 ARCHITECTURES = (80, 86, 89, 90)
-POINTERS = {"keys": "", "values": "", "q": "", "k": "", "v": "", "out": "", "scores": "fp32", "logits": "fp32",
+POINTERS = {"keys": "", "values": "", "q": "", "k": "", "v": "", "out": "", "scores": "fp32", "logits": "fp32", "cos": "fp32", "sin": "fp32",
             "positions": "i32", "cursors": "i32", "table": "i32", "pinned": "i32", "lists": "i32"}
 
 
@@ -42,7 +42,8 @@ class Resources:
 
 
 def compile_decode(architecture: int, dtype: str, head_dim: int, group: int = 1, row_buffer: int = 24,
-                   evict_block: int = 256, keep_prompt: bool = True, scored: bool = True) -> Any:
+                   evict_block: int = 256, keep_prompt: bool = True, scored: bool = True,
+                   rotary: bool = True) -> Any:
     """Triton's compiled `decode_kernel` for a compute capability such as 80; ``dtype``: "fp32", "bf16" or "fp16"."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -52,7 +53,7 @@ def compile_decode(architecture: int, dtype: str, head_dim: int, group: int = 1,
     item_size = 4 if dtype == "fp32" else 2
     config = decode_config(head_dim, item_size, group, evict_block, architecture)
     constants = {
-        "KEEP_PROMPT": keep_prompt, "EVERY_STEP": row_buffer <= 1, "SCORED": scored, "D": head_dim,
+        "KEEP_PROMPT": keep_prompt, "EVERY_STEP": row_buffer <= 1, "SCORED": scored, "ROTARY": rotary, "D": head_dim,
         "D_PAD": power_of_two(head_dim), "GROUP": group,
         "GROUP_PAD": 1 if group == 1 else max(MIN_GROUP_BLOCK, power_of_two(group)), "BLOCK": config.block,
         "EVICT_BLOCK": evict_block, "COPY_BLOCK": config.copy_block, "STAGES": config.stages, "INTERPRETED": False}

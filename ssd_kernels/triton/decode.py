@@ -42,6 +42,18 @@ def rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def turns(cos, sin, position, dim, D: tl.constexpr):
+    """Rotary embedding in the halves layout: the other element of each pair [D_PAD], and the factors of both."""
+    HALF: tl.constexpr = D // 2
+    first = dim < HALF
+    pair = tl.where(first, dim, dim - HALF)
+    at = position.to(tl.int64) * HALF + pair
+    turn = tl.load(cos + at, mask=dim < D, other=0.0)
+    swing = tl.load(sin + at, mask=dim < D, other=0.0)
+    return tl.where(first, dim + HALF, dim - HALF), turn, tl.where(first, -swing, swing)
+
+
+@triton.jit
 def slot_of(index, base, begin, ring):
     """Slot of the ``index``-th kept token: the prompt lies first, the rest in a ring that starts at ``begin``."""
     return tl.where(index < base, index, base + (begin + index - base) % ring)
@@ -154,19 +166,24 @@ def attend_group(q, keys, values, logits, new_logit, new_value, total, base, beg
     return highest, norm, acc
 
 
-@triton.jit
-def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinned, out, logits, lists,
+# Compiled once for all batches, pictures and strides.
+NUMBERS = ["q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "batch", "heads", "slots", "scored_slots",
+           "max_prompt", "num_visual_tokens", "pin_words", "period"]
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinned, out, logits, lists, cos, sin,
                   q_row, q_head, k_row, k_head, v_row, v_head, batch, heads, slots, scored_slots, max_prompt,
                   num_visual_tokens, pin_words, period, scale,
                   KEEP_PROMPT: tl.constexpr, EVERY_STEP: tl.constexpr, SCORED: tl.constexpr, D: tl.constexpr,
                   D_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr,
-                  EVICT_BLOCK: tl.constexpr, COPY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+                  ROTARY: tl.constexpr, EVICT_BLOCK: tl.constexpr, COPY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
                   INTERPRETED: tl.constexpr):
     """One (batch row, head) of one decode step. Tensors as in `ssd_kernels.state.LayerState`.
 
     ``q`` [B, Hq, D], ``k`` and ``v`` [B, H, D] with the given strides, ``out`` [B, Hq, D] contiguous. ``logits``:
     float32 [B, GROUP, T], scratch; ``lists``: the same memory as int32. ``period``: max(R, 1). ``EVICT_BLOCK``: at least the evictable tokens of any heavy
-    head. ``scale``: of the dot products. ``INTERPRETED``: avoid what Triton's interpreter cannot do in bfloat16.
+    head. ``scale``: of the dot products. ``cos``, ``sin``: float32 [N, D / 2], read if ROTARY. ``INTERPRETED``: avoid what Triton's interpreter cannot do in bfloat16.
     """
     program = tl.program_id(0)
     row = (program % batch).to(tl.int64)
@@ -217,7 +234,12 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     logits += row * GROUP * scored_slots + score_offset
 
     # Append.
-    new_key = tl.load(k + row * k_row + head * k_head + dim, mask=in_dim, other=0.0)
+    key_at = k + row * k_row + head * k_head
+    new_key = tl.load(key_at + dim, mask=in_dim, other=0.0)
+    if ROTARY:
+        partner, turn, swing = turns(cos, sin, position, dim, D)
+        swapped = tl.load(key_at + partner, mask=in_dim, other=0.0)
+        new_key = rounded(new_key.to(tl.float32) * turn + swapped.to(tl.float32) * swing, new_key.dtype, INTERPRETED)
     new_value = tl.load(v + row * v_row + head * v_head + dim, mask=in_dim, other=0.0)
     tl.store(keys + new_slot * D + dim, new_key, mask=in_dim)
     tl.store(values + new_slot * D + dim, new_value, mask=in_dim)
@@ -228,6 +250,10 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     keep_logits = score_offset >= 0
     query_at = q + row * q_row + query_head[:, None] * q_head + dim[None, :]
     queries = tl.load(query_at, mask=out_mask, other=0.0)  # [GROUP_PAD, D_PAD]
+    if ROTARY:
+        swapped = tl.load(q + row * q_row + query_head[:, None] * q_head + partner[None, :], mask=out_mask, other=0.0)
+        turned = queries.to(tl.float32) * turn[None, :] + swapped.to(tl.float32) * swing[None, :]
+        queries = rounded(turned, queries.dtype, INTERPRETED)
     new_logit = tl.sum(queries.to(tl.float32) * new_key[None, :], 1) * to_log2  # [GROUP_PAD]
     if GROUP == 1:
         query = tl.sum(queries.to(tl.float32), 0)  # [D_PAD]

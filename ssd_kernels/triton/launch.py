@@ -37,7 +37,7 @@ def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, c
     """Block sizes by a small table, never by measuring: the first step costs what every other does.
 
     A program streams slots through shared memory, ``stages`` - 1 blocks ahead of the arithmetic, and several programs
-    share a multiprocessor. Blocks of 4 KB of keys and as many of values keep a thread near 128 registers, so that four
+    share a multiprocessor. Blocks of at most 4 KB of keys and as many of values (8 KB in float32) keep a thread near 128 registers, so that four
     programs fit and together have some 100 KB under way, several times what hides the latency of memory.
 
     Args:
@@ -46,7 +46,7 @@ def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, c
         capability: compute capability, 80 for 8.0; 86 and 89 have less shared memory.
     """
     dim = power_of_two(head_dim)
-    block = max(16, min(128, 4096 // (dim * item_size)))
+    block = max(16, min(32, 4096 // (dim * item_size)))
     if group > 1:
         block = max(block, 32)
     warps = 8 if evict_block > 1024 or (group > 1 and dim > 128) or dim * item_size >= 1024 else 4

@@ -8,7 +8,8 @@ import triton.language as tl
 from .decode import COLUMNS, HEAVY, lose, rank_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prompt_stride", "heads", "slots", "scored_slots", "max_prompt", "num_visual_tokens",
+                               "pin_words"])
 def prefill_kernel(k, v, given, prompt_lens, rows, keys, values, scores, positions, cursors, table, pinned, slot_list,
                    prompt_stride, heads, slots, scored_slots, max_prompt, num_visual_tokens, pin_words,
                    KEEP_PROMPT: tl.constexpr, GIVEN: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,

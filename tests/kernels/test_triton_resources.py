@@ -15,14 +15,15 @@ RECORD = Path(__file__).with_name("triton_resources.json")
 # architecture, dtype, head_dim, group, row buffer, largest heavy head: the shapes of Janus-Pro and the included model
 # first, then the edges of what is served.
 SHAPES: tuple[tuple[int, str, int, int, int, int], ...] = (
-    *((architecture, "bf16", 128, 1, buffer, 256) for architecture in (80, 86, 89, 90) for buffer in (24, 0)),
-    *((architecture, "bf16", 64, 1, 24, 256) for architecture in (80, 90)),
-    *((architecture, "bf16", 32, 1, 24, 256) for architecture in (80, 90)),
-    *((architecture, "fp32", 128, 1, 24, 256) for architecture in (80, 90)),
-    *((architecture, "bf16", 128, 4, 24, 256) for architecture in (80, 90)),
-    *((architecture, "bf16", 128, 1, 24, 1024) for architecture in (80, 90)),
+    *((architecture, "bf16", 128, 1, 24, 256) for architecture in (80, 86, 89, 90)),
+    (80, "bf16", 128, 1, 0, 256),
+    (80, "bf16", 64, 1, 24, 256),
+    (90, "bf16", 64, 1, 24, 256),
+    (80, "bf16", 32, 1, 24, 256),
+    (80, "fp32", 128, 1, 24, 256),
+    (90, "bf16", 128, 4, 24, 256),
+    (90, "bf16", 128, 1, 24, 1024),
     (80, "fp16", 256, 1, 24, 256),
-    (90, "fp16", 256, 1, 24, 256),
     (80, "fp32", 40, 1, 24, 64),
 )
 

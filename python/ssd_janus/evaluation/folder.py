@@ -54,15 +54,7 @@ class RunFolder:
         self.path, self.prompts, self.suffix = path, list(prompts), suffix
         self.settings = json.loads(json.dumps({**settings, "prompts": self.prompts}))
         (path / "batches").mkdir(parents=True, exist_ok=True)
-        file = path / SETTINGS
-        if not file.exists():
-            write_text(file, json.dumps(self.settings, indent=1) + "\n")
-            return
-        found = json.loads(file.read_text())
-        for name in sorted({*found, *self.settings}):
-            if (old := found.get(name)) != (new := self.settings.get(name)):
-                raise ValueError(f"{path} holds results made with another {name} ({_short(old)} there, {_short(new)} "
-                                 "now); choose another folder or remove it")
+        keep_settings(path, self.settings)
 
     def batches(self, seeds: int) -> list[Batch]:
         """All batches of seeds 0 .. seeds - 1."""
@@ -84,6 +76,27 @@ class RunFolder:
     def sampling_seed(self, batch: Batch) -> int:
         """A different seed for every batch of every seed."""
         return batch.seed * len(self.prompts) + batch.first
+
+
+def keep_settings(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Write ``settings.json`` into a folder of results, or check that the one there says the same.
+
+    Args:
+        path: the folder, which must exist.
+        wanted: JSON values that results depend on.
+
+    Raises:
+        ValueError: the folder holds results that were made with other settings; the message names them.
+    """
+    file = path / SETTINGS
+    if not file.exists():
+        write_text(file, json.dumps(wanted, indent=1) + "\n")
+        return
+    found = json.loads(file.read_text())
+    for name in sorted({*found, *wanted}):
+        if (old := found.get(name)) != (new := wanted.get(name)):
+            raise ValueError(f"{path} holds results made with another {name} ({_short(old)} there, {_short(new)} now); "
+                             "choose another folder or remove it")
 
 
 def settings(pipe: Pipeline, suite: str, plan: CachePlan, guidance_scale: float | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,12 @@ def terminal(results: Mapping[str, Result]) -> Table:
 
 def markdown(results: Mapping[str, Result]) -> str:
     """A table for a page."""
-    head, rows = columns(results)
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return markdown_table(*columns(results))
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """A Markdown table whose first ``texts`` columns are aligned to the left and the others to the right."""
+    lines = [head, ["---"] * texts + ["---:"] * (len(head) - texts), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
@@ -69,9 +73,38 @@ def into_page(results: Mapping[str, Result], page: Path, name: str) -> None:
         FileNotFoundError: no such page.
         ValueError: the page has no such pair of comments.
     """
+    fill_page(page, {name: markdown(results)})
+
+
+def fill_page(page: Path, sections: Mapping[str, str]) -> None:
+    """Replace what stands between the comments ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a Markdown page.
+
+    Args:
+        page: the file.
+        sections: new text by name, ending in a newline.
+
+    Raises:
+        FileNotFoundError: no such page.
+        ValueError: the page lacks a pair of comments; nothing is written.
+    """
     text = page.read_text(encoding="utf-8")
+    for name, content in sections.items():
+        before, _, after = _split(page, text, name)
+        text = f"{before}{content}{after}"
+    write_text(page, text)
+
+
+def check_page(page: Path, names: Iterable[str]) -> None:
+    """Raises as `fill_page` with sections of these names, and writes nothing."""
+    text = page.read_text(encoding="utf-8")
+    for name in names:
+        _split(page, text, name)
+
+
+def _split(page: Path, text: str, name: str) -> tuple[str, str, str]:
+    """The text up to the opening comment, between the comments, and from the closing one on."""
     before, opened, rest = text.partition(f"<!-- {name} -->\n")
-    _, closed, after = rest.partition(f"<!-- /{name} -->")
+    content, closed, after = rest.partition(f"<!-- /{name} -->")
     if not (opened and closed):
         raise ValueError(f"{page} must have the lines <!-- {name} --> and <!-- /{name} -->")
-    write_text(page, f"{before}{opened}{markdown(results)}{closed}{after}")
+    return before + opened, content, closed + after

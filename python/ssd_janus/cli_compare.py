@@ -1,0 +1,146 @@
+"""The command ``compare``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from datetime import datetime, timezone
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_evaluate import FIDELITY_PROMPTS, SuiteName, _prompts
+from .options import (
+    Backend,
+    Device,
+    Dtype,
+    Guidance,
+    Model,
+    PolicyName,
+    ProfileFile,
+    PromptsFile,
+    app,
+    console,
+    load,
+    load_profile,
+    messages,
+    one_line_errors,
+)
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+
+
+class PartName(str, Enum):
+    fidelity = "fidelity"
+    quality = "quality"
+    sensitivity = "sensitivity"
+
+
+@app.command()
+@one_line_errors
+def compare(
+    out: Annotated[Path, typer.Option(help="Folder for results. A run that was stopped goes on when called again.")],
+    page: Annotated[Path | None, typer.Option(help="Also put the tables into this Markdown page, each between its "
+                                                   "comments, as in docs/policy-results.md.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Also draw plots into this folder (needs matplotlib).")] = None,
+    part: Annotated[list[PartName] | None, typer.Option(help="What to measure; may be repeated. Default: all.")] = None,
+    policy: Annotated[list[PolicyName] | None, typer.Option(help="May be repeated. Default: all.")] = None,
+    budget: Annotated[list[float] | None, typer.Option(
+        help=f"Share of the picture's tokens that policies may keep; may be repeated. Default: "
+             f"{', '.join(map(str, BUDGETS))}.")] = None,
+    row_buffer: Annotated[list[int] | None, typer.Option(
+        min=0, help="Steps between evictions; may be repeated. Default: 0 and one grid row (24).")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts for quality. Default: "
+                                                            "all.")] = None,
+    fidelity_prompts: Annotated[int, typer.Option(min=1, help="Only the first so many prompts for "
+                                                              "fidelity.")] = FIDELITY_PROMPTS,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures per prompt (quality).")] = 3,
+    sensitivity_quality: Annotated[bool, typer.Option(
+        "--sensitivity-quality/--no-sensitivity-quality",
+        help="Also judge pictures in the sensitivity part, which otherwise measures fidelity only.")] = False,
+    model: Model = None,
+    profile: ProfileFile = None,
+    prompts_file: PromptsFile = None,
+    guidance: Guidance = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 25,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json.")] = False,
+) -> None:
+    """Compare policies at equal bytes: fidelity, quality, sensitivity and the goals; writes results.json.
+
+    --policy, --budget, --row-buffer, --prompts, --fidelity-prompts and --seeds make it smaller.
+    """
+    for value in budget or []:
+        if not 0 < value <= 1:
+            raise ValueError(f"--budget must be within (0, 1], got {value}")
+    parts = list(dict.fromkeys(part or PartName))
+    names = [name for name in PolicyName if name in (policy or PolicyName)]
+    judged = PartName.quality in parts or sensitivity_quality
+    scenes = _prompts(SuiteName.shapes if judged else SuiteName.fidelity, prompts_file, prompts)
+    texts = [scene["prompt"] for scene in _prompts(SuiteName.fidelity, prompts_file, fidelity_prompts)]
+    from .evaluation import comparison, report
+    from .evaluation.comparison_page import SECTIONS, goal_lines, sections
+
+    if page is not None:
+        report.check_page(page, SECTIONS)
+    if plots is not None:
+        from .extras import needs
+
+        with needs("plot", "matplotlib"):
+            import matplotlib  # noqa: F401  # before the long part, not after
+        plots.mkdir(parents=True, exist_ok=True)
+    pipe = load(model, device, dtype, backend)
+    heads = load_profile(profile, model, names)
+    run = comparison.Comparison(pipe, out, heads, texts, scenes, seeds, guidance, batch_size)
+    chosen = [name.value for name in names]
+    cases = comparison.grid(chosen, list(dict.fromkeys(budget or BUDGETS)),
+                            list(dict.fromkeys([0, pipe.shape.columns] if row_buffer is None else row_buffer)))
+    variants = comparison.studies(chosen, pipe.shape.columns)
+    steps = {
+        PartName.fidelity: [comparison.Step("fidelity", "grid", "fidelity", cases)],
+        PartName.quality: [comparison.Step("quality", "grid", "quality", cases)],
+        PartName.sensitivity: [comparison.Step("sensitivity", "sensitivity", measure, variants)
+                               for measure in (["fidelity", "quality"] if sensitivity_quality else ["fidelity"])]}
+    facts = {"command": shlex.join(["ssd-janus", *sys.argv[1:]]), "date": datetime.now(timezone.utc).date().isoformat(),
+             "machine": _machine(pipe), "guidance": run.guidance, "fidelity_prompts": len(texts),
+             "prompts": len(scenes), "seeds": seeds, "batch_size": batch_size,
+             "sensitivity_quality": sensitivity_quality}
+
+    def publish(record: dict[str, Any]) -> None:
+        images = {}
+        if plots is not None:
+            from .plots import save_comparison
+
+            images = save_comparison(record["grid"].values(), plots, list(PolicyName.__members__))
+        if page is not None:
+            addresses = {name: Path(os.path.relpath(file, page.parent)).as_posix() for name, file in images.items()}
+            report.fill_page(page, sections(record, list(PolicyName.__members__), addresses))
+
+    from .progress import progress_bar
+
+    with progress_bar("comparing") as show:
+        run.run([step for name in parts for step in steps[name]], facts, progress=show, publish=publish)
+    if as_json:
+        print((out / "results.json").read_text(), end="")
+        return
+    for line in goal_lines(run.record["goals"]):
+        console.print(line, markup=False, soft_wrap=True)
+    messages.print(f"results.json is in {out}", markup=False, soft_wrap=True)
+
+
+def _machine(pipe: Pipeline) -> str:
+    """What the figures were made on, for a reader."""
+    import torch
+
+    device = torch.cuda.get_device_name(pipe.model.device) if pipe.model.device.type == "cuda" else "CPU"
+    return (f"{platform.system()} {platform.machine()} ({device}), {os.cpu_count()} cores, torch {torch.__version__} "
+            f"with {torch.get_num_threads()} threads")

@@ -1,0 +1,296 @@
+"""The comparison of policies: verdicts on made-up figures, and the command on a random tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from test_cli import SHAPE, run
+
+from ssd_janus import ModelShape, Pipeline
+from ssd_janus.evaluation import comparison, findings, report
+from ssd_janus.evaluation.comparison_page import ABSENT, SECTIONS, sections
+from ssd_janus.evaluation.findings import LOW_BUDGETS, PUBLISHED, RIVALS, Goal, Key, goals, prediction, rank_correlation
+from ssd_janus.evaluation.statistics import Interval
+from ssd_janus.options import PolicyName
+from ssd_janus.profiling import measure
+from ssd_kernels import HeadSpec, policies
+
+PAGE = Path(__file__).parents[2] / "docs" / "policy-results.md"
+
+
+def score(mean: float) -> Interval:
+    return Interval(mean, mean - 0.03, mean + 0.03)
+
+
+def world(**changes: float) -> tuple[dict[Key, Interval], dict[Key, float]]:
+    """Figures that reach every goal; ``changes`` sets means by ``policy_percent``, for quality and, negated, for KL."""
+    means = {"full_100": 0.6, **{f"{policy}_{budget * 100:g}": 0.5 + budget / 10 for policy in PUBLISHED
+                                 for budget in (*LOW_BUDGETS, 0.5)},
+             **{f"adaptive_{budget * 100:g}": 0.59 for budget in (*LOW_BUDGETS, 0.5)}, "h2o_20": 0.585, **changes}
+    keys = {name: (name.rpartition("_")[0], float(name.rpartition("_")[2]) / 100, 0 if name == "full_100" else 24)
+            for name in means}
+    return ({keys[name]: score(mean) for name, mean in means.items()},
+            {keys[name]: 1 - mean for name, mean in means.items()})
+
+
+def verdicts(found: list[Goal]) -> list[bool | None]:
+    return [goal.reached for goal in found]
+
+
+def test_goals_that_are_reached() -> None:
+    found = goals(*world())
+    assert verdicts(found) == [True] * 5
+    assert [goal.measure for goal in found] == ["quality", "quality", "KL", "quality", "KL"]
+    assert "h2o 0.585 [0.555, 0.615], full 0.600" in found[0].text
+    assert "adaptive 0.41, h2o 0.415" in found[2].text
+    assert "in 10 of 10" in found[3].text
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"full_100": 0.606}, [False, True, True, True, True]),
+    ({"full_100": 0.605}, [True] * 5),  # .605 - .585 is .02, give or take rounding
+    ({"adaptive_10": 0.584}, [True, False, False, True, True]),
+    ({"adaptive_10": 0.585}, [True] * 5),  # equal is at least as good
+    ({"rows_20": 0.6}, [True, False, False, True, True]),
+    ({"h2o_30": 0.7}, [True, True, True, False, False]),
+    ({"streaming_llm_5": 0.59}, [True, True, True, False, False]),  # equal is not ahead
+    ({"h2o_50": 0.7}, [True] * 5),
+    ({"rows_30": 0.7}, [True] * 5),
+])
+def test_goals_that_are_missed(changes: dict[str, float], expected: list[bool]) -> None:
+    assert verdicts(goals(*world(**changes))) == expected
+
+
+def test_the_sentence_names_where_adaptive_is_behind() -> None:
+    found = goals(*world(h2o_30=0.7, streaming_llm_5=0.59))
+    assert "in 8 of 10" in found[3].text
+    assert "not at 5% (streaming_llm 0.590" in found[3].text and "30% (h2o 0.700" in found[3].text
+
+
+@pytest.mark.parametrize("absent, expected", [
+    (("full", 1.0, 0), [None, True, True, True, True]),
+    (("rows", 0.2, 24), [True, None, None, True, True]),  # rows could only make the best one better
+    (("adaptive", 0.1, 24), [True, None, None, None, None]),
+    (("h2o", 0.3, 24), [True, True, True, None, None]),
+])
+def test_missing_figures_leave_open_what_they_could_change(absent: Key, expected: list[bool | None]) -> None:
+    overall, kl = world()
+    del overall[absent], kl[absent]
+    found = goals(overall, kl)
+    assert verdicts(found) == expected
+    assert all(absent[0] in goal.text.partition("no figure for")[2] for goal in found if goal.reached is None)
+
+
+def test_missing_figures_cannot_save_a_missed_goal() -> None:
+    overall, kl = world(adaptive_10=0.584, h2o_5=0.7, full_100=0.7)
+    for figures in (overall, kl):
+        del figures["margin", 0.2, 24], figures["h2o", 0.3, 24]
+    assert verdicts(goals(overall, kl)) == [None, False, False, False, False]
+
+
+def test_impossible_plans_are_not_missing() -> None:
+    overall, kl = world()
+    for key in (rival := [(name, 0.05, 24) for name in RIVALS]) + [("adaptive", 0.05, 24), ("rows", 0.2, 24)]:
+        del overall[key], kl[key]
+    assert verdicts(goals(overall, kl, [*rival, ("adaptive", 0.05, 24), ("rows", 0.2, 24)])) == [True] * 5
+    overall, kl = world()
+    del overall["adaptive", 0.1, 24], kl["adaptive", 0.1, 24]
+    assert verdicts(goals(overall, kl, [("adaptive", 0.1, 24)])) == [True, False, False, False, False]
+
+
+def test_goals_of_one_measure_alone() -> None:
+    overall, kl = world()
+    assert verdicts(goals({}, kl)) == [None, None, True, None, True]
+    assert verdicts(goals(overall, {})) == [True, True, None, True, None]
+    assert goals({}, {}) == [] == goals({findings.FULL: score(0.5)}, {})
+
+
+def test_rank_correlation() -> None:
+    assert rank_correlation([(1, 10), (2, 100), (3, 1e6)]) == pytest.approx(1)
+    assert rank_correlation([(1, 3), (2, 2), (3, 1)]) == pytest.approx(-1)
+    # Ranks 1.5 1.5 3 4 against 1 2 3 4: Pearson's correlation of these.
+    assert rank_correlation([(5, 1), (5, 2), (6, 3), (7, 4)]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    for too_little in ([], [(1, 1), (2, 2)], [(1, 1), (1, 2), (1, 3)], [(1, 4), (2, 4), (3, 4)]):
+        assert rank_correlation(too_little) is None
+
+
+def test_prediction_within_a_budget_is_apart_from_that_across_budgets() -> None:
+    pairs = {("a", 0.1, 0): (9.0, 1.0), ("b", 0.1, 0): (8.0, 2.0), ("c", 0.1, 0): (7.0, 3.0),
+             ("a", 0.5, 24): (0.3, 0.03), ("b", 0.5, 24): (0.2, 0.02)}
+    found = prediction(pairs)
+    assert found["plans"] == 5 and 0 < found["spearman"] < 1
+    assert found["groups"] == [
+        {"budget": 0.1, "row_buffer": 0, "plans": 3, "spearman": pytest.approx(-1)},
+        {"budget": 0.5, "row_buffer": 24, "plans": 2, "spearman": None}]
+
+
+def test_cases_with_the_same_plan_share_a_folder() -> None:
+    names = [name.value for name in PolicyName]
+    grid = comparison.grid(names, [0.2, 0.5], [0, 24])
+    assert [case.plan_name for case in grid].count("full") == 1 and len(grid) == 1 + 11 * 4
+    cases = comparison.studies(names, 24)
+    assert len({case.label for case in cases}) == len(cases)
+    own = {case.plan_name for case in grid}
+    shared = {(case.study, case.policy, case.setting) for case in cases if case.plan_name in own}
+    assert {("tau", "ssd", "quantile 0.5 of the scores"), ("tau", "ssd_guarded", "a window misses 0.4"),
+            ("W : M", "ssd", "1 : 3"), ("W : M", "ssd_guarded", "1 : 1"), ("refresh period", "h2o", "1"),
+            ("refresh period", "h2o", "24"), ("prompt", "h2o", "kept")} <= shared
+    assert not any(setting in ("8", "48", "competing") for _, _, setting in shared)
+    assert {case.study for case in comparison.studies(["h2o"], 24)} == {"refresh period", "guidance", "prompt"}
+    # Folders are shared by name: equal names must mean equal plans, and different names different ones.
+    plans: dict[str, Any] = {}
+    shape = ModelShape(num_layers=1, num_heads=1, num_query_heads=1, head_dim=8, num_visual_tokens=576, columns=24)
+    for case in (case for case in [*grid, *cases] if case.policy in ("h2o", "streaming_llm")):
+        plan = comparison.build(case, shape, None, 7)
+        assert plans.setdefault(case.plan_name, plan) == plan
+    assert len(set(map(str, plans.values()))) == len(plans)
+
+
+def test_a_competing_prompt_brings_its_slots_along() -> None:
+    plan = comparison.compete(tiny.plan_of(HeadSpec.full(), HeadSpec.window(2), HeadSpec.heavy(5, recent=2),
+                                           HeadSpec.full(), row_buffer=6), 7)
+    assert not plan.keep_prompt and plan.row_buffer == 6
+    assert plan.layers[0] == (HeadSpec.full(), HeadSpec.window(9), HeadSpec.heavy(12, recent=2), HeadSpec.full())
+
+
+def test_defaults_named_in_the_studies_are_those_of_the_policies(profile: Any) -> None:
+    shape = SHAPE
+    for name, given in (("ssd", {"ratio": 3}), ("ssd_guarded", {"ratio": 1, "loss": 0.4}),
+                        ("ssd", {"tau": float(profile.sparsity.quantile(0.5))})):
+        bare = policies.build(name, shape, 0.5, 0, profile=profile)
+        assert bare == policies.build(name, shape, 0.5, 0, profile=profile, **given)
+        other = {"ratio": 2} if "ratio" in given else {"tau": 1.0}
+        assert bare != policies.build(name, shape, 0.5, 0, profile=profile, **other)
+
+
+@pytest.fixture(scope="module")
+def profile(folder: Path) -> Any:
+    return measure(Pipeline.from_pretrained(folder), [tiny.PROMPTS[3]], guidance_scale=1.0)
+
+
+@pytest.fixture
+def common(folder: Path, profile: Any, tmp_path: Path) -> list[Any]:
+    suite = [{"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": tiny.PROMPTS[0]},
+             {"tag": "colors", "include": [{"class": "heart", "count": 1}], "prompt": tiny.PROMPTS[2]}]
+    (tmp_path / "suite.jsonl").write_text("".join(json.dumps(line) + "\n" for line in suite))
+    profile.save(tmp_path / "profile.safetensors")
+    (tmp_path / "page.md").write_text("Top\n" + "".join(f"<!-- {name} -->\nnot measured yet\n<!-- /{name} -->\n"
+                                                        for name in SECTIONS) + "Bottom\n")
+    return ["compare", "--out", tmp_path / "out", "--model", folder, "--prompts-file", tmp_path / "suite.jsonl",
+            "--profile", tmp_path / "profile.safetensors", "--budget", 0.4, "--budget", 0.6, "--fidelity-prompts", 1,
+            "--seeds", 1, "--policy", "full", "--policy", "adaptive", "--policy", "h2o", "--page", tmp_path / "page.md"]
+
+
+def test_compare_command(common: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["ssd-janus", "compare", "--out", "a folder"])
+    buffers = ("--row-buffer", 0, "--row-buffer", 24)
+    result = run(*common, *buffers, "--part", "quality", "--json", "--plots", tmp_path / "plots")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert set(record["parts"]) == {"quality"} and len(record["grid"]) == 1 + 2 * 4
+    page = (tmp_path / "page.md").read_text()
+    assert "- fidelity: not measured, or not finished\n" in page
+    assert f"<!-- fidelity -->\n{ABSENT}<!-- /fidelity -->" in page
+    assert "`ssd-janus compare --out 'a folder'`" in page and "| full |  |  | " in page
+    # 24 of 36 tokens are more than either budget.
+    assert "Overall, row buffer 0" in page and "Overall, row buffer 24" not in page
+    assert "budget" in record["grid"]["h2o-0.6-r24"]["reason"]
+    assert '<img src="plots/policy-quality.png"' in page
+
+    result = run(*common, *buffers, "--row-buffer", 6, "--part", "fidelity", "--plots", tmp_path / "plots")
+    assert result.exit_code == 0, result.output
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(again["parts"]) == {"quality", "fidelity"}
+    for label, entry in record["grid"].items():
+        assert again["grid"][label].get("quality") == entry.get("quality")
+    close = {label: entry["fidelity"]["kl_mean"] for label, entry in again["grid"].items() if "fidelity" in entry}
+    assert close["full"] == 0 < close["h2o-0.6-r0"] < close["h2o-0.4-r0"] and len(close) == 9
+    assert again["prediction"]["plans"] == 8
+    page = (tmp_path / "page.md").read_text()
+    assert "Mean KL, row buffer 6" in page and f"| {close['h2o-0.4-r0']:.3g} |" in page and page.startswith("Top\n")
+    assert "Spearman" in page and page.endswith("Bottom\n") and "- Not decided (KL, row buffer 6): adaptive" in page
+    assert sorted(file.name for file in (tmp_path / "plots").iterdir()) == [
+        "policy-fidelity.png", "policy-prediction.png", "policy-quality.png"]
+
+
+def test_a_stopped_comparison_goes_on(common: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [*common, "--row-buffer", 0, "--part", "fidelity"]
+    monkeypatch.setattr(comparison, "CACHES_AT_ONCE", 2)
+    calls: list[int] = []
+    original = Pipeline.generate_tokens
+
+    def stop(self: Pipeline, *arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("stopped here")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Pipeline, "generate_tokens", stop)
+    # Groups of full cache and two plans: the sixth call is the second plan of the second group.
+    result = run(*command)
+    assert result.exit_code == 2 and "stopped here" in result.stderr
+    assert "not measured yet" in (tmp_path / "page.md").read_text()
+    finished = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.npz")}
+    assert len(finished) == 3
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert len(calls) == 6 + 2 + 2, "the full cache and the open plan of the second group, and the third group"
+    assert all(file.stat().st_mtime_ns == time for file, time in finished.items())
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    monkeypatch.setattr("sys.argv", ["ssd-janus", "compare", "again"])
+    result = run(*command)
+    assert result.exit_code == 0 and len(calls) == 10
+    # Not even a second line about how it was measured.
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    assert "not measured yet" not in (tmp_path / "page.md").read_text()
+
+    result = run(*command, "--fidelity-prompts", 2)
+    assert result.exit_code == 2 and "another prompts" in " ".join(result.stderr.split())
+    result = run(*command, "--guidance", 1)
+    assert result.exit_code == 2 and "another guidance_scale" in " ".join(result.stderr.split())
+
+
+def test_sensitivity(common: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "STUDIED", ("h2o",))
+    result = run(*common, "--part", "sensitivity")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = {label: entry["fidelity"]["kl_mean"] for label, entry in record["sensitivity"].items()
+             if "fidelity" in entry}
+    assert not record["grid"] and record["goals"] == []
+    assert len(found) == 5, "of 8 cases, since 8, 24 and 48 steps are more than 20% of 36 tokens"
+    assert found["prompt / h2o / kept"] != found["prompt / h2o / competing"]
+    assert found["guidance / h2o / 1"] != found["guidance / h2o / 5"]
+    page = (tmp_path / "page.md").read_text()
+    assert "| h2o | 48 |  | - | - | - |" in page and "| h2o | competing |" in page
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (("--budget", 1.5), "--budget must be within (0, 1], got 1.5"),
+    (("--page", PAGE.parent / "quality.md"), "must have the lines <!-- goals -->"),
+    (("--model", "/absent", "--policy", "h2o"), "/absent"),
+])
+def test_what_cannot_work_is_said_before_drawing(tmp_path: Path, wrong: tuple[object, ...], message: str) -> None:
+    result = run("compare", "--out", tmp_path / "out", *wrong)
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_profile_is_asked_for_before_drawing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pipeline, "generate_tokens", lambda *_, **__: pytest.fail("drawn"))
+    (tmp_path / "prompts.txt").write_text("a heart\n")
+    result = run("compare", "--out", tmp_path, "--model", folder, "--part", "fidelity", "--prompts-file",
+                 tmp_path / "prompts.txt", "--policy", "h2o", "--policy", "adaptive")
+    assert result.exit_code == 2 and "policy adaptive needs a profile" in " ".join(result.stderr.split())
+
+
+def test_the_page_has_all_sections() -> None:
+    report.check_page(PAGE, SECTIONS)
+    empty = {"parts": {}, "profile": None, "grid": {}, "sensitivity": {}, "prediction": None, "goals": []}
+    made = sections(empty, [], {"fidelity": "plot.png"})
+    assert tuple(made) == SECTIONS
+    assert all(text == ABSENT for name, text in made.items() if name != "runs")
