@@ -3,6 +3,7 @@
 #   make demo      draw pictures with a small Janus, full cache beside compressed -> demo/
 #   make test      all tests that need no GPU
 #   make triton    all contract tests of the Triton backend, interpreted on the CPU; takes long
+#   make gpu       contract tests and kernel times on a CUDA GPU, with the Python at hand and offline -> $(OUT)
 #   make bench     time one decode step against torch's attention
 #   make quality   scores and fidelity of the included model, full cache beside compressed -> docs/quality.md
 #   make policies  every policy at every budget, with the included model; long -> docs/policy-results.md
@@ -17,6 +18,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 POLICY      ?= ssd_guarded
 SEEDS       ?= 1
+OUT         ?= gpu
 
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
@@ -24,7 +26,7 @@ BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13,<4' ninja 'cmake>=3.24'
 SOURCES     := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
 
-.PHONY: demo test triton bench quality policies lint format clean
+.PHONY: demo test triton gpu bench quality policies lint format clean
 
 # Passive waiting: on a busy machine, threads that spin while they wait can turn seconds into minutes.
 demo: export OMP_WAIT_POLICY := passive
@@ -40,6 +42,12 @@ test: $(VENV)/.built
 triton: export OMP_WAIT_POLICY := passive
 triton: $(VENV)/.built
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels -k 'triton and not test_triton' -W ignore
+
+# Installs nothing: a machine with a GPU brings its own torch, Triton and pytest. Fails if any part fails.
+gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest -q -m gpu tests/kernels
+	$(PYTHON) -m bench.gpu --out $(OUT)
 
 bench: $(VENV)/.built
 	$(BIN)/ssd-bench kernel

@@ -35,6 +35,7 @@ class Backend(ABC):
 
     def warmup(self, states: Sequence[LayerState], query_heads: int, rotary: bool) -> None:
         """Compile what `decode` of these layers will run; nothing in them changes. Nothing to do by default."""
+        return None
 
     @abstractmethod
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],

@@ -55,22 +55,22 @@ class TritonBackend(Backend):
         evict_block = max(launch.power_of_two(layout.largest), launch.MIN_EVICT_BLOCK)
         config = launch.decode_config(head_dim, q.element_size(), group, evict_block, _capability(q.device))
         kernels.decode_kernel[(batch * heads,)](
-            q, k, v, *state.tensors, out, logits, logits.view(torch.int32), *(rotary or (logits, logits)), *q.stride()[:2], *k.stride()[:2],
-            *v.stride()[:2], batch, heads, slots, layout.scored_slots, layout.max_prompt, layout.num_visual_tokens,
-            layout.pin_words, max(layout.row_buffer, 1), scale,
+            q, k, v, *state.tensors, out, logits, logits.view(torch.int32), *(rotary or (logits, logits)),
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], batch, heads, slots, layout.scored_slots,
+            layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1), scale,
             KEEP_PROMPT=layout.keep_prompt, EVERY_STEP=layout.row_buffer <= 1, SCORED=layout.scored_slots > 0,
-            D=head_dim, D_PAD=launch.power_of_two(head_dim), GROUP=group,
+            ROTARY=rotary is not None, D=head_dim, D_PAD=launch.power_of_two(head_dim), GROUP=group,
             GROUP_PAD=1 if group == 1 else max(launch.MIN_GROUP_BLOCK, launch.power_of_two(group)),
-            BLOCK=config.block, ROTARY=rotary is not None, EVICT_BLOCK=evict_block, COPY_BLOCK=config.copy_block, STAGES=config.stages,
+            BLOCK=config.block, EVICT_BLOCK=evict_block, COPY_BLOCK=config.copy_block, STAGES=config.stages,
             INTERPRETED=interpreting(), num_warps=config.warps)
         return out
 
     def warmup(self, states: Sequence[LayerState], query_heads: int, rotary: bool) -> None:
         for state in states:
             # One row that has no step left, which the kernel leaves as it is.
-            one = [tensor[:1] for tensor in (state.keys, state.values, state.scores, state.positions)]
             done = torch.tensor([[0, state.layout.num_visual_tokens]], dtype=torch.int32, device=state.keys.device)
-            row = LayerState(state.layout, *one, done, state.table, state.pinned)
+            row = LayerState(state.layout, state.keys[:1], state.values[:1], state.scores[:1], state.positions[:1],
+                             done, state.table, state.pinned)
             q, k = (state.keys.new_zeros((1, heads, state.keys.shape[2]))
                     for heads in (query_heads, state.table.shape[0]))
             tables = k.new_zeros((1, k.shape[2] // 2), dtype=torch.float32)

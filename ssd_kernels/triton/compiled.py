@@ -13,7 +13,8 @@ from typing import Any
 from .launch import MIN_GROUP_BLOCK, decode_config, power_of_two
 
 ARCHITECTURES = (80, 86, 89, 90)
-POINTERS = {"keys": "", "values": "", "q": "", "k": "", "v": "", "out": "", "scores": "fp32", "logits": "fp32", "cos": "fp32", "sin": "fp32",
+POINTERS = {"keys": "", "values": "", "q": "", "k": "", "v": "", "out": "", "scores": "fp32", "logits": "fp32",
+            "cos": "fp32", "sin": "fp32",
             "positions": "i32", "cursors": "i32", "table": "i32", "pinned": "i32", "lists": "i32"}
 
 

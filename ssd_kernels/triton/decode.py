@@ -70,10 +70,10 @@ def eviction_rank(key, position):
 
 @triton.jit
 def rank_of(score, position, newest, prompt_len, steps, recent, rule, pinned, num_visual_tokens, valid):
-    """Rule 4's order as int64, protected tokens above pinned ones above keys; -1 bits of ``pinned`` are a head's mask.
+    """Rule 4's order as int64: protected tokens above pinned ones above keys.
 
     ``score``, ``position``, ``valid``: [N]. ``newest``: highest position held. ``steps``: decode steps taken, this one
-    included.
+    included. ``pinned``: the head's row of the pin mask.
     """
     attended = tl.maximum(steps - tl.maximum(position - prompt_len, 0), 1)
     mean = tl.div_rn(score, attended.to(tl.float32))
@@ -181,9 +181,12 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
                   INTERPRETED: tl.constexpr):
     """One (batch row, head) of one decode step. Tensors as in `ssd_kernels.state.LayerState`.
 
-    ``q`` [B, Hq, D], ``k`` and ``v`` [B, H, D] with the given strides, ``out`` [B, Hq, D] contiguous. ``logits``:
-    float32 [B, GROUP, T], scratch; ``lists``: the same memory as int32. ``period``: max(R, 1). ``EVICT_BLOCK``: at least the evictable tokens of any heavy
-    head. ``scale``: of the dot products. ``cos``, ``sin``: float32 [N, D / 2], read if ROTARY. ``INTERPRETED``: avoid what Triton's interpreter cannot do in bfloat16.
+    ``q`` [B, Hq, D], ``k`` and ``v`` [B, H, D] with the given strides, ``out`` [B, Hq, D] contiguous.
+    ``logits``: float32 [B, GROUP, T], scratch; ``lists``: the same memory as int32.
+    ``cos``, ``sin``: float32 [N, D / 2], read if ROTARY.
+    ``period``: max(R, 1). ``scale``: of the dot products.
+    ``EVICT_BLOCK``: at least the evictable tokens of any heavy head.
+    ``INTERPRETED``: avoid what Triton's interpreter cannot do in bfloat16.
     """
     program = tl.program_id(0)
     row = (program % batch).to(tl.int64)
@@ -289,8 +292,9 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
                 valid = index <= evictable
                 at = base + index
                 held = tl.load(position_at + at, mask=valid, other=0)
-                rank = rank_of(tl.load(score_at + at, mask=valid, other=0.0), held, position, prompt_len, step + 1, recent,
-                               rule, pinned + head * pin_words, num_visual_tokens, valid)
+                score = tl.load(score_at + at, mask=valid, other=0.0)
+                rank = rank_of(score, held, position, prompt_len, step + 1, recent, rule, pinned + head * pin_words,
+                               num_visual_tokens, valid)
                 tl.debug_barrier()  # before scores and positions of losers are overwritten
                 if EVERY_STEP:
                     # One token leaves. If it is not the new one, the new one takes its slot.

@@ -45,7 +45,8 @@ def short(dtype: torch.dtype) -> str:
 
 def _param(case: Case, *more: object, id: str) -> object:
     reason = backends.available().get(case.name, "not registered")
-    return pytest.param(case, *more, id=id, marks=[pytest.mark.skip(reason=f"{case.name}: {reason}")] if reason else [])
+    marks = [pytest.mark.skip(reason=f"{case.name}: {reason}")] if reason else []
+    return pytest.param(case, *more, id=id, marks=[*marks, *([pytest.mark.gpu] if case.device == "cuda" else [])])
 
 
 each_backend = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES])

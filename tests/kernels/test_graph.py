@@ -1,0 +1,42 @@
+"""A whole picture replayed from one captured CUDA graph equals eager decoding bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ssd_kernels import CachePlan, CompressedCache, HeadSpec
+
+from .cases import BF16, CASES
+
+B, H, D, PROMPT, STEPS = 4, 4, 64, 9, 576
+PLAN = CachePlan.uniform(HeadSpec.heavy(48, recent=12, score="mean"), num_layers=1, num_heads=H, row_buffer=24)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.device == "cuda"])
+def test_replay_equals_eager(name: str) -> None:
+    """Every step from the same graph, refreshes included, and once more past the end, which changes nothing."""
+    random = torch.Generator("cuda").manual_seed(0)
+    tokens = torch.randn(STEPS, 3, B, H, D, generator=random, device="cuda").to(BF16)
+    prompt = torch.randn(B, H, PROMPT, D, generator=random, device="cuda").to(BF16)
+    eager, replayed = (CompressedCache(PLAN, batch_size=B, num_query_heads=H, head_dim=D, max_prompt=PROMPT,
+                                       num_visual_tokens=STEPS, dtype=BF16, device="cuda", backend=name)
+                       for _ in range(2))
+    replayed.warmup()
+    for cache in (eager, replayed):
+        cache.prefill(0, prompt, prompt, [PROMPT, 1, 0, 5])
+    given = tokens[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = replayed.decode(0, *given)
+    for step in range(STEPS):
+        given.copy_(tokens[step])
+        graph.replay()
+        assert torch.equal(out, eager.decode(0, *tokens[step])), step
+    for mine, other in zip(replayed._layers[0].tensors, eager._layers[0].tensors, strict=True):
+        assert torch.equal(mine, other)
+    graph.replay()
+    for mine, other in zip(replayed._layers[0].tensors, eager._layers[0].tensors, strict=True):
+        assert torch.equal(mine, other)
