@@ -84,6 +84,7 @@ class _Shared:
             self.plan, batch_size=rows, num_query_heads=query.shape[1], head_dim=head_dim,
             max_prompt=max(self.prompt_lens), num_visual_tokens=self.num_visual_tokens, dtype=values.dtype,
             device=values.device, backend=self.backend)
+        self.compressed.warmup()  # so that a compilation is announced, and not part of the first token
         return self.compressed
 
     def without_padding(self, tensor: torch.Tensor) -> torch.Tensor:

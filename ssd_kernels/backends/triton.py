@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..state import LayerState, Rotary
+from ..triton.launch import check_limits
 from .base import Backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,7 +49,7 @@ class TritonBackend(Backend):
         kernels, launch = _modules()
         layout, (batch, slots, head_dim), heads = state.layout, state.keys.shape, state.table.shape[0]
         group = q.shape[1] // heads
-        _check_limits(heads, layout.num_visual_tokens, launch)
+        check_limits(heads, layout.num_visual_tokens)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         # From torch's caching allocator, so that all layers share it and a graph keeps it.
         logits = torch.empty((batch, group, layout.scored_slots), dtype=torch.float32, device=q.device)
@@ -80,7 +81,7 @@ class TritonBackend(Backend):
                 scores: torch.Tensor | None, rows: Sequence[int]) -> None:
         kernels, launch = _modules()
         layout, heads = state.layout, state.table.shape[0]
-        _check_limits(heads, layout.num_visual_tokens, launch)
+        check_limits(heads, layout.num_visual_tokens)
         if not rows:
             return
         k, v = k.contiguous(), v.contiguous()
@@ -115,9 +116,3 @@ def _capability(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def _check_limits(heads: int, num_visual_tokens: int, launch: Any) -> None:
-    if heads > launch.MAX_HEADS or num_visual_tokens > launch.MAX_STEPS:
-        raise ValueError(f"the triton backend serves at most {launch.MAX_HEADS} KV heads and {launch.MAX_STEPS} visual "
-                         f"tokens, got {heads} and {num_visual_tokens}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..files import write_atomically
 
 __all__ = ["HeadProfile"]
 
@@ -90,21 +91,13 @@ class HeadProfile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file. It appears whole or not at all."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {f.name: value.contiguous() for f in fields(self)
                    if isinstance(value := getattr(self, f.name), torch.Tensor)}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, {"format": FORMAT, "version": str(VERSION), "profile": json.dumps(rest)})
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        data = save(tensors, {"format": FORMAT, "version": str(VERSION), "profile": json.dumps(rest)})
+        write_atomically(Path(path), lambda file: file.write(data))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadProfile:

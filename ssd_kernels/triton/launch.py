@@ -17,6 +17,13 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def check_limits(heads: int, num_visual_tokens: int) -> None:
+    """Raise ValueError if the cursors cannot count so many KV heads or steps."""
+    if heads > MAX_HEADS or num_visual_tokens > MAX_STEPS:
+        raise ValueError(f"the triton backend serves at most {MAX_HEADS} KV heads and {MAX_STEPS} visual tokens, got "
+                         f"{heads} and {num_visual_tokens}")
+
+
 @dataclass(frozen=True)
 class DecodeConfig:
     """How `decode_kernel` is compiled for a layer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,16 +174,19 @@ def test_missing_file(tmp_path: Path) -> None:
         CachePlan.load(tmp_path / "nowhere.json")
 
 
-@pytest.mark.parametrize("failing", ["json.dump", "os.replace", "os.chmod"])
+@pytest.mark.parametrize("failing", ["os.fdopen", "os.replace", "os.chmod"])
 def test_save_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     """A save that fails half-way leaves the old file as it was, and no litter beside it."""
     path = tmp_path / "plan.json"
     mixed(3).save(path)
     before = path.read_bytes()
 
-    def fail(*args: object, **_: object) -> None:
-        if failing == "json.dump":
-            args[1].write("{half")
+    fdopen = os.fdopen
+
+    def fail(*args: Any) -> None:
+        if failing == "os.fdopen":
+            with fdopen(*args) as file:
+                file.write(b"{half")
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from ssd_kernels import CachePlan, HeadSpec
+from ssd_kernels import CachePlan, HeadSpec, backends
+from ssd_kernels.backends.triton import TritonBackend
 from ssd_kernels.layout import LayerLayout
 from ssd_kernels.triton import launch
+from ssd_kernels.triton.launch import check_limits
 
 
 @pytest.mark.parametrize(("n", "power"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
@@ -68,3 +73,25 @@ def test_byte_count_follows_the_sizes_of_the_tensors() -> None:
     full = layout(HeadSpec.full(), HeadSpec.full(), tokens=30)
     slabs = full.nbytes(1, 64, torch.bfloat16) - 8 - 2 * 4 * (8 + full.pin_words)
     assert launch.step_bytes(full, 10, 29, 64, 2) == slabs + 16 + 128 * 4 * 2
+
+
+def test_auto_takes_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the compiled CUDA extension, `backend="auto"` serves CUDA tensors with Triton."""
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert backends.resolve("auto", torch.device("cuda"), torch.bfloat16, 128).name == "triton"
+    with pytest.raises(ValueError, match="head_dim"):
+        backends.resolve("triton", torch.device("cuda"), torch.bfloat16, 20)
+
+
+def test_import_needs_no_triton() -> None:
+    """`import ssd_kernels` loads torch only; Triton comes with the first use of its backend."""
+    code = "import sys, ssd_kernels; ssd_kernels.info(); sys.exit('triton.language' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("heads", "steps"), [(launch.MAX_HEADS + 1, 8), (2, launch.MAX_STEPS + 1)])
+def test_limits_are_refused(heads: int, steps: int) -> None:
+    """The cursor's bits hold so many steps and programs."""
+    with pytest.raises(ValueError, match="at most"):
+        check_limits(heads, steps)

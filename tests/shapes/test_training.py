@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim._muon import _zeropower_via_newtonschulz  # here, before a test replaces it
 
 from ssd_shapes import attention, data, janus, losses, text, tokens, train, world
 
@@ -87,7 +88,7 @@ def test_held_out_measures(tokenizer):
     with torch.no_grad():
         train.measure(janus.build_model(tokenizer), losses.SceneHead(), batches, progress)
     assert progress.held_out_loss == pytest.approx(math.log(tokens.CODES), abs=0.5)  # untrained
-    assert progress.held_out_scene.keys() == {"shape", "color", "number"}
+    assert progress.held_out_scene.keys() == {"shape", "color", "number", "column"}
     assert progress.held_out_scene["number"] == 0.0  # a blank head says that no object begins
 
 
@@ -108,10 +109,10 @@ def covered(scene: world.Scene) -> np.ndarray:
 def test_labels_are_what_objects_cover():
     for scene in scenes(100):
         shares = covered(scene)
-        owner = np.where(shares.max(0) >= data.SHOWN, shares.argmax(0), -1)
+        owner = np.where(shares.max(0) >= world.SHOWN, shares.argmax(0), -1)
         shown = [scene.objects[number] if number >= 0 else None for number in owner]
         shapes, colors, begins = data.label(scene)
-        clear = (abs(shares - data.SHOWN) > 0.005).all(0)  # pictures are rounded to whole levels
+        clear = (abs(shares - world.SHOWN) > 0.005).all(0)  # pictures are rounded to whole levels
         expected = np.array([list(world.SHAPES).index(item.shape) if item else -1 for item in shown])
         assert np.array_equal(shapes[clear], expected[clear])
         expected = np.array([list(world.COLORS).index(item.color) if item else -1 for item in shown])
@@ -179,29 +180,60 @@ def test_remaining_objects():
     assert remaining.tolist() == [2] * 101 + [1] * 200 + [0] * 275
 
 
-def perfect_reading(batch: data.Batch) -> tuple[torch.Tensor, ...]:
-    targets = batch.shapes.clamp(min=0), batch.colors.clamp(min=0), losses.remaining_objects(batch.begins)
-    return tuple(50.0 * F.one_hot(t, n) for t, n in zip(targets, losses.SceneHead().parts, strict=True))
+def test_next_begin():
+    coming = losses.next_begin(toy_batch().begins)[0]
+    assert coming.tolist() == [100] * 101 + [300] * 200 + [tokens.TOKENS] * 275
+
+
+def perfect_reading(batch: data.Batch) -> losses.Reading:
+    coming, here = losses.next_begin(batch.begins), torch.arange(tokens.TOKENS)[None]
+    targets = (batch.shapes.clamp(min=0), batch.colors.clamp(min=0), losses.remaining_objects(batch.begins),
+               here // 24, here % 24, (coming // 24).clamp(max=23), coming % 24)  # fmt: skip
+    return losses.Reading(*(50.0 * F.one_hot(t, n) for t, n in zip(targets, losses.SceneHead().parts, strict=True)))
 
 
 def test_scene_loss():
     batch = toy_batch()
     blank = losses.SceneHead()(torch.randn(1, tokens.TOKENS, janus.HIDDEN))
     nats = 2 * math.log(len(world.SHAPES)) + math.log(len(world.COLORS)) + math.log(losses.MOST_OBJECTS + 1)
-    assert losses.scene_loss(blank, batch).item() == pytest.approx(nats)
-    shapes, colors, remaining = perfect_reading(batch)
-    shapes[0, 0], colors[0, 101] = -shapes[0, 0], -colors[0, 101]  # background's shape and inner colours do not matter
-    assert losses.scene_loss((shapes, colors, remaining), batch) < 1e-6
-    for part, place in ((shapes, 101), (colors, 300), (remaining, 0)):
+    assert losses.scene_loss(blank, batch).item() == pytest.approx(nats + losses.PLACE_WEIGHT * 4 * math.log(24))
+    read = perfect_reading(batch)
+    # Background's shape, inner colours and what comes after the last object do not matter.
+    for part, place in ((read.shape, 0), (read.color, 101), (read.next_row, 301), (read.next_column, 301)):
         part[0, place] *= -1
-        assert losses.scene_loss((shapes, colors, remaining), batch) > 0.05
+    assert losses.scene_loss(read, batch) < 1e-6
+    matters = {"shape": 101, "color": 300, "remaining": 0, "row": 500, "column": 500, "next_row": 0, "next_column": 300}
+    assert matters.keys() == set(read._fields)
+    for name, place in matters.items():
+        part = getattr(read, name)
+        part[0, place] *= -1
+        assert losses.scene_loss(read, batch) > 0.01, name
         part[0, place] *= -1
 
 
 def test_scene_accuracy():
     batch = toy_batch()
-    shapes, colors, remaining = perfect_reading(batch)
-    read = (shapes, colors, remaining)
-    assert losses.scene_accuracy(read, batch) == {"shape": 1.0, "color": 1.0, "number": 1.0}
-    colors[0, 300], remaining[0, 0] = -colors[0, 300], -remaining[0, 0]
-    assert losses.scene_accuracy(read, batch) == {"shape": 1.0, "color": 0.5, "number": 0.0}
+    read = perfect_reading(batch)
+    assert losses.scene_accuracy(read, batch) == {"shape": 1.0, "color": 1.0, "number": 1.0, "column": 1.0}
+    read.color[0, 300] *= -1
+    read.remaining[0, 0] *= -1
+    read.column[0, :288] *= -1
+    assert losses.scene_accuracy(read, batch) == {"shape": 1.0, "color": 0.5, "number": 0.0, "column": 0.5}
+
+
+def test_a_head_takes_over_the_rows_of_a_smaller_one():
+    head = losses.SceneHead()
+    smaller = torch.randn(23, janus.HIDDEN)
+    head.start_from(smaller)
+    assert torch.equal(head.weight[:23], smaller) and not head.weight[23:].any()
+
+
+def test_orthogonalize_is_torchs_iteration():
+    """In float32 what torch's Muon does in bfloat16, for tall and wide matrices."""
+    for shape in ((64, 96), (96, 64)):
+        grad, coefficients = torch.randn(shape), (3.4445, -4.775, 2.0315)
+        mine = train.orthogonalize(grad, coefficients, 5, 1e-7)
+        assert mine.dtype == torch.float32 and mine.shape == shape
+        assert (mine - _zeropower_via_newtonschulz(grad, coefficients, 5, 1e-7).float()).norm() < 0.03 * mine.norm()
+        assert torch.linalg.svdvals(mine).max() < 1.3
+

@@ -57,7 +57,8 @@ def test_splits_share_no_prompt():
 
 
 def test_genevals_wording():
-    prompts = {s.prompt for s in scenes(3000)}
+    rng = np.random.default_rng(0)
+    prompts = {world.draw_prompt(rng).text for _ in range(30_000)}
     for wanted in ("a photo of a circle", "a photo of three stars", "a photo of an orange heart"):
         assert wanted in prompts
     assert any(" to the left of " in p for p in prompts)
@@ -99,3 +100,30 @@ def test_code_book_reconstructs():
         assert torch.equal(book.decode(book.encode(flat)).byte(), flat)
     # A picture made of codes has those codes.
     assert torch.equal(book.encode(book.decode(codes)), codes)
+
+
+def test_objects_begin_in_order():
+    """Different objects begin in the order of the prompt, related ones with the left or upper one first."""
+    first_named = {"left of": 0, "above": 0, "right of": 1, "below": 1}
+    checked = 0
+    for scene in scenes(500):
+        shapes = [word for word in scene.prompt.replace(",", "").split() if word in world.SHAPES]
+        if len(set(shapes)) < 2:
+            continue
+        relation = next((thing["position"][0] for thing in scene.include if "position" in thing), "above")
+        drawn = [item.shape for item in sorted(scene.objects, key=world.first_token)]
+        assert drawn == (shapes if first_named[relation] == 0 else shapes[::-1]), scene.prompt
+        checked += 1
+    assert checked > 100
+
+
+def test_first_token_is_where_a_picture_first_shows_an_object():
+    for scene in scenes(100):
+        for item in scene.objects:
+            alone = world.Scene(scene.prompt, scene.family, [], [], [item], scene.background)
+            empty = world.Scene(scene.prompt, scene.family, [], [], [], scene.background)
+            changed = abs(world.render(alone).astype(int) - world.render(empty)).sum(-1) > 0
+            patches = changed.reshape(24, 4, 24, 4).mean((1, 3)).reshape(-1)
+            first = world.first_token(item)
+            # Patches before it may show a sliver, and it shows more than one pixel's edge.
+            assert patches[first] > world.SHOWN / 2 and (patches[:first] <= 0.5).all()
