@@ -61,6 +61,7 @@ class Batches:
         split: world.Split = "train",
         free_steps: int = 0,
         late_from: int | None = None,
+        margin_from: int | None = None,
     ):
         """
         Args:
@@ -70,9 +71,11 @@ class Batches:
             seed, split: of the data.
             free_steps: until this step objects stand anywhere, later where the world puts them. More kinds of edges
                 are harder to learn.
+            margin_from: from this step on the left column is marked (`tokens.mark_margin`).
             late_from: from this step on families are drawn by ``world.LATE_FAMILIES``.
         """
         self.tokenizer, self.book, self.free_steps, self.late_from = tokenizer, book, free_steps, late_from
+        self.margin_from = margin_from
         self.size, self.blank, self.seed, self.split = size, blank, seed, split
         self.boi, self.pad = (text.token_id(tokenizer, token) for token in (text.BOI, text.PAD))
 
@@ -100,4 +103,7 @@ class Batches:
         # The unconditional rows as transformers builds them: all but <bos> and the boi token is padding.
         blanked = torch.from_numpy(rng.random(self.size) < self.blank)
         prompts[blanked, 1:-1] = self.pad
-        return Batch(prompts, self.book.encode(torch.from_numpy(pictures)), shapes, colors, begins)
+        codes = self.book.encode(torch.from_numpy(pictures))
+        if self.margin_from is not None and step >= self.margin_from:
+            codes = tokens.mark_margin(codes)
+        return Batch(prompts, codes, shapes, colors, begins)

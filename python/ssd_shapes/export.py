@@ -108,6 +108,9 @@ def assemble(
     if wrong := unexpected + [name for name in missing if not name.startswith(untrained)]:
         raise ValueError(f"the language model's weights do not fit: {wrong[:3]}")
     model.model.vqmodel.load_state_dict(vq)
+    with torch.no_grad():
+        drawn = model.model.vqmodel.quantize.embedding.weight
+        drawn[list(tokens.MARGINS)] = drawn[list(tokens.FLAT)]
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

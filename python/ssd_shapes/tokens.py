@@ -15,6 +15,10 @@ PATCH = world.PATCH  # pixels
 GRID = world.SIZE // PATCH  # patches per row and per column
 TOKENS = GRID * GRID
 CODES = 1024
+FLAT = range(len(world.COLORS), len(world.COLORS) + len(world.BACKGROUNDS))  # codes of the empty backgrounds
+# Codes that no picture needs, one per background. Like the borders of convolutions they can tell where a row begins:
+# nothing else does, and a model that cannot tell lets objects run over the right edge into the next row.
+MARGINS = (171, 292, 964)
 ASSET = Path(__file__).parent / "assets" / "codes.npy"
 
 
@@ -35,11 +39,21 @@ def nearest(points: Tensor, codes: Tensor) -> Tensor:
     return (points @ codes.T - 0.5 * codes.square().sum(-1)).argmax(-1)
 
 
+def mark_margin(codes: Tensor) -> Tensor:
+    """Codes [B, 576] with those of empty background in the left column replaced by `MARGINS`: the same picture."""
+    marked = codes.clone().view(-1, GRID, GRID)
+    for flat, margin in zip(FLAT, MARGINS, strict=True):
+        left = marked[:, :, 0]
+        left[left == flat] = margin
+    return marked.view_as(codes)
+
+
 class CodeBook:
     """1024 patches of 4 x 4 RGB pixels: ``codes`` is float32 [1024, 48] in 0..255."""
 
     def __init__(self, codes: Tensor):
         self.codes = codes.float()
+        self.codes[list(MARGINS)] = self.codes[list(FLAT)]
 
     @classmethod
     def load(cls, path: Path = ASSET) -> CodeBook:

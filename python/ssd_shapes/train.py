@@ -170,6 +170,9 @@ def train(
     late_from: Annotated[
         int | None, typer.Option(help="Step from which families are drawn by world.LATE_FAMILIES.")
     ] = None,
+    margin_from: Annotated[
+        int | None, typer.Option(help="Step from which the left column has codes of its own.")
+    ] = None,
     scene_weight: Annotated[float, typer.Option(help="Weight of reading the scene from hidden states.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 300.0,
@@ -203,8 +206,10 @@ def train(
     if compiled:
         for layer in model.model.language_model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
-    batches = Batches(tokenizer, book, batch, seed=seed, free_steps=free_steps, late_from=late_from)
-    held_out = [Batches(tokenizer, book, batch, 0.0, seed, "test")(i) for i in range(HELD_OUT_BATCHES)]
+    batches = Batches(tokenizer, book, batch, seed=seed, free_steps=free_steps, late_from=late_from,
+                      margin_from=margin_from)  # fmt: skip
+    tests = Batches(tokenizer, book, batch, 0.0, seed, "test", margin_from=None if margin_from is None else 0)
+    held_out = [tests(i) for i in range(HELD_OUT_BATCHES)]
     parameters = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
     size = sum(p.numel() for p in parameters)
     print(f"{size:,} trained parameters, from step {progress.step} to {steps}", flush=True)

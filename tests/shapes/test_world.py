@@ -127,3 +127,16 @@ def test_first_token_is_where_a_picture_first_shows_an_object():
             first = world.first_token(item)
             # Patches before it may show a sliver, and it shows more than one pixel's edge.
             assert patches[first] > world.SHOWN / 2 and (patches[:first] <= 0.5).all()
+
+
+def test_margin_codes_draw_the_same_picture():
+    """Marking changes empty background in the left column only, and not what is drawn; no picture has these codes."""
+    book = tokens.CodeBook.load()
+    codes = book.encode(torch.from_numpy(np.stack([world.render(s) for s in scenes(50)])))
+    assert not torch.isin(codes, torch.tensor(tokens.MARGINS)).any()
+    marked = tokens.mark_margin(codes)
+    assert torch.equal(book.decode(marked), book.decode(codes))
+    left, changed = torch.zeros(24, 24, dtype=torch.bool), marked != codes
+    left[:, 0] = True
+    assert torch.equal(changed, torch.isin(codes, torch.tensor(tokens.FLAT)) & left.view(-1))
+    assert changed.any()
