@@ -71,8 +71,8 @@ of such combinations.
 The language model was trained on nearest k-means codes of patches, and, in training only, a linear reading of its
 last hidden states was trained to say which shape and colour the next token shows, where it is, and how many objects are
 still to begin and where; without it, what belongs to what in a prompt was hardly learnt in the same time. A colour that
-the prompt does not mention cannot be known where an object begins. The VQ model was trained to draw and to find the same codes.
-VQ figures are for these bfloat16 weights computed in float32.
+the prompt does not mention cannot be known where an object begins. The VQ model was trained to draw and to find the
+same codes. VQ figures are for these bfloat16 weights computed in float32.
 
 {history}
 
