@@ -36,7 +36,7 @@ demo: $(VENV)/.built
 test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels -k 'triton and not test_triton' -m 'not gpu and not slow' -W ignore
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels -k 'triton and not test_triton' -m 'not gpu and not slow' -W ignore
 
 # All contract tests in Triton's interpreter; `make test` has a part of them.
 triton: export OMP_WAIT_POLICY := passive
