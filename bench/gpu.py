@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import platform
 import statistics
@@ -16,6 +17,7 @@ import torch
 import typer
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec, backends
+from ssd_kernels.files import write_atomically
 from ssd_kernels.triton.launch import step_bytes
 
 LAYERS, TOKENS, PROMPT = 24, 576, 20
@@ -134,11 +136,13 @@ def write(lines: list[Line], about: dict[str, Any], out: Path) -> None:
     """``kernel.json`` and ``kernel.csv`` in ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     records = [asdict(line) for line in lines]
-    (out / "kernel.json").write_text(json.dumps(about | {"lines": records}, indent=1) + "\n")
-    with (out / "kernel.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, list(records[0]))
-        table.writeheader()
-        table.writerows(records)
+    text = json.dumps(about | {"lines": records}, indent=1) + "\n"
+    write_atomically(out / "kernel.json", lambda file: file.write(text.encode()))
+    rows = io.StringIO(newline="")
+    table = csv.DictWriter(rows, list(records[0]))
+    table.writeheader()
+    table.writerows(records)
+    write_atomically(out / "kernel.csv", lambda file: file.write(rows.getvalue().encode()))
 
 
 def main(out: Annotated[Path, typer.Option(help="Folder for kernel.json and kernel.csv.")]) -> None:

@@ -6,12 +6,13 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ..state import LayerState, Rotary
-from ..triton.launch import check_limits
+from ..triton import launch
 from .base import Backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,24 +47,20 @@ class TritonBackend(Backend):
 
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                scale: float, rotary: Rotary | None = None) -> torch.Tensor:
-        kernels, launch = _modules()
         layout, (batch, slots, head_dim), heads = state.layout, state.keys.shape, state.table.shape[0]
         group = q.shape[1] // heads
-        check_limits(heads, layout.num_visual_tokens)
+        launch.check_limits(heads, layout.num_visual_tokens)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         # From torch's caching allocator, so that all layers share it and a graph keeps it.
         logits = torch.empty((batch, group, layout.scored_slots), dtype=torch.float32, device=q.device)
-        evict_block = max(launch.power_of_two(layout.largest), launch.MIN_EVICT_BLOCK)
-        config = launch.decode_config(head_dim, q.element_size(), group, evict_block, _capability(q.device))
-        kernels.decode_kernel[(batch * heads,)](
+        constants, warps = launch.decode_constants(
+            head_dim, q.element_size(), group, layout.row_buffer, layout.largest, layout.scored_slots > 0,
+            layout.keep_prompt, rotary is not None, _capability(q.device))
+        _kernels().decode_kernel[(batch * heads,)](
             q, k, v, *state.tensors, out, logits, logits.view(torch.int32), *(rotary or (logits, logits)),
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], batch, heads, slots, layout.scored_slots,
             layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1), scale,
-            KEEP_PROMPT=layout.keep_prompt, EVERY_STEP=layout.row_buffer <= 1, SCORED=layout.scored_slots > 0,
-            ROTARY=rotary is not None, D=head_dim, D_PAD=launch.power_of_two(head_dim), GROUP=group,
-            GROUP_PAD=1 if group == 1 else max(launch.MIN_GROUP_BLOCK, launch.power_of_two(group)),
-            BLOCK=config.block, EVICT_BLOCK=evict_block, COPY_BLOCK=config.copy_block, STAGES=config.stages,
-            INTERPRETED=interpreting(), num_warps=config.warps)
+            **constants, INTERPRETED=interpreting(), num_warps=warps)
         return out
 
     def warmup(self, states: Sequence[LayerState], query_heads: int, rotary: bool) -> None:
@@ -79,9 +76,8 @@ class TritonBackend(Backend):
 
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
                 scores: torch.Tensor | None, rows: Sequence[int]) -> None:
-        kernels, launch = _modules()
         layout, heads = state.layout, state.table.shape[0]
-        check_limits(heads, layout.num_visual_tokens)
+        launch.check_limits(heads, layout.num_visual_tokens)
         if not rows:
             return
         k, v = k.contiguous(), v.contiguous()
@@ -90,7 +86,7 @@ class TritonBackend(Backend):
         lengths, indices = (torch.tensor(list(numbers), dtype=torch.int32).to(k.device, non_blocking=True)
                             for numbers in (prompt_lens, rows))
         slot_list = torch.empty((len(rows), heads, block), dtype=torch.int32, device=k.device)
-        kernels.prefill_kernel[(len(rows), heads)](
+        _kernels().prefill_kernel[(len(rows), heads)](
             k, v, k if scores is None else scores, lengths, indices, *state.tensors, slot_list, k.shape[2], heads,
             state.keys.shape[1], layout.scored_slots, layout.max_prompt, layout.num_visual_tokens, layout.pin_words,
             KEEP_PROMPT=layout.keep_prompt, GIVEN=scores is not None, D=k.shape[3],
@@ -99,15 +95,12 @@ class TritonBackend(Backend):
 
 
 @cache
-def _modules() -> tuple[Any, Any]:
-    """The kernels and their host side: importing them imports Triton, which `import ssd_kernels` must not."""
-    from types import SimpleNamespace
-
-    from ..triton import launch
+def _kernels() -> Any:
+    """The kernels: importing them imports Triton, which `import ssd_kernels` must not."""
     from ..triton.decode import decode_kernel
     from ..triton.prefill import prefill_kernel
 
-    return SimpleNamespace(decode_kernel=decode_kernel, prefill_kernel=prefill_kernel), launch
+    return SimpleNamespace(decode_kernel=decode_kernel, prefill_kernel=prefill_kernel)
 
 
 @cache

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .launch import MIN_GROUP_BLOCK, decode_config, power_of_two
+from .launch import decode_constants
 
 ARCHITECTURES = (80, 86, 89, 90)
 POINTERS = {"keys": "", "values": "", "q": "", "k": "", "v": "", "out": "", "scores": "fp32", "logits": "fp32",
@@ -43,27 +43,27 @@ class Resources:
 
 
 def compile_decode(architecture: int, dtype: str, head_dim: int, group: int = 1, row_buffer: int = 24,
-                   evict_block: int = 256, keep_prompt: bool = True, scored: bool = True,
+                   largest: int = 256, keep_prompt: bool = True, scored: bool = True,
                    rotary: bool = True) -> Any:
-    """Triton's compiled `decode_kernel` for a compute capability such as 80; ``dtype``: "fp32", "bf16" or "fp16"."""
+    """Triton's compiled `decode_kernel` for a compute capability such as 80.
+
+    ``dtype``: "fp32", "bf16" or "fp16". ``largest``: evictable tokens of the largest heavy head.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     from .decode import decode_kernel
 
     item_size = 4 if dtype == "fp32" else 2
-    config = decode_config(head_dim, item_size, group, evict_block, architecture)
-    constants = {
-        "KEEP_PROMPT": keep_prompt, "EVERY_STEP": row_buffer <= 1, "SCORED": scored, "ROTARY": rotary, "D": head_dim,
-        "D_PAD": power_of_two(head_dim), "GROUP": group,
-        "GROUP_PAD": 1 if group == 1 else max(MIN_GROUP_BLOCK, power_of_two(group)), "BLOCK": config.block,
-        "EVICT_BLOCK": evict_block, "COPY_BLOCK": config.copy_block, "STAGES": config.stages, "INTERPRETED": False}
+    constants, warps = decode_constants(head_dim, item_size, group, row_buffer, largest, scored, keep_prompt, rotary,
+                                        architecture)
+    constants["INTERPRETED"] = False
     names = decode_kernel.arg_names
     signature = {name: "constexpr" if name in constants else "fp32" if name == "scale" else
                  "*" + (POINTERS[name] or dtype) if name in POINTERS else "i32" for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in POINTERS}
     source = ASTSource(fn=decode_kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": config.warps})
+    return compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
 
 
 def resources(kernel: Any) -> Resources:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..layout import KIND_CODES, LayerLayout, RowView
+from ..layout import LayerLayout, RowView
 
 MAX_STEPS = 2**20 - 1  # the kernels count programs in the cursor's bits above these: decode.ARRIVALS
 MAX_HEADS = 2**11 - 1
@@ -66,6 +66,26 @@ def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, c
     return DecodeConfig(block, max(16, min(32, 4096 // dim)), warps, stages)
 
 
+def decode_constants(head_dim: int, item_size: int, group: int, row_buffer: int, largest: int, scored: bool,
+                     keep_prompt: bool, rotary: bool, capability: int = 80) -> tuple[dict[str, int | bool], int]:
+    """What `decode_kernel` is compiled with, for launches and ahead of time alike.
+
+    Args:
+        head_dim, item_size, group, capability: as in `decode_config`.
+        row_buffer, largest, keep_prompt: of the layer's layout. scored: whether any of its heads is.
+        rotary: whether q and k are rotated in the launch.
+
+    Returns:
+        the kernel's constants but INTERPRETED, by name, and the number of warps.
+    """
+    evict_block = max(power_of_two(largest), MIN_EVICT_BLOCK)
+    config = decode_config(head_dim, item_size, group, evict_block, capability)
+    return {"KEEP_PROMPT": keep_prompt, "EVERY_STEP": row_buffer <= 1, "SCORED": scored, "ROTARY": rotary,
+            "D": head_dim, "D_PAD": power_of_two(head_dim), "GROUP": group,
+            "GROUP_PAD": 1 if group == 1 else max(MIN_GROUP_BLOCK, power_of_two(group)), "BLOCK": config.block,
+            "EVICT_BLOCK": evict_block, "COPY_BLOCK": config.copy_block, "STAGES": config.stages}, config.warps
+
+
 def step_bytes(layout: LayerLayout, prompt_len: int, step: int, head_dim: int, item_size: int,
                query_heads: int | None = None) -> int:
     """Bytes that one decode step of one layer has to move for one batch row: the floor of its time.
@@ -87,6 +107,6 @@ def step_bytes(layout: LayerLayout, prompt_len: int, step: int, head_dim: int, i
         total += 2 * vector * (kept + 1)
         if span.score_offset >= 0:
             total += 8 * kept + 8
-            if KIND_CODES[span.kind] == KIND_CODES["heavy"] and (step + 1) % view.period == 0:
+            if span.kind == "heavy" and (step + 1) % view.period == 0:
                 total += 4 * view.evictable
     return total
