@@ -10,6 +10,8 @@ import torch
 
 from ..state import LayerState, Rotary
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class Backend(ABC):
     """Computes SPEC section 3 on a `LayerState`. Arguments have been validated by the caller.
@@ -27,6 +29,15 @@ class Backend(ABC):
     @abstractmethod
     def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why this backend cannot serve such tensors, or None when it can."""
+
+    @staticmethod
+    def unsupported_by_kernels(dtype: torch.dtype, head_dim: int) -> str | None:
+        """The part of `unsupported` that all compiled backends share: storage type and head size."""
+        if dtype not in KERNEL_DTYPES:
+            return f"it needs dtype float32, bfloat16 or float16, got {dtype}"
+        if head_dim % 8 or not 32 <= head_dim <= 256:
+            return f"it needs head_dim to be a multiple of 8 within 32 .. 256, got {head_dim}"
+        return None
 
     @abstractmethod
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,

@@ -25,11 +25,7 @@ class CPUBackend(Backend):
     def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":
             return f"it needs device cpu, got {device}"
-        if dtype not in DTYPE_CODES:
-            return f"it needs dtype float32, bfloat16 or float16, got {dtype}"
-        if head_dim % 8 or not 32 <= head_dim <= 256:
-            return f"it needs head_dim to be a multiple of 8 within 32 .. 256, got {head_dim}"
-        return None
+        return self.unsupported_by_kernels(dtype, head_dim)
 
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                scale: float, rotary: Rotary | None = None) -> torch.Tensor:

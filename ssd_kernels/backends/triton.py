@@ -15,8 +15,6 @@ from ..state import LayerState, Rotary
 from ..triton import launch
 from .base import Backend
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels, on tensors of the CPU: TRITON_INTERPRET=1, for tests."""
@@ -39,11 +37,7 @@ class TritonBackend(Backend):
     def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != ("cpu" if interpreting() else "cuda"):
             return f"it needs device {'cpu while interpreting' if interpreting() else 'cuda'}, got {device}"
-        if dtype not in DTYPES:
-            return f"it needs dtype float32, bfloat16 or float16, got {dtype}"
-        if head_dim % 8 or not 32 <= head_dim <= 256:
-            return f"it needs head_dim to be a multiple of 8 within 32 .. 256, got {head_dim}"
-        return None
+        return self.unsupported_by_kernels(dtype, head_dim)
 
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                scale: float, rotary: Rotary | None = None) -> torch.Tensor:
