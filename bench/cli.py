@@ -2,65 +2,244 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Benchmarks of ssd_kernels: honest rivals, cold caches, one run.", no_args_is_help=True,
+if TYPE_CHECKING:
+    import torch
+
+    from .point import Point
+    from .records import Record
+
+app = typer.Typer(help="Benchmarks of ssd_kernels: strong rivals, cold caches, one run.", no_args_is_help=True,
                   add_completion=False)
+
+Files = Annotated[list[Path], typer.Argument(help="Result files (.jsonl) or folders of them.", exists=True)]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
+Threads = Annotated[int, typer.Option(help="Threads for everybody; 0 keeps torch's choice.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of tables.")]
+Out = Annotated[Path | None, typer.Option(help="Also write the results to this file, as JSON lines.")]
+Repetitions = Annotated[int, typer.Option(min=1, help="Timed repetitions per trial.")]
+Trials = Annotated[int, typer.Option(min=1, help="Rounds over all contenders.")]
 
 
 @app.callback()
 def main() -> None:
-    """Benchmarks of ssd_kernels: honest rivals, cold caches, one run."""
+    """Benchmarks of ssd_kernels: strong rivals, cold caches, one run."""
 
 
 @app.command()
 def kernel(
-    batch: Annotated[int, typer.Option(help="Batch rows; a picture with guidance takes two.")] = 16,
-    heads: Annotated[int, typer.Option(help="KV heads of the layer.")] = 16,
-    head_dim: Annotated[int, typer.Option(help="Elements per key.")] = 128,
-    mean: Annotated[int, typer.Option(help="Mean tokens kept per head.")] = 120,
-    full: Annotated[int, typer.Option(help="Tokens of the full cache, and the longest head.")] = 600,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    threads: Annotated[int, typer.Option(help="Threads for everybody; 0 keeps torch's choice.")] = 0,
-    repetitions: Annotated[int, typer.Option(help="Timed runs per trial.")] = 50,
-    trials: Annotated[int, typer.Option(help="Rounds over all contenders.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    batch: Annotated[list[int], typer.Option(help="Rows; a picture with guidance takes two.")] = [16],  # noqa: B006
+    heads: Annotated[list[int], typer.Option(help="KV heads of the layer.")] = [16],  # noqa: B006
+    head_dim: Annotated[list[int], typer.Option(help="Elements per key.")] = [128],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="float32, bfloat16 or float16.")] = [  # noqa: B006
+        "float32", "bfloat16"],
+    mean: Annotated[list[int], typer.Option(help="Mean tokens kept per head.")] = [120],  # noqa: B006
+    full: Annotated[int, typer.Option(help="Tokens of the full cache, and of the longest head possible.")] = 600,
+    spread: Annotated[list[str], typer.Option(help="How lengths differ: uniform, two-class or skewed.")] = [  # noqa: B006
+        "skewed"],
+    plan: Annotated[Path | None, typer.Option(help="Run one layer of this plan instead.", exists=True)] = None,
+    layer: Annotated[int, typer.Option(help="Which layer of the plan.")] = 0,
+    policy: Annotated[str | None, typer.Option(help="Run this policy's plan instead (needs no profile).")] = None,
+    budget: Annotated[list[float], typer.Option(help="With --policy.")] = [0.2],  # noqa: B006
+    prompt: Annotated[int, typer.Option(help="With a plan: prompt tokens.")] = 24,
+    start: Annotated[int, typer.Option(help="With a plan: visual tokens in the cache.")] = 480,
+    score: Annotated[bool | None, typer.Option(help="Only plans with scores, or without. Default: both.")] = None,
+    row_buffer: Annotated[list[int], typer.Option(help="Steps between evictions; 0 evicts at each.")] = [  # noqa: B006
+        0, 24],
+    backend: Annotated[list[str] | None, typer.Option(help="Of ours; default all that can run but reference.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only contenders whose name holds this.")] = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+    repetitions: Repetitions = 50,
+    trials: Trials = 3,
+    as_json: AsJson = False,
+    out: Out = None,
 ) -> None:
-    """One decode step of one layer, ours against torch's attention, on cold caches of ragged heads."""
+    """One decode step of one layer, ours against others' attention, on cold caches of ragged heads.
+
+    Options that may be given several times make a table for each combination. Exits with 1 when one of our backends
+    computes something wrong; it gets no number then.
+    """
+    from .kernel import Options, any_wrong, measure
+    from .point import Point
+
+    where = _device(device, threads)
+    _check_backends(backend)
+    points: list[Point] = []
+    buffers: Sequence[int] = row_buffer
+    try:
+        if plan is not None or policy is not None:
+            points = list(_planned(plan, layer, policy, budget, row_buffer, heads, batch, head_dim, dtype, prompt,
+                                   start))
+        else:
+            points = [Point.of_lengths(*values, full=full, spread=kind) for *values, kind in
+                      itertools.product(batch, heads, head_dim, dtype, mean, spread)]
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    options = Options(where, backend, (False, True) if score is None else (score,), buffers, tuple(only or ()),
+                      repetitions, trials)
+    lines = _run([(point, lambda point, report: measure(point, options, report)) for point in points], as_json, out)
+    raise typer.Exit(any_wrong(lines))
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A", help="Result file or folder.", exists=True)],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Result file or folder.", exists=True)],
+    as_json: AsJson = False,
+) -> None:
+    """Ratios B / A of what both measured, and which of them are within the noise."""
+    from .compare import COLUMNS, comparison, rows
+    from .records import read
+
+    try:
+        found = comparison(read(before), read(after))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if as_json:
+        for one in found.pairs:
+            typer.echo(json.dumps(one.to_dict()))
+        return
+    for warning in found.warnings:
+        typer.echo(f"note: {warning}", err=True)
+    _print_table("B / A", COLUMNS, rows(found), 2)
+
+
+@app.command()
+def plot(files: Files, out: Annotated[Path, typer.Option(help="Folder for PNG and SVG files.")]) -> None:
+    """Draw roofline, time against batch and slots, step breakdown and memory, as far as the results go."""
+    from .plot import save_all
+    from .records import read
+
+    for path in save_all(_read(read, files), out):
+        typer.echo(path)
+
+
+@app.command()
+def report(
+    files: Files,
+    out: Annotated[Path | None, typer.Option(help="HTML file to write, self-contained.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Markdown file whose marked table to refresh.")] = None,
+) -> None:
+    """Build one page from result files, or refresh the table between a Markdown file's markers."""
+    from .records import read
+    from .report import refresh, save
+
+    if out is None and readme is None:
+        raise typer.BadParameter("give --out or --readme")
+    lines = _read(read, files)
+    try:
+        if out is not None:
+            save(lines, out)
+            typer.echo(out)
+        if readme is not None:
+            refresh(readme, lines)
+            typer.echo(readme)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _read(read: Any, files: list[Path]) -> list[Record]:
+    try:
+        found: list[Record] = read(*files)
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    return found
+
+
+def _device(name: str, threads: int) -> torch.device:
     import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"must be auto, cpu or cuda, got {name!r}", param_hint="--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("there is no CUDA device here", param_hint="--device")
+    if threads:
+        torch.set_num_threads(threads)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _check_backends(names: list[str] | None) -> None:
+    from ssd_kernels import backends
+
+    for name in names or ():
+        reason = backends.available().get(name, f"must be one of {', '.join(backends.backend_names())}")
+        if reason:
+            raise typer.BadParameter(f"{name!r}: {reason}", param_hint="--backend")
+
+
+def _planned(path: Path | None, layer: int, policy: str | None, budgets: Sequence[float], row_buffers: Sequence[int],
+             heads: Sequence[int], batches: Sequence[int], head_dims: Sequence[int], dtypes: Sequence[str],
+             prompt: int, start: int) -> Iterator[Point]:
+    """Points of a plan file, or of a policy at every budget and row buffer."""
+    from ssd_janus import ModelShape
+    from ssd_kernels import CachePlan
+    from ssd_kernels.policies import build
+
+    from .point import Point
+
+    if path is not None and policy is not None:
+        raise ValueError("give --plan or --policy, not both")
+    plans = []
+    if path is not None:
+        plans.append((f"plan {path.name}, layer {layer}", CachePlan.load(path)))
+    else:
+        for count, budget, buffer in itertools.product(heads, budgets, row_buffers):
+            made = build(policy or "", ModelShape(1, count, count, 128, 576, 24), budget, buffer)
+            plans.append((f"policy {policy} {budget:.0%}, row buffer {buffer}", made))
+    for (label, plan), batch, head_dim, dtype in itertools.product(plans, batches, head_dims, dtypes):
+        yield Point.of_plan(plan, layer, label, batch, head_dim, dtype, prompt, start, 576)
+
+
+def _run(jobs: list[tuple[Any, Any]], as_json: bool, out: Path | None) -> list[Record]:
+    """Do the jobs, (what, function of it and of a progress callback), and print or write what each gives at once."""
+    from rich.console import Console
+
+    from .records import write
+
+    console, lines = Console(stderr=True), []
+    for number, (what, job) in enumerate(jobs, 1):
+        with console.status("starting") as status:
+            found = job(what, lambda text: status.update(f"{number} of {len(jobs)}: {text}"))  # noqa: B023
+        lines += found
+        if out is not None:
+            write(lines, out)
+        if as_json:
+            for line in found:
+                typer.echo(json.dumps(line))
+        else:
+            print_records(found)
+    return lines
+
+
+def print_records(lines: Sequence[Record]) -> None:
+    """Print a table per point, with the machine below."""
+    from .tables import describe, machine_line, points
+
+    for group in points(lines):
+        title, columns, rows, texts = describe(group)
+        _print_table(title, columns, rows, texts)
+        typer.echo(machine_line(group[0]) + "\n")
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> None:
+    import sys
+
     from rich.console import Console
     from rich.table import Table
 
-    from .kernel import Shape, measure, to_json
-    from .timing import machine
-
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise typer.BadParameter(f"must be one of {', '.join(dtypes)}, got {dtype!r}", param_hint="--dtype")
-    if threads:
-        torch.set_num_threads(threads)
-    try:
-        shape = Shape(batch, heads, head_dim, mean, full, dtypes[dtype])
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    console = Console(stderr=True)
-    with console.status("checking outputs") as status:
-        rows = measure(shape, repetitions, trials, progress=lambda name: status.update(f"timing {name}"))
-    about = machine()
-    if as_json:
-        typer.echo(json.dumps({"machine": about, **to_json(shape, rows)}))
-        return
-    table = Table(title=f"batch {batch}, {heads} heads x {head_dim}, mean {mean} of {full} slots, {dtype}, cold caches")
-    for name in ("", "does"):
-        table.add_column(name)
-    for name in ("best us", "median us", "GB/s", "time / ours"):
-        table.add_column(name, justify="right")
+    table = Table(title=title)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number < texts else "right", no_wrap=number >= texts)
     for row in rows:
-        table.add_row(row.name, row.does, f"{row.microseconds:.0f}", f"{row.median_microseconds:.0f}",
-                      f"{row.bytes / row.microseconds / 1e3:.1f}", f"{row.ratio:.2f}")
-    Console().print(table)
-    Console().print(f"{about['processor']}, {about['threads']} threads, load {about['load']:.1f}, "
-                    f"torch {about['torch']}, {about['instruction_set']}; 'ours' is ssd_kernels heavy")
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)

@@ -1,202 +1,172 @@
-"""One decode step of one layer against torch's dense attention, on cold caches."""
+"""`ssd-bench kernel`: one decode step of one layer, ours and its rivals, gated by correctness, on cold caches."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from ssd_kernels import CachePlan, CompressedCache, HeadSpec
+from ssd_kernels import backends
 
-from .timing import Timing, time_interleaved
+from . import machine, ours, rivals, rivals_gpu
+from .contender import Arena, Built, Contender, NotInstalled, WrongResult, copies_of, count_launches, fill
+from .point import Point
+from .records import Record, record
+from .timing import REPETITIONS, TRIALS, Timing, Work, stopwatch, time_in_turn
 
-# Far more than any last-level cache, so that a slab has been evicted by the time its turn comes again.
-COLD_BYTES = 256 * 2**20
-OURS = ("ssd_kernels window", "ssd_kernels heavy", "ssd_kernels heavy, row buffer")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One benchmark point. Lengths are tokens per head: ``mean`` kept on average out of ``full``."""
-
-    batch: int = 16
-    heads: int = 16
-    head_dim: int = 128
-    mean: int = 120
-    full: int = 600
-    dtype: torch.dtype = torch.bfloat16
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 2 <= self.mean <= self.full:
-            raise ValueError(f"mean must be within 2 .. full = {self.full}, got {self.mean}")
-
-    def lengths(self) -> list[int]:
-        """Exponentially spread head lengths with the asked mean, none above ``full``: some heads need far more."""
-        quantiles = [-math.log(1 - (head + 0.5) / self.heads) for head in range(self.heads)]
-        low, high = 0.0, self.full / quantiles[0]  # at which every head is full
-        for _ in range(60):
-            scale = (low + high) / 2
-            total = sum(min(max(2, round(scale * quantile)), self.full) for quantile in quantiles)
-            low, high = (scale, high) if total < self.mean * self.heads else (low, scale)
-        return [min(max(2, round(high * quantile)), self.full) for quantile in quantiles]
-
-    @property
-    def useful_bytes(self) -> int:
-        """K and V bytes of the slots one step has to read."""
-        return 2 * self.batch * sum(self.lengths()) * self.head_dim * self.dtype.itemsize
+LARGE = 128 * 2**20  # bytes of a read or copy in which starting it counts for nothing
+READ, READ_LARGE, COPY_LARGE = "read the kept bytes once", "large read", "large copy"
+OK = "ok"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the result table. ``bytes`` are the K and V bytes the contender reads in one step."""
+class Options:
+    """What to run at a point.
 
-    name: str
-    does: str
-    microseconds: float
-    median_microseconds: float
-    bytes: int
-    ratio: float
-
-
-def measure(shape: Shape, repetitions: int = 50, trials: int = 3,
-            progress: Callable[[str], None] = lambda name: None) -> list[Row]:
-    """Time every contender on the same shape in one run.
-
-    Every contender owns enough separate copies of its cache to fill `COLD_BYTES` and takes them in turn. The first
-    contender is a plain read of the bytes our step has to read, by ``torch.sum``.
-
-    Raises:
-        RuntimeError: our output differs from float64 attention over the same tokens; no time is reported then.
+    Attributes:
+        device: where. backends: of ours; None for all that can run there but the slow reference.
+        scored, row_buffers: kinds of our plans. only: parts of contenders' names; empty for all.
+        repetitions, trials: of the protocol.
     """
-    check(shape)
-    contenders: dict[str, tuple[str, int, Callable[[], Callable[[], object]]]] = {
-        "read": ("reads the kept bytes once (torch.sum)", shape.useful_bytes, lambda: _read(shape)),
-        OURS[0]: ("append, attend, evict", shape.useful_bytes, lambda: _ours(shape, HeadSpec.window, 0)),
-        OURS[1]: ("append, attend, score, evict", shape.useful_bytes, lambda: _ours(shape, HeadSpec.heavy, 0)),
-        OURS[2]: ("append, attend, score, refresh every 24", shape.useful_bytes,
-                  lambda: _ours(shape, HeadSpec.heavy, 24)),
-        "SDPA uniform": ("attend only; every head the mean length", _dense_bytes(shape, shape.mean),
-                         lambda: _sdpa(shape, shape.mean, masked=False)),
-        "SDPA padded + mask": ("attend only; padded to the longest head", _dense_bytes(shape, max(shape.lengths())),
-                               lambda: _sdpa(shape, max(shape.lengths()), masked=True)),
-        "SDPA full cache": ("attend only; nothing compressed", _dense_bytes(shape, shape.full),
-                            lambda: _sdpa(shape, shape.full, masked=False)),
-        "two bmm, uniform": ("attend only; every head the mean length", _dense_bytes(shape, shape.mean),
-                             lambda: _bmm(shape, shape.mean)),
-    }
-    # One contender's caches at a time: together they would not fit a small machine.
-    timings: dict[str, Timing] = {}
-    rounds: dict[str, list[Timing]] = {name: [] for name in contenders}
-    for _ in range(trials):
-        for name, (_, _, build) in contenders.items():
-            progress(name)
-            rounds[name].append(time_interleaved({name: build()}, repetitions, 1)[name])
-    for name, values in rounds.items():
-        timings[name] = Timing(min(value.best for value in values), sorted(v.median for v in values)[len(values) // 2])
-    ours = timings[OURS[1]].best
-    return [Row(name, does, 1e6 * timings[name].best, 1e6 * timings[name].median, read, timings[name].best / ours)
-            for name, (does, read, _) in contenders.items()]
+
+    device: torch.device = torch.device("cpu")
+    backends: Sequence[str] | None = None
+    scored: Sequence[bool] = (False, True)
+    row_buffers: Sequence[int] = (0, 24)
+    only: Sequence[str] = ()
+    repetitions: int = REPETITIONS
+    trials: int = TRIALS
+
+    def backend_names(self) -> list[str]:
+        if self.backends is not None:
+            return list(self.backends)
+        names = ("cpu",) if self.device.type == "cpu" else ("cuda", "triton")
+        return [name for name in names if backends.available().get(name, "absent") is None]
 
 
-def check(shape: Shape) -> None:
-    """Compare our step with float64 attention over the same tokens. Raises RuntimeError when it is wrong."""
-    cache, prompt_k, prompt_v = _cache(shape, HeadSpec.heavy, 0, seed=1)
-    q, k, v = _token(shape)
-    kept = [cache.positions(0, head) for head in range(shape.heads)]
-    out = cache.decode(0, q, k, v).double()
-    for row in range(shape.batch):
-        for head in range(shape.heads):
-            index = kept[head][row]
-            keys = torch.cat([prompt_k[row, head, index], k[row, head, None]]).double()
-            values = torch.cat([prompt_v[row, head, index], v[row, head, None]]).double()
-            exact = torch.softmax(keys @ q[row, head].double() / math.sqrt(shape.head_dim), 0) @ values
-            tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[shape.dtype]
-            error = (out[row, head] - exact).abs().max().item()
-            if not error <= tolerance:
-                raise RuntimeError(f"wrong output at row {row}, head {head}: error {error:.2e} above {tolerance:.0e}")
+def contenders(point: Point, options: Options) -> list[Contender]:
+    """Ours first, then the rivals for the device, as far as ``options.only`` asks for them."""
+    arena = Arena(point, options.device)
+    found = ours.contenders(point, options.backend_names(), options.scored, options.row_buffers, options.device)
+    found += rivals.contenders(point, arena, options.device)
+    if options.device.type == "cuda":
+        found += rivals_gpu.contenders(point, arena, options.device)
+    found = [one for one in found if not options.only or any(part in one.name for part in options.only)]
+    available = machine.available_bytes(options.device)
+    arena.reserve(max((one.needs for one in found if one.backend is None and one.needs < available), default=0))
+    return found
 
 
-def to_json(shape: Shape, rows: list[Row]) -> dict[str, object]:
-    """The result as plain values."""
-    return {"shape": {**asdict(shape), "dtype": str(shape.dtype).removeprefix("torch.")},
-            "lengths": shape.lengths(), "rows": [asdict(row) for row in rows]}
+def measure(point: Point, options: Options, progress: Callable[[str], None] = lambda text: None) -> list[Record]:
+    """Benchmark every contender at one point in one run.
 
+    A contender whose output or kept tokens are wrong, whose library is missing or that does not fit gets a record
+    that says so instead of a number. The first record is a plain read of the bytes that are kept.
 
-def _copies(bytes_each: int) -> int:
-    return max(2, -(-COLD_BYTES // bytes_each))
-
-
-def _rotate(calls: list[Callable[[], object]]) -> Callable[[], object]:
-    turn = 0
-
-    def call() -> object:
-        nonlocal turn
-        turn = (turn + 1) % len(calls)
-        return calls[turn]()
-
-    return call
-
-
-def _token(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(torch.randn(3, shape.batch, shape.heads, shape.head_dim).to(shape.dtype).unbind(0))  # type: ignore[return-value]
-
-
-def _cache(shape: Shape, kind: Callable[[int], HeadSpec], row_buffer: int,
-           seed: int) -> tuple[CompressedCache, torch.Tensor, torch.Tensor]:
-    """A cache in its steady state: a competing prompt fills every head up to its length at once.
-
-    A head of length n keeps n - 1 tokens and appends one; with a row buffer it keeps fewer and holds n on average.
+    Args:
+        progress: called with what is being done.
     """
-    torch.manual_seed(seed)
-    held = row_buffer // 2 if row_buffer else 1
-    plan = CachePlan([[kind(max(1, length - held)) for length in shape.lengths()]], row_buffer, keep_prompt=False)
-    cache = CompressedCache(plan, batch_size=shape.batch, num_query_heads=shape.heads, head_dim=shape.head_dim,
-                            max_prompt=shape.full, num_visual_tokens=2**20, dtype=shape.dtype)
-    k, v = torch.randn(2, shape.batch, shape.heads, shape.full, shape.head_dim).to(shape.dtype).unbind(0)
-    cache.prefill(0, k, v, [shape.full] * shape.batch, scores=torch.rand(shape.batch, shape.heads, shape.full))
-    return cache, k, v
+    torch.manual_seed(0)
+    about = machine.facts(options.device)
+    built: dict[str, Built] = {}
+    status: dict[str, str] = {}
+    listed = contenders(point, options)
+    for one in listed:
+        progress(f"checking {one.name}")
+        ready = prepare(one, options.device)
+        if isinstance(ready, str):
+            status[one.name] = ready
+        else:
+            built[one.name] = ready
+    launches = {name: count_launches(ready.work.calls[-1], options.device) + ready.native_calls
+                for name, ready in built.items()}
+    works = {name: ready.work for name, ready in built.items()} | ceilings(point, options.device)
+    watches = {}
+    for name, work in works.items():
+        progress(f"preparing {name}")
+        try:
+            watches[name] = stopwatch(work, options.device), work
+        except RuntimeError as error:  # torch's words for what a graph cannot hold
+            status[name] = f"failed: {first_line(error)}"
+    timings = time_in_turn(watches, options.repetitions, options.trials, lambda name: progress(f"timing {name}"))
+    about["load_after"] = machine.load()
+    kept = point.attend_bytes()
+    rates = {"read": max(LARGE / timings[READ_LARGE].median, kept / timings[READ].median),
+             "copy": 2 * LARGE / timings[COPY_LARGE].median}
+    lines = [_record(about, point, {"name": READ, "does": "read (torch.sum)", "omits": "everything else"}, OK,
+                     timings[READ], rates, {"useful": kept, "read": kept, "allocated": kept}, 1)]
+    for one in listed:
+        if one.name in status:
+            lines.append(_record(about, point, one.to_dict(), status[one.name], None, rates, None, None))
+            continue
+        ready = built[one.name]
+        size = {"useful": ready.useful, "read": ready.read, "allocated": ready.allocated}
+        lines.append(_record(about, point, one.to_dict(), OK, timings[one.name], rates, size, launches[one.name],
+                             setup_seconds=ready.setup_seconds))
+    del built, works, watches
+    gc.collect()
+    return lines
 
 
-def _ours(shape: Shape, kind: Callable[[int], HeadSpec], row_buffer: int) -> Callable[[], object]:
-    q, k, v = _token(shape)
-    caches = [_cache(shape, kind, row_buffer, seed)[0] for seed in range(_copies(shape.useful_bytes))]
-    return _rotate([lambda cache=cache: cache.decode(0, q, k, v) for cache in caches])  # type: ignore[misc]
+def prepare(one: Contender, device: torch.device) -> Built | str:
+    """A contender made ready and found correct, or why it gets no number."""
+    if one.needs > machine.available_bytes(device):
+        return f"does not fit: needs {one.needs / 1e9:.1f} GB"
+    try:
+        ready = one.build()
+        ready.check()
+    except NotInstalled as error:
+        return f"not installed: {error}"
+    except WrongResult as error:
+        return f"wrong: {error}"
+    except Exception as error:  # a rival of another library may raise anything, and the table shall still come out
+        if one.backend is not None and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        return f"failed: {first_line(error)}"
+    return ready
 
 
-def _read(shape: Shape) -> Callable[[], object]:
-    count = shape.useful_bytes // 4
-    copies = [torch.rand(count) for _ in range(_copies(shape.useful_bytes))]
-    return _rotate([copy.sum for copy in copies])
+def ceilings(point: Point, device: torch.device) -> dict[str, Work]:
+    """Plain reads and a copy of memory: what the hardware gives."""
+    def reads(nbytes: int) -> Work:
+        data = [torch.empty(max(nbytes // 4, 1), device=device) for _ in range(copies_of(nbytes))]
+        for one in data:
+            fill(one)
+        return Work([one.sum for one in data])
+
+    source, target = (torch.empty(LARGE // 4, device=device) for _ in range(2))
+    fill(source)
+    return {READ: reads(point.attend_bytes()), READ_LARGE: reads(LARGE),
+            COPY_LARGE: Work([lambda: target.copy_(source)])}
 
 
-def _dense_bytes(shape: Shape, length: int) -> int:
-    return 2 * shape.batch * shape.heads * length * shape.head_dim * shape.dtype.itemsize
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _slabs(shape: Shape, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    size = (shape.batch, shape.heads, length, shape.head_dim)
-    return [(torch.randn(size).to(shape.dtype), torch.randn(size).to(shape.dtype))
-            for _ in range(_copies(_dense_bytes(shape, length)))]
+def share(line: Record) -> float:
+    """Useful bytes per second over the highest rate that the same run measured."""
+    rate: float = line["bytes"]["useful"] / line["seconds"]["median"]
+    return rate / float(max(line["ceiling"].values()))
 
 
-def _sdpa(shape: Shape, length: int, masked: bool) -> Callable[[], object]:
-    q = _token(shape)[0].unsqueeze(2)
-    mask = None
-    if masked:
-        kept = torch.arange(length) < torch.tensor(shape.lengths())[:, None]
-        mask = kept[None, :, None, :].expand(shape.batch, -1, -1, -1).contiguous()
-    return _rotate([lambda k=k, v=v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # type: ignore[misc]
-                    for k, v in _slabs(shape, length)])
+def ours_of(lines: Sequence[Record]) -> Record | None:
+    """The record that times are compared with: our first with scores and without a row buffer, else our first."""
+    mine = [line for line in lines if line["contender"].get("backend") and line["status"] == OK]
+    plain = [line for line in mine if line["contender"]["scored"] and not line["contender"]["row_buffer"]]
+    return next(iter(plain or mine), None)
 
 
-def _bmm(shape: Shape, length: int) -> Callable[[], object]:
-    q = _token(shape)[0].unsqueeze(2)
-    scale = 1 / math.sqrt(shape.head_dim)
-    return _rotate([lambda k=k, v=v: torch.softmax(q @ k.mT * scale, -1) @ v  # type: ignore[misc]
-                    for k, v in _slabs(shape, length)])
+def any_wrong(lines: Sequence[Record]) -> bool:
+    """Whether one of ours failed the gate."""
+    return any(line["contender"].get("backend") and line["status"].startswith("wrong") for line in lines)
+
+
+def _record(about: dict[str, Any], point: Point, contender: dict[str, Any], status: str, timing: Timing | None,
+            rates: dict[str, float], size: dict[str, int] | None, launches: int | None, **more: Any) -> Record:
+    return record("kernel", about, point.to_dict() | {"device": about["device"]}, contender, status=status,
+                  seconds=timing and asdict(timing), ceiling=rates, bytes=size, launches=launches, **more)

@@ -1,61 +1,149 @@
-"""Timing on a machine that is never quiet: interleaved trials, minimum and median."""
+"""Timing on machines that are never quiet: trials in turn, medians and their spread, CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
-import os
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import torch
+
+REPETITIONS, TRIALS, WARMUP_CALLS = 50, 3, 10
+
+
+def nothing() -> None:
+    """The `Work.prepare` of work that needs none."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something to time: the same step on several separate copies of its data.
+
+    Attributes:
+        calls: one per copy; run in turn, so that each finds its data cold.
+        passes: turns over all copies that make up one repetition.
+        part: on a CPU, calls that make up one, where all are alike and slow; the next repetition goes on in turn.
+        prepare: run before every repetition, outside the clock.
+        capturable: whether a CUDA graph may hold the calls.
+    """
+
+    calls: Sequence[Callable[[], Any]]
+    _: KW_ONLY
+    passes: int = 1
+    part: int | None = None
+    prepare: Callable[[], None] = nothing
+    capturable: bool = True
+
+    @property
+    def calls_per_repetition(self) -> int:
+        return len(self.calls) * self.passes
+
+    def run(self) -> None:
+        """All calls of one whole repetition."""
+        for _ in range(self.passes):
+            for call in self.calls:
+                call()
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call over all repetitions of all trials."""
+    """Seconds per call.
 
-    best: float
+    Attributes:
+        median: of the trials' medians.
+        best: the fastest repetition.
+        spread: the slowest trial's median less the fastest's; half of it, relative, is the noise of a comparison.
+        trials: median of each trial.
+    """
+
     median: float
+    best: float
+    spread: float
+    trials: list[float]
+
+    @classmethod
+    def of(cls, trials: Sequence[Sequence[float]]) -> Timing:
+        """From the seconds of every repetition of every trial."""
+        medians = [statistics.median(seconds) for seconds in trials]
+        return cls(statistics.median(medians), min(map(min, trials)), max(medians) - min(medians), medians)
 
 
-def time_interleaved(calls: Mapping[str, Callable[[], object]], repetitions: int = 50, trials: int = 3,
-                     warmup: int = 10, clock: Callable[[], float] = time.perf_counter) -> dict[str, Timing]:
-    """Time several calls against each other.
+Stopwatch = Callable[[int], list[float]]  # repetitions -> seconds per call of each
 
-    Every trial runs each call in turn, so that a disturbance of the machine hits all of them alike.
+
+def cpu_stopwatch(work: Work, clock: Callable[[], float] = time.perf_counter) -> Stopwatch:
+    """Times repetitions of ``work`` by a clock in seconds."""
+    turns = itertools.cycle(work.calls)
+    count = work.part or work.calls_per_repetition
+
+    def times(repetitions: int) -> list[float]:
+        seconds = []
+        for _ in range(repetitions):
+            work.prepare()
+            began = clock()
+            for call in itertools.islice(turns, count):
+                call()
+            seconds.append((clock() - began) / count)
+        return seconds
+
+    return times
+
+
+def cuda_stopwatch(work: Work) -> Stopwatch:
+    """Times repetitions of ``work`` by CUDA events, replayed as one CUDA graph where it may be captured."""
+    work.prepare()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work.run()
+    torch.cuda.synchronize()
+    replay = work.run
+    if work.capturable:
+        graph = torch.cuda.CUDAGraph()
+        work.prepare()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            work.run()
+        replay = graph.replay
+
+    def times(repetitions: int) -> list[float]:
+        pairs = []
+        for _ in range(repetitions):
+            work.prepare()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            replay()
+            end.record()
+            pairs.append((begin, end))
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) / 1e3 / work.calls_per_repetition for begin, end in pairs]
+
+    return times
+
+
+def stopwatch(work: Work, device: torch.device) -> Stopwatch:
+    """The stopwatch for work on ``device``."""
+    return cuda_stopwatch(work) if device.type == "cuda" else cpu_stopwatch(work)
+
+
+def time_in_turn(watches: Mapping[str, tuple[Stopwatch, Work]], repetitions: int = REPETITIONS, trials: int = TRIALS,
+                 progress: Callable[[str], None] = lambda name: None) -> dict[str, Timing]:
+    """Time several works against each other.
+
+    Every trial takes each of them in turn, so that a disturbance of the machine hits all alike.
 
     Args:
-        calls: name -> function to time.
-        repetitions: timed runs per trial and call.
-        trials: rounds over all calls.
-        warmup: untimed runs before each call's timed ones.
-        clock: seconds, monotonic.
+        watches: name -> a stopwatch and its work.
+        repetitions: timed ones per trial and work; untimed ones of at least `WARMUP_CALLS` calls come before.
+        trials: rounds over all works.
+        progress: called with a work's name before its turn.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in watches}
     for _ in range(trials):
-        for name, call in calls.items():
-            for _ in range(warmup):
-                call()
-            for _ in range(repetitions):
-                start = clock()
-                call()
-                seconds[name].append(clock() - start)
-    return {name: Timing(min(values), statistics.median(values)) for name, values in seconds.items()}
-
-
-def machine() -> dict[str, object]:
-    """What a reader needs to judge a number: processor, cores, threads, load, versions."""
-    import platform
-
-    import torch
-
-    import ssd_kernels
-
-    processor = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "load": os.getloadavg()[0], "torch": torch.__version__, "ssd_kernels": ssd_kernels.__version__,
-            "instruction_set": ssd_kernels.info()["extension"].get("instruction_set")}
+        for name, (watch, work) in watches.items():
+            progress(name)
+            watch(-(-WARMUP_CALLS // (work.part or work.calls_per_repetition)))
+            seconds[name].append(watch(repetitions))
+    return {name: Timing.of(found) for name, found in seconds.items()}

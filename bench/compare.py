@@ -1,0 +1,84 @@
+"""`ssd-bench compare`: two sets of results side by side, with their noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .records import Record, key, measured
+
+COLUMNS = ("", "point", "A us", "B us", "B / A", "noise", "verdict")
+SAME_MACHINE = ("processor", "cores", "threads", "instruction_set", "gpu", "driver", "torch")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One measurement in both sets. Seconds; ``noise`` is relative, ``ratio`` B / A."""
+
+    name: str
+    point: str
+    a: float
+    b: float
+    ratio: float
+    noise: float
+
+    @property
+    def verdict(self) -> str:
+        if abs(self.ratio - 1) <= self.noise:
+            return "within the noise"
+        return "faster" if self.ratio < 1 else "slower"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"verdict": self.verdict}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Pairs, and what a reader must know before believing them."""
+
+    pairs: list[Pair]
+    warnings: list[str]
+
+
+def noise(line: Record) -> float:
+    """Relative noise of one measurement: half the spread of its trials' medians."""
+    seconds = line["seconds"]
+    return float(seconds["spread"] / 2 / seconds["median"])
+
+
+def pair(a: Record, b: Record) -> Pair:
+    """Both records of one measurement; their noises add like independent errors."""
+    point = a["point"]
+    label = ", ".join([f"batch {point['batch']}", *(str(point[name]) for name in ("label", "dtype") if name in point)])
+    return Pair(a["contender"]["name"], label, a["seconds"]["median"], b["seconds"]["median"],
+                b["seconds"]["median"] / a["seconds"]["median"], math.hypot(noise(a), noise(b)))
+
+
+def comparison(a: Sequence[Record], b: Sequence[Record]) -> Comparison:
+    """Pair the measurements that both sets hold; of several of the same one, the last counts.
+
+    Raises:
+        ValueError: they have no measurement in common.
+    """
+    first, second = ({key(line): line for line in measured(lines)} for lines in (a, b))
+    common = [name for name in first if name in second]
+    if not common:
+        raise ValueError("A and B have no measurement in common")
+    warnings = []
+    for name in SAME_MACHINE:
+        values = [sorted({str(line["machine"].get(name)) for line in lines.values()}) for lines in (first, second)]
+        if values[0] != values[1]:
+            warnings.append(f"{name} differs: {', '.join(values[0])} against {', '.join(values[1])}")
+    for label, mine, other in (("A", first, second), ("B", second, first)):
+        alone = len(mine.keys() - other.keys())
+        if alone:
+            warnings.append(f"{alone} measurements are in {label} only")
+    return Comparison([pair(first[name], second[name]) for name in common], warnings)
+
+
+def rows(found: Comparison) -> list[list[str]]:
+    """A row per pair under `COLUMNS`."""
+    return [[one.name, one.point, f"{1e6 * one.a:.1f}", f"{1e6 * one.b:.1f}", f"{one.ratio:.3f}", f"{one.noise:.1%}",
+             one.verdict] for one in found.pairs]
