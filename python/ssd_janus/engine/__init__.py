@@ -1,0 +1,12 @@
+"""The engine: Janus' picture loop without transformers' overhead, with the same tokens (docs/engine.md)."""
+
+from __future__ import annotations
+
+from .engine import Engine, unconditional_prompt
+from .memory import MemoryReport, available_memory, decode_bytes, max_batch
+from .sampling import Sampling
+from .timing import StepTiming
+from .weights import unsupported
+
+__all__ = ["Engine", "MemoryReport", "Sampling", "StepTiming", "available_memory", "decode_bytes", "max_batch",
+           "unconditional_prompt", "unsupported"]

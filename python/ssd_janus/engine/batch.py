@@ -1,0 +1,249 @@
+"""One batch of pictures while it is drawn: static buffers, the prompt, and the step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ssd_kernels import CompressedCache
+from ssd_kernels.reference import rotate
+
+from ..cache import Observer
+from .sampling import Noise, Sampling
+from .timing import StepTiming
+from .weights import Layer, Linear, Weights
+
+# torch's float32 products on a CPU give a row the same bits in every batch whose size is a multiple of this, and other
+# bits in some smaller ones (docs/engine.md, "Seeds").
+ROW_MULTIPLE = 8
+PREFILL_TOKENS = 4096  # of prompts that go through the layers together
+
+LogitsProcessor = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+class Batch:
+    """Pictures that are drawn together.
+
+    Rows are the prompts of all pictures, then the unconditional prompts of the guided ones, which come first among the
+    pictures. A step reads and writes buffers that stay where they are, counts on the device and asks the host nothing,
+    so that it can be captured: `advance` and nothing else is the step.
+
+    Attributes:
+        cache: of all rows.
+        tokens: long [pictures, steps], on the device; filled column by column.
+        done: columns filled.
+    """
+
+    def __init__(self, weights: Weights, cache: CompressedCache, guidance: Sequence[float], steps: int,
+                 sampling: Sampling, noise: Noise | None, *, exact: bool = False, compiled: bool = False,
+                 observer: Observer | None = None, logits_processor: Sequence[LogitsProcessor] = (),
+                 timing: StepTiming | None = None) -> None:
+        """
+        Args:
+            weights: of the model.
+            cache: fresh, with a row for every picture and one more for every guided picture.
+            guidance: scale of each picture, those above 1 first.
+            steps: tokens per picture.
+            sampling, noise: how tokens are chosen; no noise if greedy.
+            exact: pad the rows of every product so that its bits do not depend on the batch (`ROW_MULTIPLE`).
+            compiled: run what lies between two attentions through torch.compile.
+            observer: watches the attention.
+            logits_processor: called with the logits before guidance [rows, codes], the conditional rows first.
+            timing: takes the time of every step.
+        """
+        self.weights, self.cache, self.sampling, self.noise = weights, cache, sampling, noise
+        self.observer, self.logits_processor, self.timing = observer, logits_processor, timing
+        self.pictures, self.guided = len(guidance), sum(scale > 1 for scale in guidance)
+        self.rows = self.pictures + self.guided
+        device, dtype = weights.device, weights.dtype
+        padded = _padded(self.rows) if exact else self.rows
+        self.exact = exact
+        self.scale = torch.tensor(guidance[:self.guided], device=device)[:, None]
+        pictures = [*range(self.pictures), *range(self.guided)] + [0] * (padded - self.rows)
+        self.picture_of_row = torch.tensor(pictures, device=device)
+        self.inputs = torch.zeros(padded, weights.embed.shape[1], device=device, dtype=dtype)
+        self.attended = torch.zeros(padded, weights.num_query_heads * weights.head_dim, device=device, dtype=dtype)
+        self.tokens = torch.zeros(self.pictures, steps, dtype=torch.long, device=device)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)
+        self.done = 0
+        self.lengths: list[int] = []
+        linear = functional.linear if timing is None else timing.timed("linear", functional.linear)
+        self._project = functools.partial(_compiled(project) if compiled and timing is None else project, linear)
+        self._mix = functools.partial(_compiled(mix) if compiled and timing is None else mix, linear)
+        self._decode = cache.decode if timing is None else timing.timed("attention", cache.decode)
+        self._head: Callable[..., torch.Tensor] = weights.head
+        self._aligner: Callable[..., torch.Tensor] = weights.aligner
+        if timing is not None:
+            self._head, self._aligner = timing.timed("linear", self._head), timing.timed("linear", self._aligner)
+
+    @torch.no_grad()
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Run the prompts, one of every row, and draw the first tokens.
+
+        Equal prompts run once, and prompts of equal length together, so that none needs padding.
+        """
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows_of.setdefault(tuple(prompt), []).append(row)
+        lengths: dict[int, list[tuple[int, ...]]] = {}
+        for prompt in rows_of:
+            lengths.setdefault(len(prompt), []).append(prompt)
+        last = torch.empty_like(self.inputs[:self.rows])
+        watched = _WatchedPrompts(self.cache, self.observer, [len(prompt) for prompt in prompts]
+                                  ) if self.observer else None
+        for length, group in lengths.items():
+            size = max(1, PREFILL_TOKENS // length)
+            for part in (group[first:first + size] for first in range(0, len(group), size)):
+                rows = [row for prompt in part for row in rows_of[prompt]]
+                copies = torch.tensor([index for index, prompt in enumerate(part) for _ in rows_of[prompt]],
+                                      device=last.device)
+                hidden = self._prefill(part, rows, copies, watched)
+                last.index_copy_(0, torch.tensor(rows, device=last.device), hidden[copies])
+        if watched is not None:
+            watched.finish()
+        self.lengths = [len(prompt) for prompt in prompts]
+        self.inputs[:self.rows] = last
+        if self.noise is not None:
+            self.noise.draw()
+        self._choose(self.inputs)
+        self.done = 1
+
+    def prepare(self) -> None:
+        """What comes before a step and is no part of it: fresh noise."""
+        if self.noise is not None:
+            self.noise.draw()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Draw the next token of every picture."""
+        if self.timing is not None:
+            self.timing.begin(self.weights.device)
+        self.prepare()
+        self.advance()
+        self.done += 1
+        if self.timing is not None:
+            self.timing.end()
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """The step proper: layers, head, guidance, sampling, and the input of the next step."""
+        hidden = self.inputs
+        for index, layer in enumerate(self.weights.layers):
+            query, keys, values = self._project(hidden, layer).split(self._widths(), -1)
+            heads = [tensor.unflatten(-1, (-1, self.weights.head_dim)) for tensor in (query, keys, values)]
+            self.attended[:self.rows] = self._attend(index, *heads).flatten(1)
+            hidden = self._mix(hidden, self.attended, layer)
+        self._choose(hidden)
+
+    def _widths(self) -> list[int]:
+        weights = self.weights
+        return [heads * weights.head_dim for heads in (weights.num_query_heads, weights.num_heads, weights.num_heads)]
+
+    def _attend(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Attention of one layer over the cache; query, keys and values [padded rows, heads, D], unrotated."""
+        query, keys, values = query[:self.rows], keys[:self.rows], values[:self.rows]
+        if self.observer is None:
+            return self._decode(layer, query, keys, values, self.weights.scale, self.weights.rotary)
+        positions = [length + self.done - 1 for length in self.lengths]
+        query, keys = (rotate(tensor, self.weights.rotary, positions) for tensor in (query, keys))
+        out = self._decode(layer, query, keys, values, self.weights.scale)
+        self.observer.decode(layer, query, keys, values, self.weights.scale, out)
+        return out
+
+    def _choose(self, hidden: torch.Tensor) -> None:
+        """From the last hidden states [padded rows, hidden] to the tokens of this column and the next inputs."""
+        weights = self.weights
+        normed = functional.rms_norm(hidden, weights.norm.shape, weights.norm, weights.epsilon)
+        logits = self._head(normed)[:self.rows].float()
+        for processor in self.logits_processor:
+            logits = processor(self.tokens, logits)
+        conditional, unconditional = logits.split([self.pictures, self.guided])
+        guided, plain = conditional.split([self.guided, self.pictures - self.guided])
+        guided = unconditional + (guided - unconditional) * self.scale
+        token = self.sampling.choose(torch.cat([guided, plain]), None if self.noise is None else self.noise.values)
+        self.tokens.index_copy_(1, self.column, token[:, None])
+        self.column += 1
+        following = functional.embedding(token.index_select(0, self.picture_of_row), weights.image_embed)
+        self.inputs.copy_(self._aligner(following))
+
+    def _prefill(self, prompts: Sequence[tuple[int, ...]], rows: list[int], copies: torch.Tensor,
+                 watched: _WatchedPrompts | None) -> torch.Tensor:
+        """Run different prompts of one length; ``copies`` says whose keys each of ``rows`` gets.
+
+        Returns:
+            last hidden states [prompts, hidden].
+        """
+        weights, count, length = self.weights, len(prompts), len(prompts[0])
+        tokens = torch.tensor(prompts, device=weights.device).flatten()
+        positions = [*range(length)] * count
+        if self.exact:
+            tokens = functional.pad(tokens, (0, _padded(len(tokens)) - len(tokens)))
+        hidden = functional.embedding(tokens, weights.embed)
+        for index, layer in enumerate(weights.layers):
+            qkv = self._project(hidden, layer)[:count * length]
+            query, keys, values = (tensor.unflatten(-1, (-1, weights.head_dim)) for tensor in
+                                   qkv.split(self._widths(), -1))
+            query, keys = (rotate(tensor, weights.rotary, positions) for tensor in (query, keys))
+            # [prompts, heads, length, D]
+            query, keys, values = (tensor.unflatten(0, (count, length)).transpose(1, 2)
+                                   for tensor in (query, keys, values))
+            store = self.cache.prefill if watched is None else watched.prefill
+            store(index, keys[copies], values[copies], [length] * len(rows), rows=rows)
+            out = functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=weights.scale,
+                                                          enable_gqa=weights.num_heads != weights.num_query_heads)
+            attended = hidden.new_zeros(len(hidden), out.shape[1] * out.shape[3])
+            attended[:count * length] = out.transpose(1, 2).flatten(2).flatten(0, 1)
+            hidden = self._mix(hidden, attended, layer)
+        return hidden[:count * length].unflatten(0, (count, length))[:, -1]
+
+
+class _WatchedPrompts:
+    """Collects the prompts of all rows, as an observer wants to see them together."""
+
+    def __init__(self, cache: CompressedCache, observer: Observer, lengths: list[int]) -> None:
+        self.cache, self.observer, self.lengths = cache, observer, lengths
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def prefill(self, layer: int, keys: torch.Tensor, values: torch.Tensor, lengths: list[int],
+                rows: list[int]) -> None:
+        if layer == len(self.layers):
+            size = (len(self.lengths), keys.shape[1], max(self.lengths), keys.shape[3])
+            self.layers.append((keys.new_zeros(size), values.new_zeros(size)))
+        for store, tensor in zip(self.layers[layer], (keys, values), strict=True):
+            store[torch.tensor(rows, device=keys.device), :, :lengths[0]] = tensor
+
+    def finish(self) -> None:
+        for layer, (keys, values) in enumerate(self.layers):
+            self.cache.prefill(layer, keys, values, self.lengths)
+            self.observer.prefill(self.cache, layer, keys, values, self.lengths)
+
+
+def project(linear: Callable[..., torch.Tensor], hidden: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """Queries, keys and values [rows, (Hq + 2 H) D] of ``hidden`` [rows, hidden]."""
+    normed = functional.rms_norm(hidden, layer.input_norm.shape, layer.input_norm, layer.epsilon[0])
+    return linear(normed, layer.qkv.weight, layer.qkv.bias)
+
+
+def mix(linear: Callable[..., torch.Tensor], hidden: torch.Tensor, attended: torch.Tensor,
+        layer: Layer) -> torch.Tensor:
+    """The rest of a layer: output projection and the gated feed-forward network (SwiGLU, arXiv 2002.05202)."""
+    def through(inputs: torch.Tensor, matrix: Linear) -> torch.Tensor:
+        return linear(inputs, matrix.weight, matrix.bias)
+
+    hidden = hidden + through(attended, layer.out)
+    normed = functional.rms_norm(hidden, layer.post_norm.shape, layer.post_norm, layer.epsilon[1])
+    gate, up = through(normed, layer.gate_up).chunk(2, -1)
+    return hidden + through(layer.activation(gate) * up, layer.down)
+
+
+@functools.cache
+def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return torch.compile(function, dynamic=False)
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE

@@ -1,0 +1,352 @@
+"""`Engine`: prompts in, visual tokens out, in batches that fit."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ssd_kernels import CachePlan, CompressedCache
+
+from ..cache import Observer
+from ..online import OnlinePlan
+from ..progress import ProgressCallback
+from ..shape import ModelShape
+from . import capture, memory
+from .batch import Batch, LogitsProcessor
+from .memory import MemoryReport
+from .sampling import Noise, Sampling
+from .timing import StepTiming
+from .weights import Weights
+
+_logger = logging.getLogger("ssd_janus")
+DECODE_CHUNK = 8  # pictures; more at once are not faster
+
+RowCallback = Callable[[Sequence[int], torch.Tensor], Any]
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """What the last `Engine.generate` took.
+
+    Attributes:
+        pictures: drawn in all; ``steps``: tokens of each.
+        rows: of the largest batch.
+        batches: pictures of each batch.
+        seconds: in all.
+        max_prompt: tokens of the longest prompt in the largest batch.
+        cache_bytes: of the largest batch.
+        backend: that computed the attention.
+        device_peak: most bytes allocated on a CUDA device, weights included; None on a CPU.
+    """
+
+    pictures: int
+    steps: int
+    rows: int
+    batches: tuple[int, ...]
+    seconds: float
+    max_prompt: int
+    cache_bytes: int
+    backend: str
+    device_peak: int | None
+
+
+@dataclass
+class _Request:
+    """The pictures of one `Engine.generate` and how to draw them."""
+
+    prompts: list[list[int]]
+    guidance: list[float]
+    seeds: list[int] | None
+    steps: int
+    sampling: Sampling
+    observer: Observer | None
+    logits_processor: Sequence[LogitsProcessor]
+    timing: StepTiming | None
+    on_row: RowCallback | None
+    step_done: Callable[[], None] = field(default=lambda: None)
+
+
+class Engine:
+    """Draws pictures with the weights of a transformers Janus.
+
+    Attributes:
+        model, plan, backend, shape: as given, and the model's sizes.
+        last_run: statistics of the last call, None before the first.
+    """
+
+    def __init__(self, model: Any, plan: CachePlan | None = None, *, backend: str = "auto", exact: bool | None = None,
+                 compile: bool = False, capture: bool = True) -> None:
+        """
+        Args:
+            model: transformers' ``JanusForConditionalGeneration``, which stays usable as it is: see `Weights`.
+            plan: what the caches keep; None keeps everything.
+            backend: ``"auto"`` or a backend of `ssd_kernels`.
+            exact: give a picture the same tokens in every batch, bit for bit; None does so for float32 on a CPU.
+            compile: run what lies between two attentions through torch.compile (a minute of compilation, once).
+            capture: on CUDA, replay the step as a graph.
+
+        Raises:
+            TypeError, ValueError: the plan does not fit, or the engine cannot run this model; the message says why.
+        """
+        self.model = model
+        self.shape = ModelShape.of(model)
+        self.plan = self.shape.full_plan() if plan is None else self.shape.check(plan)
+        self.backend, self.compile, self.capture = backend, compile, capture
+        Weights.of(model, 1)
+        self.exact = model.device.type == "cpu" and model.dtype == torch.float32 if exact is None else exact
+        self.last_run: EngineRun | None = None
+
+    def generate(self, prompts: Sequence[Sequence[int] | torch.Tensor], *, guidance: float | Sequence[float] = 5.0,
+                 seeds: int | Sequence[int] | None = 0, sampling: Sampling | None = None,
+                 batch_size: int | None = None, steps: int | None = None, observer: Observer | None = None,
+                 logits_processor: Sequence[LogitsProcessor] = (), timing: StepTiming | None = None,
+                 progress: ProgressCallback | None = None, on_row: RowCallback | None = None) -> torch.Tensor:
+        """Draw one picture per prompt.
+
+        Args:
+            prompts: token numbers of each, begin-of-image included, without padding; lengths may differ.
+            guidance: scale of classifier-free guidance, one for all or one per picture; up to 1 a picture is drawn
+                without, from one row instead of two.
+            seeds: one per picture, or the first picture's, the others counting on; None draws from torch's own
+                generator, in transformers' order.
+            sampling: None for the full distribution (`Sampling.make`).
+            batch_size: pictures drawn at once; None for as many as fit into memory.
+            steps: tokens per picture; None for whole pictures.
+            observer: watches the attention.
+            logits_processor: called at every step with (tokens, logits before guidance [rows, codes]), the conditional
+                rows first; returns logits.
+            timing: takes the time of every step.
+            progress: ``progress(done_steps, all_steps)``.
+            on_row: called when a row of the grid is complete, with the numbers of the batch's pictures and their tokens
+                so far [pictures, tokens] on the CPU.
+
+        Returns:
+            long [pictures, steps] on the CPU.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; nothing has been drawn then.
+        """
+        request = self._request(prompts, guidance, seeds, steps, sampling)
+        request.observer, request.logits_processor = observer, logits_processor
+        request.timing, request.on_row = timing, on_row
+        count = len(request.prompts)
+        size = self._fitting(request) if batch_size is None else _positive("batch_size", batch_size)
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.model.device)
+        began, done, first, halved = time.perf_counter(), 0, 0, False
+        tokens: list[torch.Tensor] = []
+        runs: list[EngineRun] = []
+        while first < count:
+            numbers = range(first, min(first + size, count))
+            base, total = done, done + request.steps * math.ceil((count - first) / size)
+
+            def report(base: int = base, total: int = total) -> None:
+                nonlocal done
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+
+            request.step_done = report
+            drawn = self._draw_or_none(request, numbers, last_try=halved or len(numbers) == 1)
+            if drawn is None:
+                halved, done, size = True, base, (len(numbers) + 1) // 2
+                _logger.warning("out of memory with %d pictures at once; going on with %d", len(numbers), size)
+                if self.model.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            tokens.append(drawn[0])
+            runs.append(drawn[1])
+            first = numbers.stop
+        largest = max(runs, key=lambda run: run.cache_bytes)
+        self.last_run = EngineRun(
+            pictures=count, steps=request.steps, rows=largest.rows, batches=tuple(run.pictures for run in runs),
+            seconds=time.perf_counter() - began, max_prompt=largest.max_prompt, cache_bytes=largest.cache_bytes,
+            backend=largest.backend, device_peak=None if self.model.device.type != "cuda"
+            else torch.cuda.max_memory_allocated(self.model.device))
+        return torch.cat(tokens)
+
+    @torch.no_grad()
+    def decode(self, tokens: torch.Tensor, chunk: int | None = None) -> Iterator[torch.Tensor]:
+        """Pixels of visual tokens, or of the first rows of them.
+
+        Args:
+            tokens: long [pictures, n], n a multiple of a row's tokens.
+            chunk: pictures decoded at once; None for as many as fit, at most `DECODE_CHUNK`.
+
+        Yields:
+            [up to chunk, height, width, 3], floats in about [-1, 1], on the model's device; without the rows still to
+            be drawn.
+
+        Raises:
+            ValueError: no whole number of rows.
+        """
+        columns, whole = self.shape.columns, self.shape.num_visual_tokens
+        if tokens.dim() != 2 or tokens.shape[1] % columns or not 0 < tokens.shape[1] <= whole:
+            raise ValueError(f"tokens must be [pictures, n] with n a multiple of {columns} up to {whole}, got "
+                             f"{list(tokens.shape)}")
+        if chunk is None:
+            room = memory.available_memory(self.model.device) * memory.USABLE_SHARE
+            chunk = max(1, min(DECODE_CHUNK, int(room // max(1, memory.decode_bytes(self.model, 1)))))
+        for part in tokens.split(chunk):
+            yield self._pixels(part.to(self.model.device))
+
+    def memory_report(self) -> MemoryReport:
+        """Of the last `generate`, and of decoding its pictures.
+
+        Raises:
+            RuntimeError: nothing has been drawn.
+        """
+        run = self.last_run
+        if run is None:
+            raise RuntimeError("the engine has drawn nothing")
+        pictures = max(run.batches)
+        return MemoryReport(
+            weights=memory.weight_bytes(self.model), cache=run.cache_bytes,
+            step=memory.step_bytes(self.model, pictures, run.rows, run.max_prompt),
+            decode=memory.decode_bytes(self.model, min(pictures, DECODE_CHUNK)), device_peak=run.device_peak)
+
+    def max_batch(self, memory_bytes: int | None = None, *, guided: bool = True, max_prompt: int = 64) -> int:
+        """Most pictures at once (`memory.max_batch`) in ``memory_bytes``; None for what is available."""
+        if memory_bytes is None:
+            free = memory.available_memory(self.model.device)
+            memory_bytes = int(free * memory.USABLE_SHARE) + memory.weight_bytes(self.model)
+        return memory.max_batch(self.plan, self.model, memory_bytes, guided=guided, max_prompt=max_prompt)
+
+    def batch(self, prompts: Sequence[Sequence[int] | torch.Tensor], *, guidance: float | Sequence[float] = 5.0,
+              seeds: int | Sequence[int] | None = 0, sampling: Sampling | None = None, steps: int | None = None,
+              timing: StepTiming | None = None) -> Batch:
+        """A batch with its prompts done and its first tokens drawn, for who wants to call `Batch.step` on his own.
+
+        Args: as `generate`. Pictures with guidance come first.
+        """
+        request = self._request(prompts, guidance, seeds, steps, sampling)
+        request.timing = timing
+        return self._started(request, sorted(range(len(request.prompts)), key=lambda i: request.guidance[i] <= 1))
+
+    def _request(self, prompts: Sequence[Sequence[int] | torch.Tensor], guidance: float | Sequence[float],
+                 seeds: int | Sequence[int] | None, steps: int | None, sampling: Sampling | None) -> _Request:
+        texts = [prompt.tolist() if isinstance(prompt, torch.Tensor) else [int(token) for token in prompt]
+                 for prompt in prompts]
+        if not texts:
+            raise ValueError("prompts must hold at least one prompt, got none")
+        config = self.model.model.language_model.config
+        limit = config.max_position_embeddings - self.shape.num_visual_tokens
+        for index, text in enumerate(texts):
+            if not 1 <= len(text) <= limit:
+                raise ValueError(f"prompts[{index}] must be 1 .. {limit} tokens long, got {len(text)}")
+            if not all(0 <= token < config.vocab_size for token in text):
+                raise ValueError(f"prompts[{index}] must hold tokens within 0 .. {config.vocab_size - 1}")
+        scales = [guidance] * len(texts) if isinstance(guidance, (int, float)) else list(guidance)
+        if len(scales) != len(texts):
+            raise ValueError(f"guidance must be one number or {len(texts)}, got {len(scales)}")
+        for scale in scales:
+            if not math.isfinite(scale):
+                raise ValueError(f"guidance must be finite, got {scale}")
+        numbers = [seeds + index for index in range(len(texts))] if isinstance(seeds, int) else seeds
+        if numbers is not None and len(numbers) != len(texts):
+            raise ValueError(f"seeds must be one number or {len(texts)}, got {len(numbers)}")
+        whole = self.shape.num_visual_tokens
+        if steps is not None and not 1 <= steps <= whole:
+            raise ValueError(f"steps must be within 1 .. {whole}, got {steps}")
+        return _Request(texts, [float(scale) for scale in scales], None if numbers is None else list(numbers),
+                        whole if steps is None else steps, sampling or Sampling(), None, (), None, None)
+
+    def _fitting(self, request: _Request) -> int:
+        """Pictures at once that fit into what memory there is, at least 1."""
+        guided = any(scale > 1 for scale in request.guidance)
+        longest = max(map(len, request.prompts))
+        return max(1, min(len(request.prompts), self.max_batch(guided=guided, max_prompt=longest)))
+
+    def _draw_or_none(self, request: _Request, numbers: range, last_try: bool) -> tuple[torch.Tensor, EngineRun] | None:
+        """The tokens of some pictures; None when memory ran out. By then, all that the attempt held is free."""
+        try:
+            return self._draw(request, numbers)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if last_try or not _out_of_memory(error):
+                raise
+            return None
+
+    def _draw(self, request: _Request, numbers: range) -> tuple[torch.Tensor, EngineRun]:
+        order = sorted(numbers, key=lambda index: request.guidance[index] <= 1)
+        back = torch.tensor(order).argsort()
+        batch = self._started(request, order)
+        request.step_done()
+        self._report_row(request, batch, numbers, back)
+        step, captured = batch.step, not (self.capture and capture.can_capture(batch))
+        while batch.done < request.steps:
+            if not captured and batch.done > capture.WARM_STEPS:
+                step, captured = capture.capture(batch), True
+            step()
+            request.step_done()
+            self._report_row(request, batch, numbers, back)
+        run = EngineRun(len(numbers), request.steps, batch.rows, (len(numbers),), 0.0, batch.cache.max_prompt,
+                        batch.cache.nbytes, batch.cache.backend, None)
+        return batch.tokens.cpu()[back], run
+
+    def _started(self, request: _Request, order: Sequence[int]) -> Batch:
+        """A batch of the pictures ``order``, guided ones first, after its prompts."""
+        prompts, guidance = [request.prompts[i] for i in order], [request.guidance[i] for i in order]
+        guided = sum(scale > 1 for scale in guidance)
+        prompts += [unconditional_prompt(self.model, prompt) for prompt in prompts[:guided]]
+        longest = max(map(len, prompts))
+        weights = Weights.of(self.model, longest + self.shape.num_visual_tokens)
+        cache = CompressedCache(self.plan, len(prompts), self.shape.num_query_heads, self.shape.head_dim, longest,
+                                self.shape.num_visual_tokens, weights.dtype, weights.device, self.backend)
+        cache.warmup(rotary=True)
+        seeds = None if request.seeds is None else [request.seeds[i] for i in order]
+        noise = None if request.sampling.greedy else Noise(len(order), weights.codes, seeds, weights.device)
+        observer = self.plan.observer() if isinstance(self.plan, OnlinePlan) else request.observer
+        batch = Batch(weights, cache, guidance, request.steps, request.sampling, noise, exact=self.exact,
+                      compiled=self.compile, observer=observer, logits_processor=request.logits_processor,
+                      timing=request.timing)
+        batch.start(prompts)
+        return batch
+
+    def _report_row(self, request: _Request, batch: Batch, numbers: range, back: torch.Tensor) -> None:
+        if request.on_row is not None and batch.done % self.shape.columns == 0:
+            request.on_row(numbers, batch.tokens[:, :batch.done].cpu()[back])
+
+    def _pixels(self, tokens: torch.Tensor) -> torch.Tensor:
+        if tokens.shape[1] == self.shape.num_visual_tokens:
+            return self.model.decode_image_tokens(tokens)
+        vq, rows = self.model.model.vqmodel, tokens.shape[1] // self.shape.columns
+        # As the quantizer looks codes up, which insists on whole pictures.
+        latents = functional.normalize(vq.quantize.embedding(tokens), p=2, dim=-1)
+        latents = latents.view(len(tokens), rows, self.shape.columns, -1).permute(0, 3, 1, 2).contiguous()
+        return vq.decoder(vq.post_quant_conv(latents)).permute(0, 2, 3, 1)
+
+
+def unconditional_prompt(model: Any, prompt: Sequence[int]) -> list[int]:
+    """The prompt that guidance steers away from: padding tokens, which are attended to, in the place of all but the
+    begin-of-text and begin-of-image tokens (transformers' Janus).
+
+    Raises:
+        ValueError: the model's generation config does not name these tokens.
+    """
+    config = model.generation_config
+    begin = (getattr(config, "generation_kwargs", None) or {}).get("boi_token_id")
+    named = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id, "boi_token_id": begin}
+    for name, token in named.items():
+        if not isinstance(token, int):
+            raise ValueError(f"the model's generation config must name a {name} for guidance, got {token!r}")
+    return [token if token in (config.bos_token_id, begin) else config.pad_token_id for token in prompt]
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had too little memory; torch raises a plain RuntimeError on a CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

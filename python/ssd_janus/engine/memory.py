@@ -1,0 +1,174 @@
+"""What drawing takes: weights, cache and the decoding into pixels; and how many pictures fit."""
+
+from __future__ import annotations
+
+import functools
+import json
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import JanusVQVAE, JanusVQVAEConfig
+
+from ssd_kernels import CachePlan
+
+from ..shape import ModelShape
+from .batch import PREFILL_TOKENS
+
+USABLE_SHARE = 0.9  # of what is free: allocators round up, and convolutions need room of their own
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of one run. The caches are freed before pictures are decoded, so the parts do not all add up.
+
+    Attributes:
+        weights: all parameters and buffers that are loaded.
+        cache: slabs, scores, positions and tables of the largest batch.
+        step: buffers of a step of that batch, an upper estimate.
+        decode: most that decoding one chunk of pictures takes beside the weights (`decode_bytes`).
+        device_peak: what torch's allocator measured over the token loop and the decoding; None on a CPU.
+    """
+
+    weights: int
+    cache: int
+    step: int
+    decode: int
+    device_peak: int | None = None
+
+    @property
+    def peak(self) -> int:
+        """The larger of the two phases, weights included."""
+        return self.weights + max(self.cache + self.step, self.decode)
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers that are in memory; shared ones count once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type != "meta")
+
+
+def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int) -> int:
+    """What a batch needs beside weights and cache: the widest layer of the prompt or of a step, and the logits.
+
+    Args:
+        pictures, rows: of the batch.
+        max_prompt: longest prompt, tokens.
+    """
+    shape, config = ModelShape.of(model), model.model.language_model.config
+    heads = shape.num_query_heads + 2 * shape.num_heads
+    wide = 4 * config.hidden_size + 2 * heads * shape.head_dim + 3 * config.intermediate_size
+    tokens = max(rows, min(rows * max_prompt, PREFILL_TOKENS))
+    prompt_copies = 2 * rows * max_prompt * shape.num_heads * shape.head_dim
+    codes = model.model.generation_head.vision_head.out_features
+    # Noise, probabilities and their filtered copies are float32; logits exist in the model's dtype and in float32.
+    return (model.dtype.itemsize * (tokens * wide + prompt_copies + rows * codes)
+            + 4 * codes * (2 * rows + 6 * pictures))
+
+
+def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, max_prompt: int = 64) -> int:
+    """Most pictures that can be drawn at once.
+
+    Args:
+        plan: what the caches keep.
+        model: transformers' Janus.
+        memory: bytes for everything, the weights included.
+        guided: two rows per picture instead of one.
+        max_prompt: longest prompt, tokens.
+
+    Returns:
+        0 when not even one picture fits, be it its cache or its decoding.
+    """
+    shape = ModelShape.of(model)
+    sizes = {"head_dim": shape.head_dim, "max_prompt": max_prompt, "dtype": model.dtype,
+             "num_visual_tokens": shape.num_visual_tokens}
+    one, two = (plan.nbytes(batch_size=rows, **sizes) for rows in (1, 2))
+    free = memory - weight_bytes(model)
+    if decode_bytes(model, 1) > free:
+        return 0
+
+    def fits(pictures: int) -> bool:
+        rows = pictures * (1 + guided)
+        return one + (rows - 1) * (two - one) + step_bytes(model, pictures, rows, max_prompt) <= free
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def decode_bytes(model: Any, pictures: int) -> int:
+    """Most bytes of tensors alive while ``pictures`` are decoded into pixels, without the weights.
+
+    The decoder runs on tensors without contents, which count what a real run would hold. What libraries take inside a
+    convolution is not in it.
+    """
+    return pictures * _decode_bytes_of_one(model.config.vq_config.to_json_string(use_diff=False), model.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _decode_bytes_of_one(config: str, dtype: torch.dtype) -> int:
+    settings = JanusVQVAEConfig(**json.loads(config))
+    with torch.device("meta"), torch.no_grad():
+        vq = JanusVQVAE._from_config(settings, dtype=dtype).eval()
+        codes = torch.zeros(1, settings.num_patches ** 2, dtype=torch.long)
+        return _peak_bytes(lambda: vq.decode(codes))
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device, as far as the system says."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    limits = []
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, KeyError, ValueError):
+        pass  # another system, or no limit on this group
+    return min(limits, default=2**62)
+
+
+class _Tracker(TorchDispatchMode):
+    """Adds up the storages that operations make, and takes them off when they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs))
+                  if isinstance(tensor, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in before and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size
+
+
+def _peak_bytes(function: Callable[[], Any]) -> int:
+    with _Tracker() as tracker:
+        result = function()
+    del result
+    return tracker.peak

@@ -1,0 +1,110 @@
+"""From logits to tokens: what transformers' sampling does, for pictures that each have their own seed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        greedy: take the likeliest token.
+        warpers: transformers' own, applied in this order to guided logits [pictures, codes].
+    """
+
+    greedy: bool = False
+    warpers: Sequence[Any] = field(default=())
+
+    @classmethod
+    def make(cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sampling:
+        """
+        Args:
+            temperature: 0 is greedy.
+            top_k, top_p: restrict sampling; 0 and 1 do not.
+
+        Raises:
+            ValueError: out of range.
+        """
+        if temperature == 0:
+            return cls(greedy=True)
+        warpers: list[Any] = [] if temperature == 1 else [TemperatureLogitsWarper(float(temperature))]
+        if top_k != 0:
+            warpers.append(TopKLogitsWarper(top_k))
+        if top_p != 1:
+            warpers.append(TopPLogitsWarper(float(top_p)))
+        return cls(warpers=warpers)
+
+    @classmethod
+    def of(cls, model: Any, config: GenerationConfig | None = None, **options: Any) -> Sampling:
+        """What ``model.generate(generation_config=config, **options)`` would sample with.
+
+        Raises:
+            ValueError: it would use something that the engine does not know; the message names it.
+        """
+        config, _ = model._prepare_generation_config(copy.deepcopy(config), **options)
+        return cls.of_config(model, config)
+
+    @classmethod
+    def of_config(cls, model: Any, config: GenerationConfig) -> Sampling:
+        """As `of`, of a config in which nothing is left open."""
+        config = copy.deepcopy(config)
+        config.guidance_scale = None  # the engine guides each picture by its own scale
+        found = model._get_logits_processor(
+            generation_config=config, input_ids_seq_length=1, encoder_input_ids=torch.zeros(1, 1, dtype=torch.long),
+            prefix_allowed_tokens_fn=None, logits_processor=LogitsProcessorList(), device="cpu")
+        for processor in found:
+            if type(processor) not in WARPERS:
+                raise ValueError(f"{type(processor).__name__} is in force")
+        return cls(not config.do_sample, tuple(found))
+
+    def choose(self, logits: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Tokens [N] of guided logits [N, codes] and noise [N, codes] of the exponential distribution.
+
+        The largest of p_i / e_i with e_i ~ Exp(1) is i with probability p_i; `torch.multinomial` draws one sample in
+        the same way, from the same random numbers.
+        """
+        for warper in self.warpers:
+            logits = warper(None, logits)
+        if self.greedy or noise is None:
+            return logits.argmax(-1)
+        return (logits.softmax(-1) / noise).argmax(-1)
+
+
+class Noise:
+    """Exponential noise, fresh for every step, in one buffer.
+
+    Attributes:
+        values: float32 [pictures, codes].
+    """
+
+    def __init__(self, pictures: int, codes: int, seeds: Sequence[int] | None, device: torch.device) -> None:
+        """
+        Args:
+            seeds: one per picture, or None to draw for all from torch's own generator, as transformers does.
+        """
+        self.values = torch.ones(pictures, codes, device=device)
+        self.generators = None if seeds is None else [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def draw(self) -> None:
+        """Fill the buffer. A picture's numbers are those that transformers would draw for it alone."""
+        if self.generators is None:
+            self.values.exponential_()
+        else:
+            for row, generator in zip(self.values, self.generators, strict=True):
+                row.exponential_(generator=generator)

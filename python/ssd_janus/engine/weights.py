@@ -1,0 +1,175 @@
+"""The weights of a Janus as the engine's step reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight ``[out, in]`` and its bias ``[out]``, if there is one."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer; ``qkv`` and ``gate_up`` are several projections in one matrix, in the order of their names."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    out: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    epsilon: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Everything that drawing the tokens of a picture reads.
+
+    The fused matrices are no copies: the projections of the model become views of them, so that no weight is stored
+    twice and changes in place are seen by both.
+
+    Attributes:
+        layers: of the language model.
+        norm, epsilon: its last norm.
+        embed: text embedding ``[vocabulary, hidden]``.
+        image_embed, aligner: from an image code to the next input.
+        head: from the last hidden state to logits of image codes.
+        rotary: (cos, sin), float32 ``[positions, D / 2]``.
+        num_heads, num_query_heads, head_dim, scale: of the attention.
+        codes: size of the image codebook.
+    """
+
+    layers: tuple[Layer, ...]
+    norm: torch.Tensor
+    epsilon: float
+    embed: torch.Tensor
+    image_embed: torch.Tensor
+    aligner: nn.Module
+    head: nn.Module
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    num_heads: int
+    num_query_heads: int
+    head_dim: int
+    scale: float
+    codes: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.dtype
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, positions: int) -> Weights:
+        """The weights of a ``JanusForConditionalGeneration``. Calling it again is cheap and finds moved weights.
+
+        Args:
+            model: with `unsupported` returning None.
+            positions: tokens of the longest row, prompt included.
+
+        Raises:
+            ValueError: `unsupported` names a reason.
+        """
+        reason = unsupported(model)
+        if reason is not None:
+            raise ValueError(f"the engine cannot run this model: {reason}")
+        language_model = model.model.language_model
+        config = language_model.config
+        head_dim = language_model.layers[0].self_attn.head_dim
+        embed = language_model.embed_tokens.weight.detach()
+        cos, sin = language_model.rotary_emb(torch.empty(0, dtype=torch.float32, device=embed.device),
+                                             torch.arange(positions, device=embed.device)[None])
+        return cls(
+            layers=tuple(_layer(layer) for layer in language_model.layers), norm=language_model.norm.weight.detach(),
+            epsilon=language_model.norm.variance_epsilon, embed=embed,
+            image_embed=model.model.generation_embeddings.weight.detach(), aligner=model.model.generation_aligner,
+            head=model.model.generation_head,
+            rotary=(cos[0, :, :head_dim // 2].contiguous(), sin[0, :, :head_dim // 2].contiguous()),
+            num_heads=config.num_key_value_heads, num_query_heads=config.num_attention_heads, head_dim=head_dim,
+            scale=language_model.layers[0].self_attn.scaling, codes=model.model.generation_head.vision_head.out_features)
+
+
+# Tables of these kinds do not depend on how long the sequence has become.
+FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
+
+
+def unsupported(model: Any) -> str | None:
+    """Why the engine cannot run a ``JanusForConditionalGeneration``, or None when it can."""
+    language_model = model.model.language_model
+    kind = type(language_model).__name__
+    if kind != "LlamaModel":
+        return f"its language model is a {kind}, not a LlamaModel"
+    parts = {"language_model": language_model, "generation_aligner": model.model.generation_aligner,
+             "generation_head": model.model.generation_head, "generation_embeddings": model.model.generation_embeddings}
+    for part, root in parts.items():
+        for name, module in root.named_modules():
+            place = f"{part}.{name}".rstrip(".")
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+                return f"{place} has hooks, which the engine would not call"
+            if name.endswith("_proj") and type(module) is not nn.Linear:
+                return f"{place} is a {type(module).__name__}, not a plain Linear"
+    parameters = [parameter for root in parts.values() for parameter in root.parameters()]
+    places = {(str(parameter.device), parameter.dtype) for parameter in parameters}
+    if len(places) != 1:
+        return f"its weights are not all on one device in one dtype: {sorted(map(str, places))}"
+    if parameters[0].device.type == "meta" or not parameters[0].is_floating_point():
+        return f"its weights are {parameters[0].dtype} on {parameters[0].device}"
+    rotary = getattr(language_model.rotary_emb, "rope_type", "default")
+    if rotary not in FIXED_ROTARY:
+        return f"its rotary embedding is of type {rotary!r}; allowed are {', '.join(sorted(FIXED_ROTARY))}"
+    if model.training and language_model.config.attention_dropout:
+        return "it is in training mode with attention dropout"
+    if torch.is_autocast_enabled(parameters[0].device.type):
+        return "autocast is on"
+    return None
+
+
+def _layer(layer: nn.Module) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Layer(
+        input_norm=layer.input_layernorm.weight.detach(), qkv=_fused([attention.q_proj, attention.k_proj, attention.v_proj]),
+        out=_fused([attention.o_proj]), post_norm=layer.post_attention_layernorm.weight.detach(),
+        gate_up=_fused([mlp.gate_proj, mlp.up_proj]), down=_fused([mlp.down_proj]), activation=mlp.act_fn,
+        epsilon=(layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon))
+
+
+def _fused(projections: Sequence[nn.Linear]) -> Linear:
+    """The projections as one, above one another in the rows of the weight."""
+    biases = [projection.bias for projection in projections]
+    return Linear(_stacked([projection.weight for projection in projections]),
+                  None if biases[0] is None else _stacked(biases))
+
+
+def _stacked(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """One tensor of which the parameters are consecutive rows; the parameters become views of it."""
+    first, rows = parameters[0].detach(), [parameter.shape[0] for parameter in parameters]
+    if _consecutive(parameters):
+        return first.as_strided((sum(rows), *first.shape[1:]), first.stride(), first.storage_offset())
+    stacked = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, view in zip(parameters, stacked.split(rows), strict=True):
+        parameter.data = view
+    return stacked
+
+
+def _consecutive(parameters: Sequence[nn.Parameter]) -> bool:
+    storage, offset = parameters[0].untyped_storage().data_ptr(), parameters[0].storage_offset()
+    for parameter in parameters:
+        if (not parameter.is_contiguous() or parameter.untyped_storage().data_ptr() != storage
+                or parameter.storage_offset() != offset):
+            return False
+        offset += parameter.numel()
+    return True

@@ -1,0 +1,179 @@
+"""The engine draws transformers' tokens, and every picture the same ones in any company."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_generate import RAGGED, conditional_tokens
+from transformers import GenerationConfig
+
+from ssd_janus.engine import Engine, Sampling, unsupported
+from ssd_kernels import CachePlan, HeadSpec
+
+WORDS = "a red circle two blue squares and green star above three pink rings heart black cross".split()
+
+
+def prompts_of(inputs: dict[str, torch.Tensor]) -> list[list[int]]:
+    """Token numbers without padding."""
+    return [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+
+
+def many_prompts(count: int) -> tuple[str, ...]:
+    return tuple(" ".join(WORDS[index % 7:index % 7 + 1 + index % 5]) for index in range(count))
+
+
+def plan_of_budget(model: Any, budget: float) -> CachePlan:
+    """Heads of several kinds that keep about ``budget`` of the picture."""
+    heads, size = model.config.text_config.num_key_value_heads, max(1, round(budget * tiny.TOKENS))
+    if budget == 1:
+        return CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, heads)
+    kinds = [HeadSpec.heavy(size, size // 2, "mean"), HeadSpec.window(size), HeadSpec.heavy(size), HeadSpec.window(1)]
+    return tiny.plan_of(*kinds[:heads])
+
+
+@pytest.mark.parametrize("options", [
+    {"do_sample": False}, {"do_sample": True}, {"do_sample": True, "top_k": 0, "temperature": 0.7},
+    {"do_sample": True, "top_k": 20, "top_p": 0.8}, {"do_sample": False, "guidance_scale": 5.0},
+], ids=str)
+def test_a_full_plan_gives_transformers_tokens(model: Any, options: dict[str, Any]) -> None:
+    expected = tiny.draw(model, 3, **options)
+    torch.manual_seed(3)
+    drawn = Engine(model).generate(prompts_of(tiny.image_inputs()), guidance=options.get("guidance_scale", 2.0),
+                                   seeds=None, sampling=Sampling.of(model, **options))
+    assert torch.equal(drawn, expected)
+    assert torch.equal(tiny.draw(model, 3, **options), expected), "the engine must leave the model as it was"
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_other_plans_give_the_oracles_tokens(model: Any, name: str) -> None:
+    plan = RAGGED[name](model.config.text_config.num_key_value_heads)
+    inputs = tiny.image_inputs()
+    expected = tiny.Oracle(plan).generate(model, **inputs)
+    drawn = Engine(model, plan).generate(prompts_of(inputs), guidance=2.0, sampling=Sampling(greedy=True))
+    assert torch.equal(drawn, expected)
+
+
+def test_without_guidance_a_picture_takes_one_row(model: Any) -> None:
+    inputs, engine = tiny.image_inputs(), Engine(model)
+    drawn = engine.generate(prompts_of(inputs), guidance=1.0, sampling=Sampling(greedy=True))
+    assert torch.equal(drawn, conditional_tokens(model, inputs))
+    assert engine.last_run is not None and engine.last_run.rows == len(drawn)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_picture_alone_is_transformers_own_of_its_seed(model: Any, seed: int) -> None:
+    inputs = tiny.image_inputs(tiny.PROMPTS[1:2])
+    drawn = Engine(model).generate(prompts_of(inputs), guidance=2.0, seeds=seed,
+                                   sampling=Sampling.of(model, do_sample=True))
+    assert torch.equal(drawn, tiny.draw(model, seed, do_sample=True, **inputs))
+
+
+@pytest.mark.parametrize("count, budget", [(1, 0.2), (3, 1), (7, 0.05), (64, 0.2)])
+def test_a_picture_is_the_same_in_any_company(model: Any, count: int, budget: float) -> None:
+    """Other prompts, lengths, guidance, order and batch sizes around it change nothing."""
+    engine = Engine(model, plan_of_budget(model, budget))
+    prompts = prompts_of(tiny.image_inputs(many_prompts(count)))
+    guidance = [(2.0, 1.0, 5.0, 0.0)[index % 4] for index in range(count)]
+    together = engine.generate(prompts, guidance=guidance, seeds=10)
+    some = sorted({0, 1, count - 1} & {*range(count)})
+    for index in some:
+        alone = engine.generate([prompts[index]], guidance=guidance[index], seeds=10 + index)
+        assert torch.equal(alone[0], together[index])
+    mixed = some[::-1]
+    assert torch.equal(together[mixed], engine.generate(
+        [prompts[index] for index in mixed], guidance=[guidance[index] for index in mixed],
+        seeds=[10 + index for index in mixed], batch_size=2))
+    assert len({tuple(row) for row in together.tolist()}) == count
+
+
+def test_the_fused_weights_are_the_models_own(fresh: Any) -> None:
+    size = sum(parameter.untyped_storage().nbytes() for parameter in fresh.parameters())
+    prompts, greedy = prompts_of(tiny.image_inputs()), Sampling(greedy=True)
+    engine = Engine(fresh)
+    before = engine.generate(prompts, guidance=2.0, sampling=greedy)
+    storages = {parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes()
+                for parameter in fresh.parameters()}
+    assert sum(storages.values()) == size
+    with torch.no_grad():
+        fresh.model.language_model.layers[0].self_attn.k_proj.weight.mul_(-1)
+    changed = engine.generate(prompts, guidance=2.0, sampling=greedy)
+    assert torch.equal(changed, tiny.draw(fresh)) and not torch.equal(changed, before)
+    fresh.to(torch.float64).to(torch.float32)  # moves every weight
+    with torch.no_grad():
+        fresh.model.language_model.layers[0].self_attn.k_proj.weight.mul_(-1)
+    assert torch.equal(engine.generate(prompts, guidance=2.0, sampling=greedy), before)
+
+
+def test_biases_are_used() -> None:
+    config = tiny.build_model().config
+    config.text_config.attention_bias = config.text_config.mlp_bias = True
+    torch.manual_seed(0)
+    biased = type(tiny.build_model())(config).eval()
+    stock = tiny.build_model()
+    biased.load_state_dict(stock.state_dict(), strict=False)
+    biased.generation_config = stock.generation_config
+    with torch.no_grad():
+        for name, parameter in biased.named_parameters():
+            if "language_model" in name and name.endswith("bias"):
+                parameter.normal_(std=0.5)
+    expected = tiny.draw(biased)
+    drawn = Engine(biased).generate(prompts_of(tiny.image_inputs()), guidance=2.0, sampling=Sampling(greedy=True))
+    assert torch.equal(drawn, expected) and not torch.equal(drawn, tiny.draw(stock))
+
+
+def test_bfloat16_is_close(fresh: Any) -> None:
+    """Logits of the first token, which does not depend on tokens drawn before it."""
+    fresh.to(torch.bfloat16)
+    inputs = tiny.image_inputs(tiny.PROMPTS[:1])
+    seen: list[torch.Tensor] = []
+
+    def record(tokens: Any, logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits)
+        return logits
+
+    Engine(fresh).generate(prompts_of(inputs), guidance=1.0, steps=1, logits_processor=[record])
+    with torch.no_grad():
+        hidden = fresh.model.language_model(**inputs, use_cache=False)[0][:, -1]
+        expected = fresh.model.generation_head(hidden).float()
+    assert (seen[0] - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_models_that_the_engine_cannot_run_are_named(fresh: Any) -> None:
+    assert unsupported(fresh) is None
+    handle = fresh.model.language_model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert "layers.1.mlp has hooks" in (unsupported(fresh) or "")
+    handle.remove()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in (unsupported(fresh) or "")
+    fresh.model.language_model.layers[0].mlp.down_proj.half()
+    with pytest.raises(ValueError, match="cannot run this model: its weights are not all on one device in one dtype"):
+        Engine(fresh)
+    fresh.float()
+    fresh.model.language_model.layers[2].self_attn.q_proj = torch.nn.Identity()
+    assert "layers.2.self_attn.q_proj is a Identity" in (unsupported(fresh) or "")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"prompts": []}, "prompts must hold at least one prompt"),
+    ({"prompts": [[]]}, r"prompts\[0\] must be 1 .. 60 tokens long, got 0"),
+    ({"prompts": [[0] * 61]}, "got 61"),
+    ({"prompts": [[0, 10**6]]}, r"prompts\[0\] must hold tokens within"),
+    ({"guidance": [1.0, 2.0]}, "guidance must be one number or 1, got 2"),
+    ({"guidance": float("nan")}, "guidance must be finite"),
+    ({"seeds": [1, 2]}, "seeds must be one number or 1, got 2"),
+    ({"steps": 0}, "steps must be within 1 .. 36"),
+    ({"batch_size": 0}, "batch_size must be at least 1"),
+])
+def test_bad_arguments(fresh: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(fresh).generate(**{"prompts": [[0, 7, 3]], **arguments})
+
+
+def test_a_missing_token_is_named(fresh: Any) -> None:
+    fresh.generation_config = GenerationConfig(bos_token_id=0, pad_token_id=2)
+    with pytest.raises(ValueError, match="must name a boi_token_id for guidance"):
+        Engine(fresh).generate([[0, 7, 3]])
+    assert Engine(fresh).generate([[0, 7, 3]], guidance=1, steps=2).shape == (1, 2)
