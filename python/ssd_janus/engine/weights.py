@@ -100,7 +100,8 @@ class Weights:
             head=model.model.generation_head,
             rotary=(cos[0, :, :head_dim // 2].contiguous(), sin[0, :, :head_dim // 2].contiguous()),
             num_heads=config.num_key_value_heads, num_query_heads=config.num_attention_heads, head_dim=head_dim,
-            scale=language_model.layers[0].self_attn.scaling, codes=model.model.generation_head.vision_head.out_features)
+            scale=language_model.layers[0].self_attn.scaling,
+            codes=model.model.generation_head.vision_head.out_features)
 
 
 # Tables of these kinds do not depend on how long the sequence has become.
@@ -141,7 +142,8 @@ def unsupported(model: Any) -> str | None:
 def _layer(layer: nn.Module) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return Layer(
-        input_norm=layer.input_layernorm.weight.detach(), qkv=_fused([attention.q_proj, attention.k_proj, attention.v_proj]),
+        input_norm=layer.input_layernorm.weight.detach(),
+        qkv=_fused([attention.q_proj, attention.k_proj, attention.v_proj]),
         out=_fused([attention.o_proj]), post_norm=layer.post_attention_layernorm.weight.detach(),
         gate_up=_fused([mlp.gate_proj, mlp.up_proj]), down=_fused([mlp.down_proj]), activation=mlp.act_fn,
         epsilon=(layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon))
