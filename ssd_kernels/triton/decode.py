@@ -2,9 +2,21 @@
 
 One program serves one (batch row, KV head), so scores and the choice of victims never leave it. Heads start in the
 order of the head table's last column, longest first, so that the launch does not end with one long head on its own.
-Heads are not split over programs: the longest possible one holds a whole picture and its prompt (about 640 slots,
-330 KB in bfloat16 for Janus-Pro), a few microseconds of reading for one multiprocessor, and a combining launch
-or a counter per head would cost every step as much.
+
+Heads are not split over programs. The reasons are estimates, not measured on a GPU, for Janus-Pro in bfloat16: 512
+bytes a slot, three blocks of 8 KB under way and 0.6 to 1 us of memory latency, so 24 to 40 bytes a nanosecond for one
+program.
+
+* The longest possible head holds a picture and its prompt, about 640 slots or 330 KB: 8 to 14 us. At a budget of 20% a
+  head holds some 200 slots, prompt and row buffer included: 3 to 4 us. Only full heads with few rows, and so fewer
+  programs than multiprocessors, would gain: four parts bring 8 to 14 us down to some 3. With many rows the bytes of all
+  heads decide, and long heads start first.
+* Where the operator is called with a table on the device, the host does not know how long heads are. It would launch
+  every head in as many parts as the longest possible one. With 256 rows x 16 heads, 12,288 of 16,384 programs would
+  only find out that there is nothing to do: at 1 us each and 5 at a time on each of 132 multiprocessors about 20 us,
+  beside 60 us of reading.
+* Parts leave a maximum, a sum and a vector each, and are counted where there must be 0 before: one more tensor in every
+  cache and operator, or a second launch that clears it.
 
 A row's cursor moves when its last program is done. Until then the programs that are done are counted in the high bits
 of the cursor itself (`ARRIVALS`), so one launch needs neither a second one nor a counter that somebody has to clear.
@@ -55,8 +67,44 @@ def turns(cos, sin, position, dim, D: tl.constexpr):
 
 @triton.jit
 def slot_of(index, base, begin, ring):
-    """Slot of the ``index``-th kept token: the prompt lies first, the rest in a ring that starts at ``begin``."""
-    return tl.where(index < base, index, base + (begin + index - base) % ring)
+    """Slot of the ``index``-th kept token: the prompt lies first, the rest in a ring that starts at ``begin``.
+
+    Kept tokens never fill the ring, so none lies more than once around it.
+    """
+    turn = tl.where(index < base + ring - begin, begin, begin - ring)
+    return tl.where(index < base, index, index + turn)
+
+
+@triton.jit
+def head_columns(table, head):
+    """A head's kind, first slot, capacity, keep, recent, rule and first scored slot: layout.LayerLayout.table."""
+    at = table + head * COLUMNS
+    return (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
+            tl.load(at + 6))
+
+
+@triton.jit
+def load_slots(keys, values, start, total, base, begin, ring, D: tl.constexpr, D_PAD: tl.constexpr,
+               BLOCK: tl.constexpr):
+    """The kept tokens from ``start`` on: slots [BLOCK], whether each exists, keys and values [BLOCK, D_PAD]."""
+    dim = tl.arange(0, D_PAD)
+    index = start + tl.arange(0, BLOCK)
+    live = index < total
+    slot = slot_of(index, base, begin, ring)
+    where = slot[:, None] * D + dim[None, :]
+    mask = live[:, None] & (dim < D)[None, :]
+    return slot, live, tl.load(keys + where, mask=mask, other=0.0), tl.load(values + where, mask=mask, other=0.0)
+
+
+@triton.jit
+def copy_vectors(k, v, source, keys, values, target, mask, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Keys and values of rows ``source`` [N] of k and v into rows ``target`` [N] of the slabs, where ``mask`` [N]."""
+    dim = tl.arange(0, D_PAD)
+    both = mask[:, None] & (dim < D)[None, :]
+    source_at = source[:, None] * D + dim[None, :]  # [N, D_PAD]
+    target_at = target[:, None] * D + dim[None, :]
+    tl.store(keys + target_at, tl.load(k + source_at, mask=both), mask=both)
+    tl.store(values + target_at, tl.load(v + source_at, mask=both), mask=both)
 
 
 @triton.jit
@@ -108,19 +156,12 @@ def attend_one(q, keys, values, logits, new_logit, new_value, total, base, begin
                D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
                SCORED: tl.constexpr):
     """Attention of one query [D_PAD] over ``total`` slots and the new token: maximum, sum [1] and output [1, D_PAD]."""
-    dim = tl.arange(0, D_PAD)
     highest = new_logit
     norm = 1.0
     acc = new_value  # [D_PAD]
     for start in tl.range(0, total, BLOCK, num_stages=STAGES):
-        index = start + tl.arange(0, BLOCK)
-        live = index < total
-        slot = slot_of(index, base, begin, ring)
-        where = slot[:, None] * D + dim[None, :]  # [BLOCK, D_PAD]
-        mask = live[:, None] & (dim < D)[None, :]
-        k = tl.load(keys + where, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(values + where, mask=mask, other=0.0).to(tl.float32)
-        logit = tl.sum(k * q[None, :], 1) * scale
+        slot, live, k, v = load_slots(keys, values, start, total, base, begin, ring, D, D_PAD, BLOCK)
+        logit = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale
         if SCORED:
             tl.store(logits + slot, logit, mask=live & keep_logits)
         logit = tl.where(live, logit, -float("inf"))
@@ -128,7 +169,7 @@ def attend_one(q, keys, values, logits, new_logit, new_value, total, base, begin
         weight = tl.exp2(logit - new_highest)
         fade = tl.exp2(highest - new_highest)
         norm = norm * fade + tl.sum(weight, 0)
-        acc = acc * fade + tl.sum(weight[:, None] * v, 0)
+        acc = acc * fade + tl.sum(weight[:, None] * v.to(tl.float32), 0)
         highest = new_highest
     return tl.full([1], 0.0, tl.float32) + highest, tl.full([1], 0.0, tl.float32) + norm, acc[None, :]
 
@@ -138,18 +179,12 @@ def attend_group(q, keys, values, logits, new_logit, new_value, total, base, beg
                  scored_slots, D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
                  BLOCK: tl.constexpr, STAGES: tl.constexpr, SCORED: tl.constexpr, INTERPRETED: tl.constexpr):
     """`attend_one` for the queries [GROUP_PAD, D_PAD] of a group, which read every slot together."""
-    dim, member = tl.arange(0, D_PAD), tl.arange(0, GROUP_PAD)
+    member = tl.arange(0, GROUP_PAD)
     highest = new_logit  # [GROUP_PAD]
     norm = tl.full([GROUP_PAD], 1.0, tl.float32)
     acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32) + new_value[None, :]
     for start in tl.range(0, total, BLOCK, num_stages=STAGES):
-        index = start + tl.arange(0, BLOCK)
-        live = index < total
-        slot = slot_of(index, base, begin, ring)
-        where = slot[:, None] * D + dim[None, :]  # [BLOCK, D_PAD]
-        mask = live[:, None] & (dim < D)[None, :]
-        k = tl.load(keys + where, mask=mask, other=0.0)
-        v = tl.load(values + where, mask=mask, other=0.0)
+        slot, live, k, v = load_slots(keys, values, start, total, base, begin, ring, D, D_PAD, BLOCK)
         if INTERPRETED:
             k, v = k.to(tl.float32), v.to(tl.float32)
         logit = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee") * scale  # [GROUP_PAD, BLOCK]
@@ -191,22 +226,17 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     program = tl.program_id(0)
     row = (program % batch).to(tl.int64)
     head = tl.minimum(tl.maximum(tl.load(table + (program // batch) * COLUMNS + 7), 0), heads - 1)
-    kind = tl.load(table + head * COLUMNS)
-    offset = tl.load(table + head * COLUMNS + 1)
-    capacity = tl.load(table + head * COLUMNS + 2)
-    keep = tl.load(table + head * COLUMNS + 3)
-    recent = tl.load(table + head * COLUMNS + 4)
-    rule = tl.load(table + head * COLUMNS + 5)
-    score_offset = tl.load(table + head * COLUMNS + 6)
-    prompt_len = tl.load(cursors + row * 2)
-    cursor = tl.load(cursors + row * 2 + 1)
+    kind, offset, capacity, keep, recent, rule, score_offset = head_columns(table, head)
+    cursors += row * 2
+    prompt_len = tl.load(cursors)
+    cursor = tl.load(cursors + 1)
     step, arrived = cursor & STEP_MASK, cursor >> ARRIVAL_SHIFT
 
     dim, member = tl.arange(0, D_PAD), tl.arange(0, GROUP_PAD)
     in_group = member < GROUP
     in_dim = dim < D
-    query_head = head * GROUP + member
-    out_at = out + (row * heads * GROUP + query_head)[:, None] * D + dim[None, :]  # [GROUP_PAD, D_PAD]
+    out += (row * heads + head) * GROUP * D
+    out_at = out + member[:, None] * D + dim[None, :]  # [GROUP_PAD, D_PAD]
     out_mask = in_group[:, None] & in_dim[None, :]
     # Slot arithmetic: layout.RowView.
     if KEEP_PROMPT:
@@ -251,10 +281,10 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     # Attend. The new token is taken from registers: nothing of this step is read back from memory.
     to_log2 = scale * LOG2E
     keep_logits = score_offset >= 0
-    query_at = q + row * q_row + query_head[:, None] * q_head + dim[None, :]
-    queries = tl.load(query_at, mask=out_mask, other=0.0)  # [GROUP_PAD, D_PAD]
+    query_at = q + row * q_row + (head * GROUP + member)[:, None] * q_head
+    queries = tl.load(query_at + dim[None, :], mask=out_mask, other=0.0)  # [GROUP_PAD, D_PAD]
     if ROTARY:
-        swapped = tl.load(q + row * q_row + query_head[:, None] * q_head + partner[None, :], mask=out_mask, other=0.0)
+        swapped = tl.load(query_at + partner[None, :], mask=out_mask, other=0.0)
         turned = queries.to(tl.float32) * turn[None, :] + swapped.to(tl.float32) * swing[None, :]
         queries = rounded(turned, queries.dtype, INTERPRETED)
     new_logit = tl.sum(queries.to(tl.float32) * new_key[None, :], 1) * to_log2  # [GROUP_PAD]
@@ -322,14 +352,10 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
                         moving = move < moves
                         source = tl.load(from_list + move, mask=moving, other=0)
                         target = tl.load(to_list + move, mask=moving, other=0)
-                        mask = moving[:, None] & in_dim[None, :]
-                        source_at = source[:, None] * D + dim[None, :]  # [COPY_BLOCK, D_PAD]
-                        target_at = target[:, None] * D + dim[None, :]
-                        tl.store(keys + target_at, tl.load(keys + source_at, mask=mask), mask=mask)
-                        tl.store(values + target_at, tl.load(values + source_at, mask=mask), mask=mask)
+                        copy_vectors(keys, values, source, keys, values, target, moving, D, D_PAD)
                         tl.store(score_at + target, tl.load(score_at + source, mask=moving), mask=moving)
                         tl.store(position_at + target, tl.load(position_at + source, mask=moving), mask=moving)
 
     # Step forward: the row's last program writes the next step, with no arrivals.
-    if tl.atomic_add(cursors + row * 2 + 1, ONE_ARRIVAL, sem="acq_rel") >> ARRIVAL_SHIFT == heads - 1:
-        tl.store(cursors + row * 2 + 1, step + 1)
+    if tl.atomic_add(cursors + 1, ONE_ARRIVAL, sem="acq_rel") >> ARRIVAL_SHIFT == heads - 1:
+        tl.store(cursors + 1, step + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import COLUMNS, HEAVY, lose, rank_of
+from .decode import HEAVY, copy_vectors, head_columns, lose, rank_of
 
 
 @triton.jit(do_not_specialize=["prompt_stride", "heads", "slots", "scored_slots", "max_prompt", "num_visual_tokens",
@@ -21,13 +21,7 @@ def prefill_kernel(k, v, given, prompt_lens, rows, keys, values, scores, positio
     """
     entry = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    kind = tl.load(table + head * COLUMNS)
-    offset = tl.load(table + head * COLUMNS + 1)
-    capacity = tl.load(table + head * COLUMNS + 2)
-    keep = tl.load(table + head * COLUMNS + 3)
-    recent = tl.load(table + head * COLUMNS + 4)
-    rule = tl.load(table + head * COLUMNS + 5)
-    score_offset = tl.load(table + head * COLUMNS + 6)
+    kind, offset, capacity, keep, recent, rule, score_offset = head_columns(table, head)
     prompt_len = tl.load(prompt_lens + entry)
     row = tl.load(rows + entry).to(tl.int64)
     item = entry * heads + head
@@ -52,16 +46,11 @@ def prefill_kernel(k, v, given, prompt_lens, rows, keys, values, scores, positio
     tl.store(slot_list + item * PROMPT_BLOCK + position, tl.where(valid, slot, -1))
     tl.debug_barrier()
 
-    dim = tl.arange(0, D_PAD)
-    in_dim = dim < D
     for start in range(0, prompt_len, BLOCK):
         token = start + tl.arange(0, BLOCK)
         target = tl.load(slot_list + item * PROMPT_BLOCK + token, mask=token < prompt_len, other=-1)
-        mask = (target >= 0)[:, None] & in_dim[None, :]
-        source_at = (item * prompt_stride + token)[:, None] * D + dim[None, :]  # [BLOCK, D_PAD]
-        target_at = (row * slots + offset + target)[:, None] * D + dim[None, :]
-        tl.store(keys + target_at, tl.load(k + source_at, mask=mask), mask=mask)
-        tl.store(values + target_at, tl.load(v + source_at, mask=mask), mask=mask)
+        copy_vectors(k, v, item * prompt_stride + token, keys, values, row * slots + offset + target, target >= 0, D,
+                     D_PAD)
         scored = (target >= 0) & (score_offset >= 0)
         scored_at = row * scored_slots + score_offset + target
         if GIVEN:

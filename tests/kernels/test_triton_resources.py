@@ -16,7 +16,7 @@ RECORD = Path(__file__).with_name("triton_resources.json")
 # first, then the edges of what is served.
 SHAPES: tuple[tuple[int, str, int, int, int, int], ...] = (
     *((architecture, "bf16", 128, 1, 24, 256) for architecture in (80, 86, 89, 90)),
-    (80, "bf16", 128, 1, 0, 256),
+    *((architecture, "bf16", 128, 1, 0, 256) for architecture in (80, 86, 90)),
     (80, "bf16", 64, 1, 24, 256),
     (90, "bf16", 64, 1, 24, 256),
     (80, "bf16", 32, 1, 24, 256),
