@@ -40,7 +40,7 @@ from .options import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .pipeline import RunStats
+    from .pipeline import Pipeline, RunStats
 
 DEMO_PROMPTS = (
     "a red circle",
@@ -77,8 +77,10 @@ def generate(
     device: Device = "cpu",
     dtype: Dtype = None,
     backend: Backend = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most pictures drawn at once; fewer where memory is "
+                                                        "short.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per picture on stdout.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Also show what memory was used for.")] = False,
 ) -> None:
     """Draw prompts and write PNG files."""
     check_plan_options(plan, policy, budget, row_buffer)
@@ -107,6 +109,21 @@ def generate(
             console.print(str(drawn.file), markup=False, soft_wrap=True)
     done = summary(run) if run and not layout else f"{count} pictures drawn, the others were there already"
     messages.print(done, markup=False, soft_wrap=True)
+    if verbose and run:
+        _show_memory(pipe)
+
+
+def _show_memory(pipe: Pipeline) -> None:
+    report = pipe.memory_report()
+    table = Table("memory", "bytes", "when", box=None, pad_edge=False)
+    table.add_row("weights", show_bytes(report.weights), "always")
+    table.add_row("cache", show_bytes(report.cache), "while tokens are drawn")
+    table.add_row("step buffers", f"at most {show_bytes(report.step)}", "while tokens are drawn")
+    table.add_row("decoding", show_bytes(report.decode), "afterwards, without the cache")
+    table.add_row("peak", show_bytes(report.peak), "of the two")
+    if report.device_peak is not None:
+        table.add_row("measured peak", show_bytes(report.device_peak), "by torch, while tokens were drawn")
+    messages.print(table)
 
 
 @app.command()

@@ -44,8 +44,8 @@ def draw(pipe: Pipeline, layout: Layout | None, out: Path, prompts: Sequence[Fil
     - ``dpg``: one ``NAME.png`` per prompt with its pictures in a square, row by row, 2 x 2 for the usual four
       (ELLA, ``dpg_bench/compute_dpg_bench.py``; its ``--resolution`` is the side of one picture).
 
-    With a layout, batches of whole prompts are drawn one by one and those that are complete on disk are skipped. What
-    a picture looks like depends on its batch, so batches are the same when a run goes on.
+    With a layout, batches of whole prompts are drawn one by one and those that are complete on disk are skipped. Every
+    picture has its own seed, counted on from ``seed`` over all prompts, so that a run that goes on draws the same ones.
 
     Args: as the command line's ``generate``; ``batch_size`` counts pictures.
     """

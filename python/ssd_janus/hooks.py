@@ -19,6 +19,7 @@ import ssd_kernels
 from ssd_kernels import CachePlan
 
 from .cache import ATTENTION, JanusCache, Observer
+from .engine import call
 from .online import OnlinePlan
 from .shape import ModelShape
 
@@ -32,6 +33,7 @@ class _Enabled:
     Attributes:
         plan, backend, shape, observer: what the caches are made from.
         inner: ``generate`` as found on the instance, or None when it was the class's own.
+        engine: let the engine draw what it can.
     """
 
     plan: CachePlan
@@ -39,9 +41,11 @@ class _Enabled:
     shape: ModelShape
     inner: Callable[..., Any] | None
     observer: Observer | None = None
+    engine: bool = True
 
 
-def enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str = "auto") -> None:
+def enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str = "auto", *,
+           engine: bool = True) -> None:
     """Make ``model.generate(..., generation_mode="image")`` keep its KV cache under ``plan``.
 
     Calls stay literally unchanged, and all of transformers' sampling options work. ``guidance_scale <= 1`` draws with
@@ -52,22 +56,25 @@ def enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str =
         model: transformers' ``JanusForConditionalGeneration``.
         plan: head specs for the model's layers and KV heads.
         backend: ``"auto"`` or one of `ssd_kernels.info`'s backends.
+        engine: draw with `ssd_janus.engine`, which gives the same tokens, where the call's options allow; else, and
+            for all other calls, transformers' own loop draws.
 
     Raises:
         TypeError: another kind of model, or ``plan`` is no `CachePlan`.
         ValueError: the plan does not fit the model, or the backend is unknown or cannot run here.
     """
-    _enable(model, plan, backend, None)
+    _enable(model, plan, backend, None, engine)
 
 
-def _enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str, observer: Observer | None) -> None:
+def _enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str, observer: Observer | None,
+            engine: bool = False) -> None:
     _check_model(model)
     shape = ModelShape.of(model)
     shape.check(plan)
     _check_backend(backend)
     current = vars(model).get(_ENABLED)
     inner = current.inner if current else vars(model).get("generate")
-    setattr(model, _ENABLED, _Enabled(plan, backend, shape, inner, observer))
+    setattr(model, _ENABLED, _Enabled(plan, backend, shape, inner, observer, engine))
     # A bound method, so that copy.deepcopy(model) yields a model that drives itself.
     model.generate = types.MethodType(_generate, model)
 
@@ -90,6 +97,12 @@ def disable(model: JanusForConditionalGeneration) -> None:
 def is_enabled(model: JanusForConditionalGeneration) -> bool:
     """Whether `enable` is in force."""
     return _ENABLED in vars(model)
+
+
+def in_force(model: JanusForConditionalGeneration) -> tuple[CachePlan, str] | None:
+    """Plan and backend of `enable`, or None."""
+    enabled: _Enabled | None = vars(model).get(_ENABLED)
+    return None if enabled is None else (enabled.plan, enabled.backend)
 
 
 @contextmanager
@@ -124,6 +137,11 @@ def _generate(self: JanusForConditionalGeneration, *args: Any, **kwargs: Any) ->
         raise ValueError("output_attentions must be False on an enabled model, got True: evicted tokens have no "
                          "attention weights")
     guided = _settle_guidance(self, kwargs)
+    try:
+        return _through_engine(self, enabled, args, kwargs)
+    except call.NotForTheEngine as reason:
+        if enabled.engine:
+            call.say_once(str(reason))
     observer = enabled.plan.observer() if isinstance(enabled.plan, OnlinePlan) else enabled.observer
     cache = JanusCache(enabled.plan, enabled.shape.num_visual_tokens, enabled.backend, observer)
     # Given a cache, transformers makes none of its own (5.13 to 5.17 fail when they try).
@@ -133,6 +151,18 @@ def _generate(self: JanusForConditionalGeneration, *args: Any, **kwargs: Any) ->
             return inner(*args, **kwargs)
     finally:
         cache.finish()
+
+
+def _through_engine(model: JanusForConditionalGeneration, enabled: _Enabled, args: tuple[Any, ...],
+                    kwargs: dict[str, Any]) -> torch.Tensor:
+    """What the call returns, drawn by the engine. Raises NotForTheEngine."""
+    if not enabled.engine:
+        raise call.NotForTheEngine("engine=False")
+    if enabled.inner is not None:
+        raise call.NotForTheEngine("generate has been replaced on this model")
+    if args:
+        raise call.NotForTheEngine("arguments are given by position")
+    return call.draw(model, enabled.plan, enabled.backend, kwargs)
 
 
 @contextmanager

@@ -88,7 +88,8 @@ RowBuffer = Annotated[int | None, typer.Option(min=0, help="Steps between evicti
 ProfileFile = Annotated[Path | None, typer.Option(
     "--profile", help="What `profile` measured about the model's heads, for the policies ssd, ssd_guarded, margin and "
                       "adaptive. Default: the included model's own.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling; the same seed repeats the pictures.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count on. The same prompt, "
+                                               "plan and seed repeat a picture, whatever is drawn beside it.")]
 Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance; 1 turns it off. Default: "
                                                      "the model's own.")]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -19,11 +19,13 @@ from ssd_kernels import CachePlan
 from . import hooks
 from .cache import Observer
 from .checkpoints import included_model
+from .engine import Engine, MemoryReport, Sampling, call, decode, unsupported
 from .images import to_pictures
+from .loading import PictureJanus
 from .progress import ProgressCallback, progress_bar
 from .shape import ModelShape
 
-PICTURES_PER_DECODE = 8
+Preview = Callable[[Sequence[int], list[Image]], Any]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Pipeline:
         self.backend = backend
         self.shape = ModelShape.of(model)
         self.last_run: RunStats | None = None
+        self._engine: Engine | None = None  # of the last run
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str] | None = None, *, device: torch.device | str = "cpu",
@@ -84,6 +87,9 @@ class Pipeline:
             device: where to run.
             dtype: of weights and caches; None for float32 on a CPU and the checkpoint's own elsewhere.
             backend: as in `enable`.
+
+        What drawing does not use, the vision tower and the text head, is not loaded (`PictureJanus`); a model that was
+        loaded as a whole goes to the constructor.
 
         Raises:
             FileNotFoundError: no such folder, or the package came without its model.
@@ -100,20 +106,21 @@ class Pipeline:
         if dtype is None:
             dtype = torch.float32 if target.type == "cpu" else "auto"
         processor = JanusProcessor.from_pretrained(source, local_files_only=local)
-        model = JanusForConditionalGeneration.from_pretrained(source, local_files_only=local, dtype=dtype)
+        model = PictureJanus.from_pretrained(source, local_files_only=local, dtype=dtype)
         return cls(model.to(target).eval(), processor, backend)
 
     def __call__(self, prompts: Sequence[str] | str, num_images_per_prompt: int = 1,
                  guidance_scale: float | None = None, seed: int = 0, plan: CachePlan | None = None, *,
                  temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
-                 batch_size: int | None = None, progress: bool | ProgressCallback = False) -> list[Image]:
+                 batch_size: int | None = None, progress: bool | ProgressCallback = False,
+                 preview: Preview | None = None) -> list[Image]:
         """Draw pictures, ``num_images_per_prompt`` for the first prompt, then for the second, and so on.
 
         Args: as `generate_tokens`.
         """
         tokens = self.generate_tokens(
             prompts, num_images_per_prompt, guidance_scale, seed, plan, temperature=temperature, top_k=top_k,
-            top_p=top_p, batch_size=batch_size, progress=progress)
+            top_p=top_p, batch_size=batch_size, progress=progress, preview=preview)
         began = time.perf_counter()
         pictures = self.decode(tokens)
         if self.last_run is not None:
@@ -124,7 +131,7 @@ class Pipeline:
                         guidance_scale: float | None = None, seed: int = 0, plan: CachePlan | None = None, *,
                         temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
                         batch_size: int | None = None, progress: bool | ProgressCallback = False,
-                        logits_processor: Sequence[LogitsProcessor] = (),
+                        preview: Preview | None = None, logits_processor: Sequence[LogitsProcessor] = (),
                         observer: Observer | None = None) -> torch.Tensor:
         """The visual tokens of the pictures that a call with the same arguments draws.
 
@@ -133,13 +140,15 @@ class Pipeline:
             num_images_per_prompt: pictures of each.
             guidance_scale: strength of classifier-free guidance; up to 1 it is off and a picture takes one batch row
                 instead of two. None for the model's default.
-            seed: of the sampling; a batch starts from ``seed`` plus the number of pictures before it. The same prompts,
-                seed and ``batch_size`` repeat the same pictures.
+            seed: of the first picture; the following ones have ``seed + 1`` and so on. The same prompt, seed and plan
+                give the same picture in every batch (docs/engine.md, "Seeds", says where rounding interferes).
             plan: what the caches keep. None keeps everything, or follows `enable` if the model is enabled.
             temperature: 0 takes the likeliest token each time; None for the model's default.
             top_k, top_p: restrict sampling; 0 and 1 do not. None for the model's defaults (transformers' top_k is 50).
-            batch_size: pictures drawn at once; None for all.
+            batch_size: most pictures drawn at once; None for all. Fewer are drawn at once where more do not fit.
             progress: True for a progress bar on stderr, or ``progress(done_steps, all_steps)``.
+            preview: called as ``preview(numbers, pictures)`` when a grid row is complete, with the finished rows of the
+                pictures that are being drawn. Decoding them takes time.
             logits_processor: called at every step with the logits before guidance, [2 * pictures, codes], the
                 conditional rows first (without guidance [pictures, codes]).
             observer: watches the attention; needs a plan.
@@ -159,43 +168,88 @@ class Pipeline:
             _check_number("guidance_scale", guidance_scale, float, 0)
         options = _sampling_options(temperature, top_k, top_p)
         texts = [text for text in self._texts(prompts) for _ in range(num_images_per_prompt)]
-        if batch_size is None:
-            batch_size = len(texts)
-        _check_number("batch_size", batch_size, int, 1)
-        batches = [texts[first:first + batch_size] for first in range(0, len(texts), batch_size)]
-        inputs = [self._tokenise(batch) for batch in batches]
+        if batch_size is not None:
+            _check_number("batch_size", batch_size, int, 1)
+        plan, backend = self._plan(plan)
+        reason = unsupported(self.model)
+        try:
+            sampling = Sampling.of(self.model, **options)
+        except ValueError as error:
+            reason = str(error)
+        with _step_reports(progress) as report:
+            if reason is not None:
+                call.say_once(reason)
+                return self._with_transformers(texts, guidance_scale, seed, plan, backend, options, batch_size, report,
+                                               logits_processor, observer)
+            self._engine = engine = Engine(self.model, plan, backend=backend)
+            tokens = engine.generate(
+                self._token_lists(texts), guidance=self._guidance(guidance_scale), seeds=seed, sampling=sampling,
+                batch_size=batch_size, progress=report, observer=observer, logits_processor=logits_processor,
+                on_row=None if preview is None else lambda numbers, part: preview(numbers, self.decode(part)))
+        run = engine.last_run
+        assert run is not None
+        self.last_run = self._stats(plan, backend=run.backend, pictures=run.pictures, rows=run.rows,
+                                    seconds=run.seconds, cache_bytes=run.cache_bytes, max_prompt=run.max_prompt)
+        return tokens
 
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token numbers of every prompt as the model reads it, begin-of-image included, without padding."""
+        return self._token_lists(self._texts(prompts))
+
+    def decode(self, tokens: torch.Tensor) -> list[Image]:
+        """Pictures of visual tokens [N, visual tokens], or of their first grid rows; as many at once as fit."""
+        pixels = decode(self.model, tokens)
+        return [picture for part in pixels for picture in to_pictures(part)]
+
+    def memory_report(self) -> MemoryReport:
+        """What the last run took: weights, cache, decoding.
+
+        Raises:
+            RuntimeError: nothing has been drawn, or not by the engine.
+        """
+        if self._engine is None:
+            raise RuntimeError("the pipeline has drawn nothing with the engine")
+        return self._engine.memory_report()
+
+    def _plan(self, plan: CachePlan | None) -> tuple[CachePlan, str]:
+        """The plan and backend in force."""
+        if plan is not None:
+            return self.shape.check(plan), self.backend
+        return hooks.in_force(self.model) or (self.shape.full_plan(), self.backend)
+
+    def _guidance(self, guidance_scale: float | None) -> float:
+        if guidance_scale is None:
+            guidance_scale = self.model.generation_config.guidance_scale
+        return 5.0 if guidance_scale is None else guidance_scale  # transformers' own default
+
+    def _with_transformers(self, texts: list[str], guidance_scale: float | None, seed: int, plan: CachePlan,
+                           backend: str, options: dict[str, Any], batch_size: int | None, report: ProgressCallback,
+                           logits_processor: Sequence[LogitsProcessor], observer: Observer | None) -> torch.Tensor:
+        """As `generate_tokens`, for models that the engine cannot run. A batch then has the seed of its first
+        picture."""
+        size = batch_size or len(texts)
+        batches = [texts[first:first + size] for first in range(0, len(texts), size)]
+        step = _Step(report, self.shape.num_visual_tokens * len(batches))
         tokens, runs = [], []
-        total = self.shape.num_visual_tokens * len(batches)
-        with self._plan_applied(plan, observer), _step_reports(progress, total) as step:
-            for number, batch in enumerate(inputs):
+        with hooks.applied(self.model, plan, backend, observer):
+            for number, batch in enumerate(batches):
                 began = time.perf_counter()
                 with torch.random.fork_rng(devices=self._cuda_devices()):
-                    torch.manual_seed(seed + number * batch_size)
+                    torch.manual_seed(seed + number * size)
                     result = self.model.generate(
-                        **batch, generation_mode="image", guidance_scale=guidance_scale, return_dict_in_generate=True,
-                        logits_processor=LogitsProcessorList([step, *logits_processor]), **options)
+                        **self._tokenise(batch), generation_mode="image", guidance_scale=guidance_scale,
+                        return_dict_in_generate=True, logits_processor=LogitsProcessorList([step, *logits_processor]),
+                        **options)
                 tokens.append(result.sequences.cpu())
-                runs.append(self._stats(result.past_key_values.compressed, len(batches[number]),
-                                        time.perf_counter() - began))
+                cache = result.past_key_values.compressed
+                runs.append(self._stats(plan, backend=cache.backend, pictures=len(batch), rows=cache.batch_size,
+                                        seconds=time.perf_counter() - began, cache_bytes=cache.nbytes,
+                                        max_prompt=cache.max_prompt))
                 # Otherwise the next batch's cache would be made while this one still holds its memory.
-                del result
+                del result, cache
         largest = max(runs, key=lambda run: run.cache_bytes)
         self.last_run = replace(largest, pictures=len(texts), seconds=sum(run.seconds for run in runs))
         return torch.cat(tokens)
-
-    @torch.no_grad()
-    def decode(self, tokens: torch.Tensor) -> list[Image]:
-        """Pictures of visual tokens [N, visual tokens]."""
-        pictures: list[Image] = []
-        for part in tokens.split(PICTURES_PER_DECODE):
-            pictures += to_pictures(self.model.decode_image_tokens(part.to(self.model.device)))
-        return pictures
-
-    def _plan_applied(self, plan: CachePlan | None, observer: Observer | None) -> AbstractContextManager[None]:
-        if plan is None and hooks.is_enabled(self.model):
-            return nullcontext()
-        return hooks.applied(self.model, self.shape.full_plan() if plan is None else plan, self.backend, observer)
 
     def _texts(self, prompts: Sequence[str]) -> Any:
         """The prompts in the checkpoint's chat format, where it has one."""
@@ -214,16 +268,20 @@ class Pipeline:
                              f"{inputs['input_ids'].shape[1]}: {texts[longest][:60]!r}")
         return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
+    def _token_lists(self, texts: list[str]) -> list[list[int]]:
+        inputs = self._tokenise(texts)
+        return [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"],
+                                                               strict=True)]
+
     def _cuda_devices(self) -> list[torch.device]:
         return [self.model.device] if self.model.device.type == "cuda" else []
 
-    def _stats(self, cache: Any, pictures: int, seconds: float) -> RunStats:
+    def _stats(self, plan: CachePlan, max_prompt: int, **facts: Any) -> RunStats:
+        steps = self.shape.num_visual_tokens
         full = self.shape.full_plan().nbytes(
-            batch_size=cache.batch_size, head_dim=cache.head_dim, max_prompt=cache.max_prompt, dtype=cache.dtype,
-            num_visual_tokens=cache.num_visual_tokens)
-        return RunStats(pictures=pictures, steps=self.shape.num_visual_tokens, rows=cache.batch_size, seconds=seconds,
-                        decode_seconds=0.0, budget=cache.plan.budget(cache.num_visual_tokens),
-                        cache_bytes=cache.nbytes, full_cache_bytes=full, backend=cache.backend)
+            batch_size=facts["rows"], head_dim=self.shape.head_dim, max_prompt=max_prompt, dtype=self.model.dtype,
+            num_visual_tokens=steps)
+        return RunStats(steps=steps, decode_seconds=0.0, budget=plan.budget(steps), full_cache_bytes=full, **facts)
 
 
 class _Step(LogitsProcessor):
@@ -239,15 +297,15 @@ class _Step(LogitsProcessor):
 
 
 @contextmanager
-def _step_reports(progress: bool | ProgressCallback, total: int) -> Iterator[_Step]:
-    """A logits processor that reports the steps of a run, whatever ``progress`` asks for."""
+def _step_reports(progress: bool | ProgressCallback) -> Iterator[ProgressCallback]:
+    """What reports the steps of a run, whatever ``progress`` asks for."""
     if not isinstance(progress, bool) and not callable(progress):
         raise TypeError(f"progress must be a bool or a function of (done, total), got {progress!r}")
     if progress is True:
         with progress_bar("drawing") as callback:
-            yield _Step(callback, total)
+            yield callback
     else:
-        yield _Step(progress or (lambda done, total: None), total)
+        yield progress or (lambda done, total: None)
 
 
 def _check_prompts(prompts: object) -> list[str]:

@@ -44,6 +44,15 @@ def test_generate_writes_pictures_and_json(folder: Path, tmp_path: Path) -> None
         assert (record["seed"], record["plan_budget"], record["guidance_scale"]) == (1, 0.5, 2.0)
         assert 0 < record["cache_bytes"] < record["full_cache_bytes"]
     assert "of the full cache's" in result.stderr and "pictures/s" in result.stderr
+    assert "weights" not in result.stderr
+
+
+def test_verbose_shows_memory(folder: Path, tmp_path: Path) -> None:
+    result = draw(folder, tmp_path, "--verbose")
+    assert result.exit_code == 0, result.output
+    lines = {line.split("  ")[0]: line for line in result.stderr.splitlines()}
+    for part in ("weights", "cache", "step buffers", "decoding", "peak"):
+        assert "MB" in lines[part]
 
 
 def test_generate_repeats_and_plans_from_files_equal_policies(folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ssd_janus import disable, enable
 from ssd_kernels import CachePlan, HeadSpec
 
-BACKENDS = ["reference", "auto"]
+LOOPS = [("reference", True), ("auto", False)]  # backend, and whether the engine draws
 FULL, WINDOW, HEAVY = HeadSpec.full(), HeadSpec.window, HeadSpec.heavy
 RAGGED = {
     "window": lambda heads: tiny.plan_of(*[WINDOW(3), WINDOW(7), WINDOW(1), WINDOW(40)][:heads]),
@@ -33,14 +33,14 @@ def full_plan(model: Any, spec: HeadSpec = FULL, row_buffer: int = 0) -> CachePl
     return CachePlan.uniform(spec, tiny.LAYERS, kv_heads(model), row_buffer)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, engine", LOOPS)
 @pytest.mark.parametrize("options", [
     {}, {"do_sample": True}, {"do_sample": True, "top_k": 0, "temperature": 0.7, "num_return_sequences": 2},
     {"guidance_scale": 7.5},
 ], ids=str)
-def test_full_plan_gives_transformers_tokens(model: Any, backend: str, options: dict[str, Any]) -> None:
+def test_full_plan_gives_transformers_tokens(model: Any, backend: str, engine: bool, options: dict[str, Any]) -> None:
     expected = draw(model, **options)
-    enable(model, full_plan(model), backend)
+    enable(model, full_plan(model), backend, engine=engine)
     assert torch.equal(draw(model, **options), expected)
     assert expected.unique().numel() > 8
 
@@ -72,13 +72,13 @@ def test_one_token_prompts_and_holes_in_the_mask(model: Any) -> None:
         disable(model)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, engine", LOOPS)
 @pytest.mark.parametrize("name", RAGGED)
-def test_ragged_plans_agree_with_dense_masked_attention(model: Any, name: str, backend: str) -> None:
+def test_ragged_plans_agree_with_dense_masked_attention(model: Any, name: str, backend: str, engine: bool) -> None:
     plan = RAGGED[name](kv_heads(model))
     expected = tiny.Oracle(plan).generate(model, **tiny.image_inputs())
     assert not torch.equal(expected, draw(model)), "the plan must matter, or this test shows nothing"
-    enable(model, plan, backend)
+    enable(model, plan, backend, engine=engine)
     assert torch.equal(draw(model), expected)
 
 

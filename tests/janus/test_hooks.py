@@ -150,7 +150,7 @@ def test_guidance_is_checked(fresh: Any, scale: Any, error: type[Exception]) -> 
 @pytest.mark.parametrize("extra", [{"softcap": 30.0}, {"sliding_window": 8}, {"s_aux": torch.zeros(4)},
                                    {"position_bias": torch.zeros(1)}, {"something_new": 1}])
 def test_unknown_attention_arguments_are_refused(fresh: Any, extra: dict[str, Any]) -> None:
-    enable(fresh, FULL)
+    enable(fresh, FULL, engine=False)
 
     def stranger(module: Any, *args: Any, **kwargs: Any) -> Any:
         return attention(module, *args, **kwargs, **extra)

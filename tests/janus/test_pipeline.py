@@ -22,9 +22,9 @@ def pipe(folder: Path) -> Pipeline:
 def test_pictures_come_in_prompt_major_order(pipe: Pipeline) -> None:
     pictures = pipe(list(tiny.PROMPTS[:2]), num_images_per_prompt=2, seed=3)
     assert len(pictures) == 4 and all(isinstance(picture, Image) and picture.mode == "RGB" for picture in pictures)
-    inputs = tiny.image_inputs(tiny.PROMPTS[:2])
-    tokens = tiny.draw(pipe.model, 3, **inputs, do_sample=True, num_return_sequences=2)
-    pixels = pipe.model.decode_image_tokens(tokens)
+    tokens = [tiny.draw(pipe.model, 3 + index, **tiny.image_inputs(tiny.PROMPTS[index // 2:index // 2 + 1]),
+                        do_sample=True) for index in range(4)]
+    pixels = pipe.model.decode_image_tokens(torch.cat(tokens))
     expected = ((pixels.clamp(-1, 1) + 1) * 127.5).to(torch.uint8)
     for picture, pixel in zip(pictures, expected, strict=True):
         assert picture.tobytes() == pixel.numpy().tobytes()
@@ -48,6 +48,41 @@ def test_batches_and_progress(pipe: Pipeline) -> None:
                                   progress=lambda done, total: reports.append((done, total)))
     assert reports == [(step, 2 * tiny.TOKENS) for step in range(1, 2 * tiny.TOKENS + 1)]
     assert torch.equal(tokens, pipe.generate_tokens(list(tiny.PROMPTS), temperature=0, progress=True))
+
+
+def test_previews_show_the_finished_rows(pipe: Pipeline) -> None:
+    seen: list[tuple[list[int], list[Image]]] = []
+    pictures = pipe(list(tiny.PROMPTS[:3]), batch_size=2,
+                    preview=lambda numbers, rows: seen.append((list(numbers), rows)))
+    assert [numbers for numbers, _ in seen] == [[0, 1]] * tiny.GRID + [[2]] * tiny.GRID
+    assert [rows[0].size for _, rows in seen] == [(24, 4 * row) for row in range(1, tiny.GRID + 1)] * 2
+    assert [rows.tobytes() for rows in seen[tiny.GRID - 1][1]] == [picture.tobytes() for picture in pictures[:2]]
+
+
+def test_drawing_needs_no_vision_tower(folder: Path) -> None:
+    pipe, whole = Pipeline.from_pretrained(folder), tiny.build_model()
+    names = {name for name, _ in pipe.model.named_parameters()}
+    left_out = {name for name, _ in whole.named_parameters()} - names
+    assert left_out and all(name.startswith(("model.vision_model.", "model.aligner.", "lm_head.")) for name in left_out)
+    assert not any(parameter.is_meta for parameter in pipe.model.parameters())
+    assert torch.equal(pipe.generate_tokens("a heart"), Pipeline(whole, pipe.processor).generate_tokens("a heart"))
+    with pytest.raises(ValueError, match="loaded for drawing, without its vision tower and text head"):
+        pipe.model.generate(input_ids=torch.tensor([[0, 7]]))
+
+
+def test_models_beyond_the_engine_are_drawn_by_transformers(fresh: Any, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = Pipeline(fresh, tiny.build_processor())
+    expected = pipe.generate_tokens(list(tiny.PROMPTS), temperature=0)
+    seen: list[tuple[int, int]] = []
+    layer = fresh.model.language_model.layers[1].mlp
+    layer.register_forward_hook(lambda module, args, output: output)
+    for _ in range(2):
+        tokens = pipe.generate_tokens(list(tiny.PROMPTS), temperature=0, batch_size=3,
+                                      progress=lambda done, total: seen.append((done, total)))
+        assert torch.equal(tokens, expected)
+    assert seen[-1] == (2 * tiny.TOKENS, 2 * tiny.TOKENS)
+    assert len([record for record in caplog.records if "layers.1.mlp has hooks" in record.message]) == 1
+    assert pipe.last_run is not None and pipe.last_run.rows == 6
 
 
 def test_run_statistics(pipe: Pipeline) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from .decoding import decode
 from .engine import Engine, unconditional_prompt
 from .memory import MemoryReport, available_memory, decode_bytes, max_batch
 from .sampling import Sampling
 from .timing import StepTiming
 from .weights import unsupported
 
-__all__ = ["Engine", "MemoryReport", "Sampling", "StepTiming", "available_memory", "decode_bytes", "max_batch",
-           "unconditional_prompt", "unsupported"]
+__all__ = ["Engine", "MemoryReport", "Sampling", "StepTiming", "available_memory", "decode", "decode_bytes",
+           "max_batch", "unconditional_prompt", "unsupported"]

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from ssd_kernels import CachePlan, CompressedCache
 
@@ -20,14 +19,13 @@ from ..progress import ProgressCallback
 from ..shape import ModelShape
 from . import capture, memory
 from .batch import Batch, LogitsProcessor
+from .decoding import DECODE_CHUNK, decode
 from .memory import MemoryReport
 from .sampling import Noise, Sampling
 from .timing import StepTiming
 from .weights import Weights
 
 _logger = logging.getLogger("ssd_janus")
-DECODE_CHUNK = 8  # pictures; more at once are not faster
-
 RowCallback = Callable[[Sequence[int], torch.Tensor], Any]
 
 
@@ -117,7 +115,7 @@ class Engine:
             seeds: one per picture, or the first picture's, the others counting on; None draws from torch's own
                 generator, in transformers' order.
             sampling: None for the full distribution (`Sampling.make`).
-            batch_size: pictures drawn at once; None for as many as fit into memory.
+            batch_size: most pictures drawn at once; None for all. Where more do not fit into memory, fewer are.
             steps: tokens per picture; None for whole pictures.
             observer: watches the attention.
             logits_processor: called at every step with (tokens, logits before guidance [rows, codes]), the conditional
@@ -137,7 +135,8 @@ class Engine:
         request.observer, request.logits_processor = observer, logits_processor
         request.timing, request.on_row = timing, on_row
         count = len(request.prompts)
-        size = self._fitting(request) if batch_size is None else _positive("batch_size", batch_size)
+        size = count if batch_size is None else _positive("batch_size", batch_size)
+        size = min(size, self._fitting(request))
         if self.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.model.device)
         began, done, first, halved = time.perf_counter(), 0, 0, False
@@ -172,30 +171,9 @@ class Engine:
             else torch.cuda.max_memory_allocated(self.model.device))
         return torch.cat(tokens)
 
-    @torch.no_grad()
     def decode(self, tokens: torch.Tensor, chunk: int | None = None) -> Iterator[torch.Tensor]:
-        """Pixels of visual tokens, or of the first rows of them.
-
-        Args:
-            tokens: long [pictures, n], n a multiple of a row's tokens.
-            chunk: pictures decoded at once; None for as many as fit, at most `DECODE_CHUNK`.
-
-        Yields:
-            [up to chunk, height, width, 3], floats in about [-1, 1], on the model's device; without the rows still to
-            be drawn.
-
-        Raises:
-            ValueError: no whole number of rows.
-        """
-        columns, whole = self.shape.columns, self.shape.num_visual_tokens
-        if tokens.dim() != 2 or tokens.shape[1] % columns or not 0 < tokens.shape[1] <= whole:
-            raise ValueError(f"tokens must be [pictures, n] with n a multiple of {columns} up to {whole}, got "
-                             f"{list(tokens.shape)}")
-        if chunk is None:
-            room = memory.available_memory(self.model.device) * memory.USABLE_SHARE
-            chunk = max(1, min(DECODE_CHUNK, int(room // max(1, memory.decode_bytes(self.model, 1)))))
-        for part in tokens.split(chunk):
-            yield self._pixels(part.to(self.model.device))
+        """Pixels of visual tokens, chunk by chunk; see `decoding.decode`."""
+        return decode(self.model, tokens, chunk)
 
     def memory_report(self) -> MemoryReport:
         """Of the last `generate`, and of decoding its pictures.
@@ -312,15 +290,6 @@ class Engine:
     def _report_row(self, request: _Request, batch: Batch, numbers: range, back: torch.Tensor) -> None:
         if request.on_row is not None and batch.done % self.shape.columns == 0:
             request.on_row(numbers, batch.tokens[:, :batch.done].cpu()[back])
-
-    def _pixels(self, tokens: torch.Tensor) -> torch.Tensor:
-        if tokens.shape[1] == self.shape.num_visual_tokens:
-            return self.model.decode_image_tokens(tokens)
-        vq, rows = self.model.model.vqmodel, tokens.shape[1] // self.shape.columns
-        # As the quantizer looks codes up, which insists on whole pictures.
-        latents = functional.normalize(vq.quantize.embedding(tokens), p=2, dim=-1)
-        latents = latents.view(len(tokens), rows, self.shape.columns, -1).permute(0, 3, 1, 2).contiguous()
-        return vq.decoder(vq.post_quant_conv(latents)).permute(0, 2, 3, 1)
 
 
 def unconditional_prompt(model: Any, prompt: Sequence[int]) -> list[int]:

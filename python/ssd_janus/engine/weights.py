@@ -132,7 +132,7 @@ def unsupported(model: Any) -> str | None:
     rotary = getattr(language_model.rotary_emb, "rope_type", "default")
     if rotary not in FIXED_ROTARY:
         return f"its rotary embedding is of type {rotary!r}; allowed are {', '.join(sorted(FIXED_ROTARY))}"
-    if model.training and language_model.config.attention_dropout:
+    if any(layer.self_attn.training and layer.self_attn.attention_dropout for layer in language_model.layers):
         return "it is in training mode with attention dropout"
     if torch.is_autocast_enabled(parameters[0].device.type):
         return "autocast is on"

@@ -1,0 +1,43 @@
+"""Load only those weights of a Janus that drawing needs."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import JanusConfig, JanusForConditionalGeneration
+
+
+class _LeftOut(nn.Module):
+    """In the place of a part that was not loaded; has its configuration, which others read."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("this model was loaded for drawing, without its vision tower and text head; load it with "
+                         "transformers' JanusForConditionalGeneration to describe pictures or to write text")
+
+
+class PictureJanus(JanusForConditionalGeneration):
+    """A Janus without vision tower, its aligner and the text head, which drawing does not use.
+
+    Their weights are neither read from disk nor kept in memory. Everything else is transformers' class.
+    """
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^model\.vision_model\.", r"^model\.aligner\.",
+                                                               r"^lm_head\."]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, config: JanusConfig) -> None:
+        super().__init__(config)  # from_pretrained makes it without memory
+        self.model.vision_model = _LeftOut(config.vision_config)
+        self.model.aligner = _LeftOut(config.vision_config)
+        self.lm_head = _LeftOut(config.text_config)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``generate`` for pictures. Raises ValueError for text."""
+        if kwargs.get("generation_mode", "text") == "text":
+            self.lm_head()
+        return super().generate(*args, **kwargs)
