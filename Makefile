@@ -4,7 +4,7 @@
 #   make test      all tests that need no GPU
 #   make triton    all contract tests of the Triton backend, interpreted on the CPU; takes long
 #   make gpu       contract tests and kernel times on a CUDA GPU, with the Python at hand and offline -> $(OUT)
-#   make bench     time one decode step against torch's attention
+#   make bench     the CPU benchmarks: kernel, decoder steps, pictures -> bench/results/, README.md
 #   make quality   scores and fidelity of the included model, full cache beside compressed -> docs/quality.md
 #   make policies  every policy at every budget, with the included model; long -> docs/policy-results.md
 #   make lint      ruff, mypy --strict, clang-format       (make format repairs what can be repaired)
@@ -36,12 +36,12 @@ demo: $(VENV)/.built
 test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels -k 'triton and not test_triton' -m 'not gpu and not slow' -W ignore
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels -k 'triton and not test_triton' -m 'not gpu and not slow' -W ignore
 
-# All contract tests in Triton's interpreter; `make test` has a part of them.
+# Every parameter of the contract tests in Triton's interpreter; `make test` has every test, with some of them.
 triton: export OMP_WAIT_POLICY := passive
 triton: $(VENV)/.built
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels -k 'triton and not test_triton' -W ignore
+	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels -k 'triton and not test_triton' -W ignore
 
 # Installs nothing: a machine with a GPU brings its own torch, Triton and pytest. Fails if any part fails.
 gpu:
@@ -50,7 +50,7 @@ gpu:
 	$(PYTHON) -m bench.gpu --out $(OUT)
 
 bench: $(VENV)/.built
-	$(BIN)/ssd-bench kernel
+	$(BIN)/ssd-bench suite --readme README.md
 
 # A run that was stopped goes on where it was; `rm -r quality` starts anew.
 quality: export OMP_WAIT_POLICY := passive

@@ -89,6 +89,120 @@ def kernel(
     raise typer.Exit(any_wrong(lines))
 
 
+Model = Annotated[list[str], typer.Option(help="included, 1b or 7b (random weights), or a folder or hub id.")]
+Pictures = Annotated[list[int], typer.Option(help="Pictures at once; two rows each.")]
+DType = Annotated[list[str], typer.Option(help="float32, bfloat16 or float16.")]
+Compiled = Annotated[bool, typer.Option(help="Also transformers with torch.compile; it takes minutes to compile.")]
+Budgets = Annotated[list[float], typer.Option(help="Of the engine's plans, besides the full one.")]
+RowBuffers = Annotated[list[int], typer.Option(help="Of the engine's plans.")]
+Only = Annotated[list[str] | None, typer.Option(help="Only contenders whose name holds this.")]
+
+
+@app.command()
+def step(
+    model: Model = ["included"],  # noqa: B006
+    pictures: Pictures = [1, 8],  # noqa: B006
+    dtype: DType = ["float32"],  # noqa: B006
+    start: Annotated[int, typer.Option(help="Visual tokens in the cache.")] = 480,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps per trial.")] = 24,
+    budget: Budgets = [0.5, 0.2],  # noqa: B006
+    row_buffer: RowBuffers = [0, 24],  # noqa: B006
+    compiled: Compiled = False,
+    only: Only = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+    trials: Trials = 3,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Whole decoder steps at a fixed fill: transformers' loop and our engine, with where the time goes."""
+    _decoder(model, pictures, dtype, start, steps, budget, row_buffer, compiled, only, _device(device, threads), trials,
+             as_json, out, None)
+
+
+@app.command()
+def image(
+    model: Model = ["included"],  # noqa: B006
+    pictures: Pictures = [8],  # noqa: B006
+    dtype: DType = ["float32"],  # noqa: B006
+    largest_in: Annotated[float | None, typer.Option(help="Instead: as many as fit into this many GB.")] = None,
+    steps: Annotated[int, typer.Option(min=24, help="Tokens per picture.")] = 576,
+    budget: Budgets = [0.5, 0.2],  # noqa: B006
+    row_buffer: RowBuffers = [0, 24],  # noqa: B006
+    compiled: Compiled = False,
+    only: Only = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+    trials: Trials = 1,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Whole pictures: pictures per second, cost against the place in the picture, memory."""
+    _decoder(model, pictures, dtype, None, steps, budget, row_buffer, compiled, only, _device(device, threads), trials,
+             as_json, out, largest_in)
+
+
+def _decoder(models: list[str], pictures: list[int], dtypes: list[str], start: int | None, steps: int,
+             budgets: list[float], row_buffers: list[int], compiled: bool, only: list[str] | None,
+             device: torch.device, trials: int, as_json: bool, out: Path | None, largest_in: float | None) -> None:
+    """`step` and `image`: loads one model at a time."""
+    from .decoder import Setting, largest, loops, measure
+    from .models import load
+    from .point import DTYPES
+
+    for name in dtypes:
+        if name not in DTYPES:
+            raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}, got {name!r}", param_hint="--dtype")
+
+    def job(what: tuple[str, str], report: Any) -> list[Record]:
+        name, dtype = what
+        report(f"loading {name}")
+        model, prompt = load(name, DTYPES[dtype], device)
+        found = [loop for loop in loops(model, prompt, compiled, budgets, row_buffers)
+                 if not only or any(part in loop.name for part in only)]
+        label, lines = (name if not Path(name).is_dir() else Path(name).name), []
+        if largest_in is not None:
+            for loop in found:
+                count = largest(loop, model, len(prompt), largest_in)
+                setting = Setting(label, dtype, count, steps, start, trials, f"largest within {largest_in:g} GB")
+                lines += measure(model, [loop], setting, report)
+            return lines
+        for count in pictures:
+            lines += measure(model, found, Setting(label, dtype, count, steps, start, trials), report)
+        return lines
+
+    try:
+        lines = _run([(what, job) for what in itertools.product(models, dtypes)], as_json, out)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    raise typer.Exit(any(line["status"].startswith("wrong") for line in lines))
+
+
+@app.command()
+def suite(
+    results: Annotated[Path, typer.Option(help="Folder that holds a folder per machine.")] = Path("bench/results"),
+    minutes: Annotated[float, typer.Option(help="Begin nothing more after this long.")] = 8,
+    threads: Threads = 0,
+    readme: Annotated[Path | None, typer.Option(help="Markdown file whose marked table to refresh.")] = None,
+) -> None:
+    """The CPU set of `make bench`: the kernel beside all rivals, sweeps, steps and pictures of the included model."""
+    from rich.console import Console
+
+    from .records import read
+    from .report import refresh, save
+    from .suite import run
+
+    _device("cpu", threads)
+    with Console(stderr=True).status("starting") as status:
+        folder, left = run(results, minutes, status.update, print_records)
+    for what in left:
+        typer.echo(f"left out for lack of time: {what}", err=True)
+    save(read(folder), folder / "report.html")
+    if readme is not None:
+        refresh(readme, read(folder / "kernel.jsonl"))
+    typer.echo(folder)
+
+
 @app.command()
 def compare(
     before: Annotated[Path, typer.Argument(metavar="A", help="Result file or folder.", exists=True)],
@@ -239,7 +353,8 @@ def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
 
     table = Table(title=title)
     for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number < texts else "right", no_wrap=number >= texts)
+        table.add_column(name, justify="left" if number < texts else "right", no_wrap=number >= texts,
+                         min_width=16 if number < texts else None)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

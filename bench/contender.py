@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from .point import Point
 from .timing import Work
@@ -16,7 +16,8 @@ from .timing import Work
 # Far more than any last-level cache holds, so that a slab has been evicted by the time its turn comes again.
 COLD_BYTES = 256 * 2**20
 PART_BYTES = 64 * 2**20  # in one timed repetition on a CPU, so that reading the clock counts for nothing
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "zeros", "zeros_like", "full", "arange"}
+NO_WORK = {"empty", "empty_like", "__get__", "__getitem__", "view", "reshape", "expand", "unsqueeze", "squeeze",
+           "transpose", "dim", "size", "stride", "data_ptr", "numel", "is_contiguous", "contiguous", "get_num_threads"}
 
 
 class WrongResult(Exception):
@@ -37,7 +38,7 @@ class Built:
         useful: bytes that a call has to move for what it does, kept tokens only.
         read: bytes of keys and values a call touches.
         allocated: bytes held for one layer, and taken during a call.
-        native_calls: calls into our extension, which `count_launches` does not see.
+        launches: on a CPU, for work that `count_launches` cannot look into: our extension and compiled code.
         setup_seconds: what came before the first step and belongs to the method, such as building a mask.
     """
 
@@ -46,7 +47,7 @@ class Built:
     useful: int
     read: int
     allocated: int
-    native_calls: int = 0
+    launches: int | None = None
     setup_seconds: float | None = None
 
 
@@ -116,19 +117,20 @@ def check_output(out: torch.Tensor, q: torch.Tensor, kept: Callable[[int, int], 
             raise WrongResult(f"output of row {row}, head {head} is off by {error:.1e}, allowed {allowed:.1e}")
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchFunctionMode):
+    """Counts torch functions as Python calls them: far lighter than a profiler or a dispatch mode."""
+
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if not func.is_view and func.overloadpacket.__name__ not in ALLOCATIONS:
-            self.count += 1
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func.__name__ not in NO_WORK
         return func(*args, **(kwargs or {}))
 
 
 def count_launches(call: Callable[[], object], device: torch.device) -> int:
-    """Kernels that one call launches on a GPU; on a CPU the torch operators it runs, without views and allocations."""
+    """Kernels that one call launches on a GPU; on a CPU the torch functions it calls, without views and allocations."""
     if device.type == "cuda":
         from torch.profiler import ProfilerActivity, profile
 

@@ -81,8 +81,8 @@ def measure(point: Point, options: Options, progress: Callable[[str], None] = la
             status[one.name] = ready
         else:
             built[one.name] = ready
-    launches = {name: count_launches(ready.work.calls[-1], options.device) + ready.native_calls
-                for name, ready in built.items()}
+    launches = {name: ready.launches if ready.launches and options.device.type == "cpu"
+                else count_launches(ready.work.calls[-1], options.device) for name, ready in built.items()}
     works = {name: ready.work for name, ready in built.items()} | ceilings(point, options.device)
     watches = {}
     for name, work in works.items():

@@ -64,6 +64,43 @@ def layers_and_passes(nbytes: int, row_buffer: int) -> tuple[int, int]:
     return layers, period // layers
 
 
+def phase(layer: int, layers: int, period: int) -> int:
+    """Steps since the last refresh that a layer starts with: evenly spread over the layers."""
+    return layer * period // layers if layers < period else layer % period
+
+
+def filled_positions(layout: LayerLayout, prompt: int, step: int) -> torch.Tensor:
+    """int32 ``[T]``: in every scored slot a token, the newest half of the budget and others spread before it."""
+    positions, period = torch.zeros(layout.scored_slots, dtype=torch.int32), max(layout.row_buffer, 1)
+    for head, span in enumerate(layout.heads):
+        if span.score_offset < 0:
+            continue
+        view = RowView.of(layout, head, prompt, step)
+        newest = min(view.evictable, step % period + span.keep // 2)
+        older = view.evictable - newest
+        before = view.first + step - newest  # tokens to choose the older ones from
+        tokens = [index * before // max(older, 1) for index in range(older)]
+        tokens += range(view.first + step - newest, view.first + step)
+        held = torch.tensor([*range(view.base), *(view.base + token for token in tokens)], dtype=torch.int32)
+        positions[span.score_offset:span.score_offset + len(held)] = held
+    return positions
+
+
+def steady_state(cache: CompressedCache, prompt: int, start: int) -> None:
+    """Fill every layer of a cache with random tokens as after ``prompt`` prompt and about ``start`` visual ones.
+
+    Layers are at evenly spread steps of the row buffer, so that every step of the model has its share of refreshes.
+    """
+    period, layers = max(cache.plan.row_buffer, 1), cache.plan.num_layers
+    for layer, state in enumerate(cache._layers):
+        step = start // period * period + phase(layer, layers, period)
+        fill(state.keys)
+        fill(state.values)
+        state.scores.uniform_()
+        state.positions.copy_(filled_positions(state.layout, prompt, step).expand_as(state.positions))
+        state.cursors.copy_(torch.tensor([prompt, step], dtype=torch.int32).expand_as(state.cursors))
+
+
 class Steady:
     """Caches of equal layers, all slots of the budget taken, at evenly spread steps of the row buffer.
 
@@ -86,35 +123,19 @@ class Steady:
         self.q, self.k, self.v = (
             torch.randn(point.batch, point.heads, point.head_dim, device=device).to(point.torch_dtype)
             for _ in range(3))
-        for layer in range(layers):
-            state = self.cache._layers[layer]
+        for state in self.cache._layers:
             fill(state.keys)
             fill(state.values)
             state.scores.uniform_()
-        self._positions = [self._filled_positions(layer).to(device) for layer in range(min(layers, self.period))]
+        layout = self.cache._layers[0].layout
+        self._positions = [filled_positions(layout, prompt, start + self.phase(layer)).to(device)
+                           for layer in range(min(layers, self.period))]
         self.cache.warmup()
         self.used = self.room
 
     def phase(self, layer: int) -> int:
         """Steps since the last refresh that a layer starts with."""
-        return layer * self.period // self.layers if self.layers < self.period else layer % self.period
-
-    def _filled_positions(self, layer: int) -> torch.Tensor:
-        """int32 ``[T]``: in every scored slot a token, the newest half of the budget and others spread before it."""
-        layout, step = self.cache._layers[layer].layout, self.start + self.phase(layer)
-        positions = torch.zeros(layout.scored_slots, dtype=torch.int32)
-        for head, span in enumerate(layout.heads):
-            if span.score_offset < 0:
-                continue
-            view = RowView.of(layout, head, self.prompt, step)
-            newest = min(view.evictable, step % self.period + span.keep // 2)
-            older = view.evictable - newest
-            before = view.first + step - newest  # tokens to choose the older ones from
-            tokens = [index * before // max(older, 1) for index in range(older)]
-            tokens += range(view.first + step - newest, view.first + step)
-            held = torch.tensor([*range(view.base), *(view.base + token for token in tokens)], dtype=torch.int32)
-            positions[span.score_offset:span.score_offset + len(held)] = held
-        return positions
+        return phase(layer, self.layers, self.period)
 
     def restart(self) -> None:
         """Put every layer back to its first step."""
@@ -159,7 +180,7 @@ class Steady:
         work = Work(calls, passes=self.passes, prepare=self.prepare)
         return Built(work, self.check, self.useful_bytes(), self.kept_bytes(),
                      nominal.nbytes(self.point.batch, self.point.head_dim, self.point.torch_dtype),
-                     native_calls=1 if self.cache.device.type == "cpu" else 0)
+                     launches=1)
 
     def check(self) -> None:
         """Compare output, kept sets and kept bytes with the reference in float64, across an eviction.

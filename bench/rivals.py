@@ -82,12 +82,12 @@ def checker(point: Point, call: Callable[[], torch.Tensor], q: torch.Tensor, kep
 
 
 def build_dense(point: Point, arena: Arena, device: torch.device, length: int, step: Step,
-                lengths: Sequence[int] | None = None, extra: int = 0, capturable: bool = True,
+                lengths: Sequence[int] | None = None, extra: int = 0, launches: int | None = None,
                 setup_seconds: float | None = None) -> Built:
     """A rival over slabs ``[B, H, length, D]`` of which head h uses the first ``lengths[h]`` (None: all).
 
     Args:
-        extra: bytes held beside the slabs.
+        extra: bytes held beside the slabs. launches: as in `Built`.
     """
     shape = (point.batch, point.heads, length, point.head_dim)
     read = point.attend_bytes(point.heads * length)
@@ -100,9 +100,9 @@ def build_dense(point: Point, arena: Arena, device: torch.device, length: int, s
         count = length if lengths is None else lengths[head]
         return k[row, head, :count], v[row, head, :count]
 
-    work = Work(calls, part=part_of(read), capturable=capturable)
+    work = Work(calls, part=part_of(read))
     return Built(work, checker(point, calls[0], q, kept), point.attend_bytes(), read, k.nbytes + v.nbytes + extra,
-                 setup_seconds=setup_seconds)
+                 launches, setup_seconds)
 
 
 def _per_head(point: Point, arena: Arena, device: torch.device, step: Step) -> Built:
@@ -169,4 +169,4 @@ def _flex(point: Point, arena: Arena, device: torch.device) -> Built:
             out: torch.Tensor = compiled(q, k, v, block_mask=blocks)
             return out
 
-    return build_dense(point, arena, device, point.full, step, point.lengths, setup_seconds=seconds)
+    return build_dense(point, arena, device, point.full, step, point.lengths, launches=1, setup_seconds=seconds)

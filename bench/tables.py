@@ -8,7 +8,30 @@ from itertools import groupby
 from .kernel import OK, ours_of, share
 from .records import Record
 
+DECODER_COLUMNS = ("", "ms/step", "+-", "linear", "attention", "rest", "tok/s", "pict./s", "first..last row",
+                   "cache MB", "peak MB", "x transf.", "x full")
+DECODER_NOTES = {
+    "ms/step": "milliseconds per decoder step: the median of the trials' medians",
+    "linear, attention, rest": "milliseconds of a step's parts, from a further run with the clock between them; "
+                               "appending to the cache belongs to attention",
+    "pict./s": "pictures per second, of the loop of tokens only, without decoding pixels, which is the same for all",
+    "first..last row": "ms/step in the picture's first and last row",
+    "peak MB": "most memory of the process while it ran (on a GPU: allocated there)",
+    "x transf.": "best of transformers' in this table over this; above 1 is faster than transformers",
+    "x full": "our engine with everything kept over this",
+}
 KERNEL_COLUMNS = ("", "does", "us", "+-", "best", "GB/s", "of ceiling", "MB held", "launches", "time / ours")
+COLUMN_NOTES = {
+    "does": "what of the step it does; the rivals leave out appending, scores and eviction",
+    "us": "microseconds per layer and step: the median of three trials' medians of 50 repetitions each",
+    "+-": "slowest trial's median less the fastest's, relative: differences below half of it mean nothing",
+    "best": "the fastest repetition, in microseconds",
+    "GB/s": "bytes that have to move for what it does, on kept tokens only, per second; padding does not count",
+    "of ceiling": "GB/s over the highest rate at which the same run could read or copy memory",
+    "MB held": "memory for one layer, with what a call takes for itself",
+    "launches": "GPU kernels, on a CPU calls of torch functions or of the extension, per layer and step",
+    "time / ours": "median over ours with scores and eviction at every step; above 1 is slower than ours",
+}
 
 
 def points(lines: Iterable[Record]) -> list[list[Record]]:
@@ -57,6 +80,38 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns
     return "\n".join("| " + " | ".join(row) + " |" for row in (columns, marks, *rows)) + "\n"
 
 
+def decoder_title(line: Record) -> str:
+    point = line["point"]
+    what = "whole pictures" if point["start"] is None else f"a step at {point['start']} visual tokens"
+    return (f"{what}, model {point['label']}, {point['batch']} pictures ({point['rows']} rows), {point['dtype']}, "
+            f"batch: {point['batch_is']}")
+
+
+def decoder_rows(lines: Sequence[Record]) -> list[list[str]]:
+    """One row per loop under `DECODER_COLUMNS`."""
+    timed = [line for line in lines if line["status"] == OK]
+    theirs = [line["seconds"]["median"] for line in timed if line["contender"]["backend"] is None]
+    full = [line["seconds"]["median"] for line in timed if line["contender"].get("budget") == 1.0]
+    rows = []
+    for line in lines:
+        if line["status"] != OK:
+            rows.append([f"{line['contender']['name']}: {line['status']}", *[""] * (len(DECODER_COLUMNS) - 1)])
+            continue
+        median, point, size = line["seconds"]["median"], line["point"], line["bytes"]
+        split, by_row = line.get("split"), line.get("by_row")
+        rows.append([
+            line["contender"]["name"], f"{1e3 * median:.1f}", f"{line['seconds']['spread'] / median:.0%}",
+            *(f"{1e3 * split[part]:.1f}" if split else "" for part in ("linear", "attention", "rest")),
+            f"{point['batch'] / median:.1f}",
+            f"{point['batch'] / line['loop_seconds']:.2f}" if "loop_seconds" in line else "",
+            f"{1e3 * by_row[0]:.1f} .. {1e3 * by_row[-1]:.1f}" if by_row else "",
+            f"{size['cache'] / 1e6:.1f}", f"{size['peak'] / 1e6:.0f}" if size["peak"] else "",
+            *(f"{min(others) / median:.2f}" if others else "" for others in (theirs, full))])
+    return rows
+
+
 def describe(lines: Sequence[Record]) -> tuple[str, Sequence[str], list[list[str]], int]:
     """Title, columns, rows and number of text columns of the records of one point."""
-    return kernel_title(lines[0]), KERNEL_COLUMNS, kernel_rows(lines), 2
+    if lines[0]["kind"] == "kernel":
+        return kernel_title(lines[0]), KERNEL_COLUMNS, kernel_rows(lines), 2
+    return decoder_title(lines[0]), DECODER_COLUMNS, decoder_rows(lines), 1

@@ -1,0 +1,137 @@
+"""Whole decoder steps, timed one by one: transformers' own picture loop, and our engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn import functional
+
+from ssd_janus.engine import Engine, Sampling, StepTiming
+
+from .contender import fill
+from .ours import steady_state
+
+TOP_K = 50  # transformers' default
+GUIDANCE = 5.0
+CACHES = ("dynamic", "static", "static, torch.compile")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens [pictures, steps], seconds of every step after the first, and bytes that the cache holds at the end."""
+
+    tokens: torch.Tensor
+    seconds: list[float]
+    cache_bytes: int
+
+
+def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, kind: str, held: int = 0,
+                      timing: StepTiming | None = None, sample: bool = True,
+                      clock: Callable[[], float] = time.perf_counter) -> Drawn:
+    """``model.generate(...)`` of transformers with a cache of ``kind``.
+
+    Args:
+        prompts: token numbers of each picture, all of one length.
+        steps: tokens drawn per picture.
+        kind: one of `CACHES`.
+        held: random tokens that are in the cache before the prompt.
+        timing: takes the parts of every step.
+        sample: with top-k and torch's own generator; else greedy.
+    """
+    from transformers import DynamicCache, StaticCache
+
+    language, config = model.model.language_model, model.model.language_model.config
+    ids = torch.tensor(prompts, device=model.device)
+    total = held + ids.shape[1] + steps
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config=config, max_cache_len=total)
+    if held:
+        shape = (2 * len(prompts), config.num_key_value_heads, held, config.head_dim)
+        for layer in range(config.num_hidden_layers):
+            slabs = [torch.empty(shape, dtype=model.dtype, device=model.device) for _ in range(2)]
+            for slab in slabs:
+                fill(slab)
+            cache.update(*slabs, layer)
+    marks: list[float] = []
+
+    def mark(*given: Any) -> None:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        marks.append(clock())
+        if timing is not None:
+            if len(marks) > 2:
+                timing.end()
+            if len(marks) > 1:  # the first forward is the prompt's
+                timing.begin(model.device)
+
+    with ExitStack() as stack:
+        stack.enter_context(_visual_tokens(model, steps))
+        hook = language.register_forward_pre_hook(lambda module, given: mark())
+        stack.callback(hook.remove)
+        if kind == "static, torch.compile":
+            language.compile()
+            stack.callback(setattr, language, "_compiled_call_impl", None)
+        if timing is not None:
+            for target, name, part in ((functional, "linear", "linear"), (cache, "update", "attention"),
+                                       (functional, "scaled_dot_product_attention", "attention")):
+                stack.enter_context(mock.patch.object(target, name, timing.timed(part, getattr(target, name))))
+        tokens = model.generate(input_ids=ids, attention_mask=torch.ones(len(ids), held + ids.shape[1],
+                                                                         dtype=torch.long, device=model.device),
+                                past_key_values=cache, generation_mode="image", do_sample=sample, top_k=TOP_K,
+                                guidance_scale=GUIDANCE)
+        mark()
+    size = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    return Drawn(tokens.cpu(), _differences(marks[1:]), size)
+
+
+def engine_loop(engine: Engine, prompts: Sequence[Sequence[int]], steps: int, start: int | None = None,
+                timing: StepTiming | None = None, sample: bool = True,
+                clock: Callable[[], float] = time.perf_counter) -> Drawn:
+    """Our engine's steps.
+
+    Args:
+        start: visual tokens that are in the cache before the first step, random ones; None begins with the prompt.
+        prompts, steps, timing, sample: as in `transformers_loop`, which draws from the same random numbers.
+    """
+    from ssd_janus.engine import capture
+
+    sampling = Sampling.make(1.0, top_k=TOP_K) if sample else Sampling(greedy=True)
+    batch = engine.batch(prompts, guidance=GUIDANCE, seeds=None, sampling=sampling, steps=steps, timing=timing)
+    if start is not None:
+        steady_state(batch.cache, len(prompts[0]), start)
+    step, cuda, marks = batch.step, engine.model.device.type == "cuda", []
+
+    def mark() -> None:
+        if cuda:
+            torch.cuda.synchronize()
+        marks.append(clock())
+
+    mark()
+    while batch.done < steps:
+        if batch.done == capture.WARM_STEPS + 1 and capture.can_capture(batch):
+            step = capture.capture(batch)
+            mark()
+            marks.pop(-2)  # recording the graph is no step
+        step()
+        mark()
+    return Drawn(batch.tokens.cpu(), _differences(marks), batch.cache.nbytes)
+
+
+def _differences(marks: Sequence[float]) -> list[float]:
+    return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+
+
+@contextmanager
+def _visual_tokens(model: Any, count: int) -> Iterator[None]:
+    """Make transformers' loop, which has no such option, draw ``count`` tokens."""
+    config = model.model.vision_model.config
+    before, config.num_image_tokens = config.num_image_tokens, count
+    try:
+        yield
+    finally:
+        config.num_image_tokens = before

@@ -1,0 +1,103 @@
+"""Plots, the page and the README's table, from made-up results."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from ssd_bench.cli import app
+from ssd_bench.plot import figures
+from ssd_bench.records import write
+from ssd_bench.report import BEGIN, END, page, refresh
+
+OURS, RIVAL = "ssd_kernels cpu: heavy", "SDPA full cache"  # as in conftest.py
+
+
+@pytest.fixture
+def lines(make):
+    found = [make(name, (factor * batch, 2 * factor * batch, 3 * factor * batch), batch=batch)
+             for batch in (2, 16, 64) for name, factor in ((OURS, 10), (RIVAL, 50))]
+    return [*found, make("FlexAttention <b>", status="failed: no <compiler>", batch=64)]
+
+
+class Page(HTMLParser):
+    """Collects what a page fetches, and its cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.cells: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.open.append(tag)
+        # References inside the page itself begin with "#"; SVG's namespaces are names, not addresses.
+        self.fetched += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value[:1] != "#"]
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "td":
+            self.cells.append(data)
+
+
+def test_page_stands_alone_and_holds_every_number(lines):
+    text = page(lines)
+    parsed = Page()
+    parsed.feed(text)
+    assert not parsed.fetched and "<script" not in text and "@import" not in text
+    for cell in ("40.0", "320", "6400", "failed: no <compiler>", "5.00"):
+        assert cell in parsed.cells, cell
+    assert text.count("<svg") == 3  # roofline, time and memory against batch
+    assert "ssd-bench kernel &lt;b&gt;" in text
+
+
+def test_plots_need_something_to_show(make):
+    assert set(figures([make(), make(RIVAL)])) == {"roofline"}
+    assert set(figures([make(mean=30), make(mean=60)])) == {"roofline", "time-slots"}
+    assert figures([make(status="failed")]) == {}
+
+
+def test_plot_values_are_the_records(lines):
+    axes = figures(lines)["time-batch"].axes[0]
+    shown = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert shown[OURS] == [(2, pytest.approx(40)), (16, pytest.approx(320)), (64, pytest.approx(1280))]
+    assert len({(line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 2
+
+
+def test_plot_command_writes_png_and_svg(tmp_path: Path, lines):
+    write(lines, tmp_path / "r.jsonl")
+    run = CliRunner().invoke(app, ["plot", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "plots")])
+    assert run.exit_code == 0, run.output
+    assert len(run.stdout.split()) == 6
+    assert Image.open(tmp_path / "plots" / "roofline.png").size[0] > 500
+    assert "<svg" in (tmp_path / "plots" / "roofline.svg").read_text()
+
+
+def test_readme_is_changed_between_the_markers_only(tmp_path: Path, lines):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n")
+    refresh(path, lines)
+    refresh(path, lines[:2])
+    text = path.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n**batch 2") and text.endswith(f"\n{END}\nafter\n") and "stale" not in text
+    assert f"| {RIVAL} | attend | 200 |" in text and "batch 16" not in text
+
+
+@pytest.mark.parametrize("text", ["no markers", f"{END} {BEGIN}", f"{BEGIN} {BEGIN} {END}"])
+def test_readme_without_markers_is_left_alone(tmp_path: Path, lines, text: str):
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="kernel-table"):
+        refresh(path, lines)
+    assert path.read_text() == text
+
+
+def test_report_wants_somewhere_to_write(tmp_path: Path, lines):
+    write(lines, tmp_path / "r.jsonl")
+    run = CliRunner().invoke(app, ["report", str(tmp_path / "r.jsonl")])
+    assert run.exit_code == 2 and "--out" in run.output
+    run = CliRunner().invoke(app, ["report", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "deep" / "p.html")])
+    assert run.exit_code == 0 and (tmp_path / "deep" / "p.html").read_text().startswith("<!doctype html>")
