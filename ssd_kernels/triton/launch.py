@@ -45,8 +45,8 @@ def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, c
 
     A program streams slots through shared memory, ``stages`` - 1 blocks ahead of the arithmetic, and several programs
     share a multiprocessor. Blocks of at most 4 KB of keys and as many of values (8 KB in float32) keep a thread near
-    128 registers, so that four programs fit and together have some 100 KB under way, several times what hides the
-    latency of memory.
+    100 registers, so that four or five programs fit and together have some 100 KB under way, several times what hides
+    the latency of memory.
 
     Args:
         head_dim: D. item_size: bytes of an element. group: query heads per KV head.

@@ -1,24 +1,75 @@
-"""Triton's interpreter takes some 20 ms for one program, so `make test` lets it run a part of the contract tests only.
+"""What Triton's interpreter runs in `make test`: every contract test, with some of its parameters.
 
-The part holds every rule and kind of head once; `make triton` runs them all.
+One program takes it some 10 ms, so that all parameters take many minutes: `make triton`. Of a test that is not listed
+here, and of one whose parameters match no more, the first parameters run.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from collections import defaultdict
 
 import pytest
+from hypothesis import settings
 
 from .cases import INTERPRETED
 
-QUICK = re.compile("|".join((
-    r"test_every_kind_of_head\[R4-(keep_prompt-triton-bf16|evict_prompt-triton-f32)",
-    r"test_smallest_sizes\[M\d.*R3-keep_prompt",
-    r"test_(operator_takes|warmup)",
-)))
+SELECTED = {
+    "test_every_kind_of_head": "R4-keep_prompt.*bf16|R0-evict_prompt.*-f16",
+    "test_row_buffer": "R6-evict|R23-keep",
+    "test_smallest_sizes": "R3-keep",
+    "test_sizes_off_block_boundaries": "M17-R16-keep|M33-R0-evict",
+    "test_all_full_is_dense_causal_attention": "R0-keep.*f32|R6-evict.*bf16",
+    "test_large_enough_heads_equal_full": "0-R0-keep|1-R5-evict",
+    "test_mass_is_conserved_through_evictions": "R0-keep|R4-evict",
+    "test_rows_restart_midway": "R4-evict",
+    "test_guards_stay_whole": "R4-evict_prompt.*bf16",
+    "test_damaged_cursors": "prompt_len-evict|step-keep",
+    "test_damaged_scores_and_positions": "both",
+    "test_junk_input_stays_in_its_row_and_head": "nan-k.*-f32",
+    "test_eviction_moves_no_data": "R4",
+    "test_a_row_does_not_depend_on_its_batch": "bf16-R4",
+    "test_a_result_does_not_depend_on_threads": "R4",
+    "test_output_does_not_depend_on_slot_order": "R4",
+    "test_equals_a_plan_that_said_so_from_the_start": "8-4",
+    "test_shapes": "G1-D40.*-f32|G3-D72.*bf16|G7-D104.*-f16|G8-D256.*bf16",
+    "test_grouped_queries_share_the_kept_set": "D40-G4",
+    "test_batch_sizes": r"B[15]-",
+    "test_zero_scores_evict_the_oldest": "recent1-R[04]",
+    "test_every_bit_of_the_mask": "33",
+    "test_position_is_a_window_with_scores": "keep_prompt-R4|evict_prompt-R0",
+    "test_rotating_inside_is_rotating_before": "-f32|bf16",
+    **dict.fromkeys((
+        "test_prompt_tokens_are_never_pinned", "test_more_pinned_tokens_than_slots", "test_equal_means_make_a_window",
+        "test_pinned_tokens_stay_whatever_their_score", "test_pinned_keys_are_no_scores", "test_nan_scores_never_win",
+        "test_equal_sums_evict_the_oldest", "test_high_ties_survive_low_newcomers", "test_prefill_takes_any_strides",
+        "test_opcheck_prefill", "test_operators_refuse_what_does_not_fit", "test_bad_tables_are_refused",
+        "test_prefill_operator_refuses_what_does_not_fit", "test_warmup_changes_nothing",
+        "test_a_long_warmup_is_announced", "test_warmup_compiles_what_decode_runs"), ""),  # all: they are short
+}
+
+if INTERPRETED:
+    from .interpreter import patch_once, remember_types, skip_overflow_checks
+
+    patch_once()
+    remember_types()
+    skip_overflow_checks()
+    settings.register_profile("interpreted", settings.get_profile("ci"), max_examples=5)
+    if "HYPOTHESIS_PROFILE" not in os.environ:
+        settings.load_profile("interpreted")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow, in a process that interprets, what is not selected."""
+    tests = defaultdict(list)
     for item in items:
-        if INTERPRETED and "triton" in item.name and not QUICK.search(item.name):
-            item.add_marker(pytest.mark.slow)
+        name, _, parameters = item.nodeid.partition("[")
+        if INTERPRETED and "triton" in parameters:
+            tests[name].append(item)
+    for name, cases in tests.items():
+        pattern = SELECTED.get(name.rpartition("::")[2])
+        selected = [item for item in cases if pattern is not None and re.search(pattern, item.name)] or cases[:1]
+        for item in cases:
+            if item not in selected:
+                item.add_marker(pytest.mark.slow)

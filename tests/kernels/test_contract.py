@@ -9,10 +9,10 @@ import torch
 
 from ssd_kernels import CachePlan, HeadSpec
 
-from .cases import Case, each_backend, each_dtype, mixed, uniform
+from .cases import INTERPRETED, Case, each_backend, each_dtype, mixed, uniform
 from .pair import Pair, bits
 
-STEPS = 20
+STEPS = 16 if INTERPRETED else 20
 BUFFERS = pytest.mark.parametrize("row_buffer", [0, 1, 3, 4, 6, STEPS, STEPS + 7], ids="R{}".format)
 PROMPT = pytest.mark.parametrize("keep_prompt", [True, False], ids=["keep_prompt", "evict_prompt"])
 
@@ -260,7 +260,7 @@ def test_reset_empties_rows(case: Case) -> None:
     pair.run(5)
     pair.reset()
     assert all(len(kept) == 0 for head in range(8) for kept in pair.cache.positions(0, head))
-    pair.run(STEPS)
+    pair.run(9)
 
 
 @each_dtype
