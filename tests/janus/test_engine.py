@@ -142,6 +142,8 @@ def test_bfloat16_is_close(fresh: Any) -> None:
 
 
 def test_models_that_the_engine_cannot_run_are_named(fresh: Any) -> None:
+    fresh.set_attn_implementation("eager")
+    fresh.model.language_model(input_ids=torch.tensor([[0, 7]]), output_attentions=True, output_hidden_states=True)
     assert unsupported(fresh) is None
     handle = fresh.model.language_model.layers[1].mlp.register_forward_hook(lambda *_: None)
     assert "layers.1.mlp has hooks" in (unsupported(fresh) or "")

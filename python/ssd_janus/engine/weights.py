@@ -104,6 +104,8 @@ class Weights:
             codes=model.model.generation_head.vision_head.out_features)
 
 
+# Stay on a model whose attention weights or hidden states were asked for once, and do nothing outside such calls.
+IDLE_HOOKS = "transformers.utils.output_capturing"
 # Tables of these kinds do not depend on how long the sequence has become.
 FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -119,7 +121,8 @@ def unsupported(model: Any) -> str | None:
     for part, root in parts.items():
         for name, module in root.named_modules():
             place = f"{part}.{name}".rstrip(".")
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if "forward" in vars(module) or any(getattr(hook, "__module__", "") != IDLE_HOOKS for hook in hooks):
                 return f"{place} has hooks, which the engine would not call"
             if name.endswith("_proj") and type(module) is not nn.Linear:
                 return f"{place} is a {type(module).__name__}, not a plain Linear"
