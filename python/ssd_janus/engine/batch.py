@@ -146,12 +146,14 @@ class Batch:
     def _attend(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Attention of one layer over the cache; query, keys and values [padded rows, heads, D], unrotated."""
         query, keys, values = query[:self.rows], keys[:self.rows], values[:self.rows]
-        if self.observer is None:
+        if self.observer is None and not self.logits_processor:
             return self._decode(layer, query, keys, values, self.weights.scale, self.weights.rotary)
+        # An observer wants them rotated, and who compares runs, some of them observed, wants the same bits in all.
         positions = [length + self.done - 1 for length in self.lengths]
         query, keys = (rotate(tensor, self.weights.rotary, positions) for tensor in (query, keys))
         out = self._decode(layer, query, keys, values, self.weights.scale)
-        self.observer.decode(layer, query, keys, values, self.weights.scale, out)
+        if self.observer is not None:
+            self.observer.decode(layer, query, keys, values, self.weights.scale, out)
         return out
 
     def _choose(self, hidden: torch.Tensor) -> None:
