@@ -63,8 +63,8 @@ def commit() -> str | None:
 
 
 def command_line(arguments: list[str]) -> str:
-    """The command with every absolute path cut down to its name."""
-    return " ".join(re.sub(r"(^|=)/\S*/", r"\1", argument) for argument in arguments)
+    """The command with the program and every absolute path cut down to its name."""
+    return " ".join([Path(arguments[0]).name, *(re.sub(r"(^|=)/\S*/", r"\1", given) for given in arguments[1:])])
 
 
 def folder_name(about: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from ssd_kernels.files import write_atomically
 
 from .kernel import READ
 from .records import Record, measured
+from .tables import decoder_title
 
 MARKERS, LINES = "os^Dv*P<X>hp", ("-", "--", "-.", ":")
 OURS_COLOUR, COLOURS = "black", ("#c1272d", "#0072b2", "#777777", "#d98c00", "#4b8b3b", "#9467bd")
@@ -21,7 +22,7 @@ PARTS = ("linear", "attention", "rest")
 
 def figures(lines: Iterable[Record]) -> dict[str, Any]:
     """Matplotlib figures by name, as far as the records go: ``roofline``, ``time-batch``, ``time-slots``,
-    ``memory-batch``, ``step-breakdown``.
+    ``memory-batch``, ``step-breakdown``, ``place``.
 
     Raises:
         ImportError: matplotlib is missing; the message names the extra.
@@ -36,6 +37,7 @@ def figures(lines: Iterable[Record]) -> dict[str, Any]:
         "time-slots": _sweep(kernels, "mean", "mean tokens per head", _microseconds, "us per layer and step"),
         "memory-batch": _sweep(kernels, "batch", "rows in the batch", _megabytes, "MB held per layer"),
         "step-breakdown": _breakdown([line for line in found if "split" in line]),
+        "place": _place([line for line in found if "by_row" in line]),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -190,12 +192,31 @@ def _sweep(lines: Sequence[Record], axis: str, xlabel: str, value: Callable[[Rec
     return figure
 
 
+def _place(lines: Sequence[Record]) -> Any:
+    """Time of a step against the row of the picture."""
+    groups: dict[str, list[Record]] = {}
+    for line in lines:
+        groups.setdefault(decoder_title(line), []).append(line)
+    if not groups:
+        return None
+    figure, axes = _figure(len(groups))
+    styles = _styles(lines)
+    for panel, (title, group) in zip(axes, groups.items(), strict=True):
+        for line in group:
+            panel.plot(range(1, len(line["by_row"]) + 1), [1e3 * seconds for seconds in line["by_row"]],
+                       label=line["contender"]["name"], **styles[line["contender"]["name"]])
+        panel.set(xlabel="row of the picture", ylabel="ms per decoder step", ylim=(0, None))
+        panel.set_title(title.replace(", model", "\nmodel"), fontsize="medium")
+        panel.grid(alpha=0.3)
+    _legend(figure)
+    return figure
+
+
 def _breakdown(lines: Sequence[Record]) -> Any:
     """Stacked bars of a decoder step: linear layers, attention, rest."""
     groups: dict[str, list[Record]] = {}
     for line in lines:
-        point = line["point"]
-        groups.setdefault(f"{point['label']}, batch {point['batch']}, {point['dtype']}", []).append(line)
+        groups.setdefault(decoder_title(line), []).append(line)
     if not groups:
         return None
     from matplotlib.figure import Figure

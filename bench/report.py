@@ -21,6 +21,7 @@ CAPTIONS = {
     "time-slots": "Time of one layer's step against the tokens kept per head; both axes logarithmic.",
     "memory-batch": "Memory held for one layer, what a call takes for itself included.",
     "step-breakdown": "Where a whole decoder step goes.",
+    "place": "Time of a decoder step against the place in the picture: flat once a budget is full.",
 }
 STYLE = """
 :root { color-scheme: light dark; }

@@ -83,11 +83,12 @@ def checker(point: Point, call: Callable[[], torch.Tensor], q: torch.Tensor, kep
 
 def build_dense(point: Point, arena: Arena, device: torch.device, length: int, step: Step,
                 lengths: Sequence[int] | None = None, extra: int = 0, launches: int | None = None,
-                setup_seconds: float | None = None) -> Built:
+                setup_seconds: float | None = None, read_slots: int | None = None) -> Built:
     """A rival over slabs ``[B, H, length, D]`` of which head h uses the first ``lengths[h]`` (None: all).
 
     Args:
-        extra: bytes held beside the slabs. launches: as in `Built`.
+        extra: bytes held beside the slabs. launches, setup_seconds: as in `Built`.
+        read_slots: that a row's heads read, where they do not read all.
     """
     shape = (point.batch, point.heads, length, point.head_dim)
     read = point.attend_bytes(point.heads * length)
@@ -101,7 +102,8 @@ def build_dense(point: Point, arena: Arena, device: torch.device, length: int, s
         return k[row, head, :count], v[row, head, :count]
 
     work = Work(calls, part=part_of(read))
-    return Built(work, checker(point, calls[0], q, kept), point.attend_bytes(), read, k.nbytes + v.nbytes + extra,
+    touched = read if read_slots is None else point.attend_bytes(read_slots)
+    return Built(work, checker(point, calls[0], q, kept), point.attend_bytes(), touched, k.nbytes + v.nbytes + extra,
                  launches, setup_seconds)
 
 
@@ -134,12 +136,15 @@ def _gather(point: Point, arena: Arena, device: torch.device, mask: torch.Tensor
     index = (slabs + chosen).flatten().to(device)
     padded_shape = (point.batch, point.heads, point.longest, point.head_dim)
 
-    def pick(slab: torch.Tensor) -> torch.Tensor:
-        # Whole rows by index_select: torch.gather goes element by element and is many times slower.
-        return slab.view(-1, point.head_dim).index_select(0, index).view(padded_shape)
+    picked = [torch.empty(len(index), point.head_dim, dtype=point.torch_dtype, device=device) for _ in range(2)]
 
-    def one(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, pick(k), pick(v), attn_mask=mask)
+    def one(*slabs: torch.Tensor) -> torch.Tensor:
+        # Whole rows by index_select into memory that stays: torch.gather goes element by element, and a new tensor of
+        # this size costs more than filling it.
+        for slab, target in zip(slabs, picked, strict=True):
+            torch.index_select(slab.view(-1, point.head_dim), 0, index, out=target)
+        k, v = (target.view(padded_shape) for target in picked)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     calls = [lambda k=k, v=v: one(k, v) for k, v in layers]
     k, v = layers[0]
@@ -169,4 +174,6 @@ def _flex(point: Point, arena: Arena, device: torch.device) -> Built:
             out: torch.Tensor = compiled(q, k, v, block_mask=blocks)
             return out
 
-    return build_dense(point, arena, device, point.full, step, point.lengths, launches=1, setup_seconds=seconds)
+    size = blocks.BLOCK_SIZE[1]
+    return build_dense(point, arena, device, point.full, step, point.lengths, launches=1, setup_seconds=seconds,
+                       read_slots=sum(min(-(-length // size) * size, point.full) for length in point.lengths))

@@ -10,6 +10,7 @@ from .records import Record
 
 DECODER_COLUMNS = ("", "ms/step", "+-", "linear", "attention", "rest", "tok/s", "pict./s", "first..last row",
                    "cache MB", "peak MB", "x transf.", "x full")
+OF_PICTURES = ("pict./s", "first..last row")
 DECODER_NOTES = {
     "ms/step": "milliseconds per decoder step: the median of the trials' medians",
     "linear, attention, rest": "milliseconds of a step's parts, from a further run with the clock between them; "
@@ -114,4 +115,7 @@ def describe(lines: Sequence[Record]) -> tuple[str, Sequence[str], list[list[str
     """Title, columns, rows and number of text columns of the records of one point."""
     if lines[0]["kind"] == "kernel":
         return kernel_title(lines[0]), KERNEL_COLUMNS, kernel_rows(lines), 2
-    return decoder_title(lines[0]), DECODER_COLUMNS, decoder_rows(lines), 1
+    hidden = () if lines[0]["kind"] == "image" else OF_PICTURES
+    shown = [number for number, name in enumerate(DECODER_COLUMNS) if name not in hidden]
+    rows = [[row[number] for number in shown] for row in decoder_rows(lines)]
+    return decoder_title(lines[0]), [DECODER_COLUMNS[number] for number in shown], rows, 1

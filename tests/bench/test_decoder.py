@@ -10,6 +10,7 @@ import torch
 
 from ssd_bench import decoder, loops, tables
 from ssd_bench.models import random_model
+from ssd_bench.plot import figures
 
 PROMPT = [0, 10, 11, 12, 2]
 
@@ -76,6 +77,11 @@ def test_records_of_steps_and_pictures(model):
         json.dumps(lines)
         title, columns, rows, _ = tables.describe(lines)
         assert "tiny" in title and {len(row) for row in rows} == {len(columns)}
+        assert ("pict./s" in columns) == (start is None)
+        found = figures(lines)
+        assert set(found) == {"step-breakdown"} | ({"place"} if start is None else set())
+        bars = found["step-breakdown"].axes[0].patches
+        assert [bar.get_width() for bar in bars[:5]] == pytest.approx([1e3 * line["split"]["linear"] for line in lines])
 
 
 def test_engine_with_other_tokens_gets_no_number(model, monkeypatch: pytest.MonkeyPatch):

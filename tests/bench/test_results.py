@@ -74,7 +74,7 @@ def test_compare_command(tmp_path: Path, make):
 
 
 def test_facts_hold_no_host_name_and_no_local_path(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("sys.argv", ["/opt/some/bin/ssd-bench", "kernel", "--plan=/home/me/p.json", "--out",
+    monkeypatch.setattr("sys.argv", [".venv/bin/ssd-bench", "kernel", "--plan=/home/me/p.json", "--out",
                                      "/tmp/x/y.jsonl"])
     about = machine.facts(torch.device("cpu"))
     assert about["command"] == "ssd-bench kernel --plan=p.json --out y.jsonl"
