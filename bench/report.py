@@ -11,7 +11,7 @@ from ssd_kernels.files import write_atomically
 
 from .plot import figures, render
 from .records import Record
-from .tables import COLUMN_NOTES, DECODER_NOTES, describe, machine_line, markdown, points
+from .tables import COLUMN_NOTES, DECODER_NOTES, describe, goals, machine_line, markdown, points
 
 BEGIN, END = "<!-- kernel-table:begin -->", "<!-- kernel-table:end -->"
 CAPTIONS = {
@@ -87,7 +87,8 @@ def refresh(path: Path, lines: Sequence[Record]) -> None:
     tables = []
     for group in points(lines):
         title, columns, rows, texts = describe(group)
-        tables.append(f"**{title}**\n\n{markdown(columns, rows, texts)}\n{machine_line(group[0])}.\n")
+        aims = "".join(f"- Goal, {goal}\n" for goal in goals(group))
+        tables.append(f"**{title}**\n\n{markdown(columns, rows, texts)}\n{aims}\n{machine_line(group[0])}.\n")
     before, after = text[:text.index(BEGIN) + len(BEGIN)], text[text.index(END):]
     new = f"{before}\n" + "\n".join(tables) + after
     write_atomically(path, lambda file: file.write(new.encode()))
@@ -101,10 +102,11 @@ def _table(group: Sequence[Record]) -> str:
         kind = "none" if line["status"] != "ok" else "ours" if line["contender"].get("backend") else ""
         body.append(f'<tr class="{kind}">' + "".join(_cell("td", cell, number < texts)
                                                      for number, cell in enumerate(row)) + "</tr>")
+    aims = "".join(f"<li>Goal, {_text(goal)}</li>" for goal in goals(group))
     return (f'<h2>{_text(title)}</h2><p class="machine">{_text(machine_line(group[0]))}<br><code>'
             f"{_text(group[0]['machine']['command'])}</code></p>"
             f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n' + "\n".join(body)
-            + "\n</tbody></table></div>")
+            + "\n</tbody></table></div>" + (f"<ul>{aims}</ul>" if aims else ""))
 
 
 def _machine(line: Record) -> str:

@@ -81,6 +81,31 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns
     return "\n".join("| " + " | ".join(row) + " |" for row in (columns, marks, *rows)) + "\n"
 
 
+GOAL_POINT = {"device": "cpu", "batch": 16, "heads": 16, "head_dim": 128, "mean": 120, "full": 600}
+GOAL_RATIOS = {"float32": {"SDPA, every head the mean length": 2, "SDPA padded + mask": 10},
+               "bfloat16": {"SDPA, every head the mean length": 8, "SDPA padded + mask": 10}}
+
+
+def goals(lines: Sequence[Record]) -> list[str]:
+    """The project's goals for the step on a CPU, one line each with "met" or "missed"; none at other points."""
+    reference = ours_of(lines)
+    point = lines[0]["point"]
+    if reference is None or any(point.get(name) != value for name, value in GOAL_POINT.items()):
+        return []
+    reached = share(reference)
+    found = [f"at least 95% of the measured ceiling: {_verdict(reached >= 0.95)}, {reached:.0%}"]
+    medians = {line["contender"]["name"]: line["seconds"]["median"] for line in lines if line["status"] == OK}
+    for name, factor in GOAL_RATIOS.get(point["dtype"], {}).items():
+        if name in medians:
+            ratio = medians[name] / reference["seconds"]["median"]
+            found.append(f"at least {factor} times as fast as {name}: {_verdict(ratio >= factor)}, {ratio:.1f} times")
+    return found
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
 def decoder_title(line: Record) -> str:
     point = line["point"]
     what = "whole pictures" if point["start"] is None else f"a step at {point['start']} visual tokens"

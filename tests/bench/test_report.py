@@ -13,6 +13,7 @@ from ssd_bench.cli import app
 from ssd_bench.plot import figures
 from ssd_bench.records import write
 from ssd_bench.report import BEGIN, END, page, refresh
+from ssd_bench.tables import goals
 
 OURS, RIVAL = "ssd_kernels cpu: heavy", "SDPA full cache"  # as in conftest.py
 
@@ -84,6 +85,17 @@ def test_readme_is_changed_between_the_markers_only(tmp_path: Path, lines):
     text = path.read_text()
     assert text.startswith(f"before\n{BEGIN}\n**batch 2") and text.endswith(f"\n{END}\nafter\n") and "stale" not in text
     assert f"| {RIVAL} | attend | 200 |" in text and "batch 16" not in text
+
+
+def test_goals_are_met_or_missed_in_the_open(make):
+    """16 x 16 heads of 120 tokens in 100 us are 159 GB/s of 200."""
+    lines = [make(), *(make(name, (us, us, us)) for name, us in (
+        ("SDPA padded + mask", 990), ("SDPA, every head the mean length", 800)))]
+    share, *ratios = goals(lines)
+    assert share.startswith("at least 95% of the measured ceiling: missed, 79%")
+    assert ratios == ["at least 8 times as fast as SDPA, every head the mean length: met, 8.0 times",
+                      "at least 10 times as fast as SDPA padded + mask: missed, 9.9 times"]
+    assert goals([make(batch=2)]) == [] and "missed, 9.9 times" in page(lines)
 
 
 @pytest.mark.parametrize("text", ["no markers", f"{END} {BEGIN}", f"{BEGIN} {BEGIN} {END}"])
