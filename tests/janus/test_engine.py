@@ -89,6 +89,27 @@ def test_a_picture_is_the_same_in_any_company(model: Any, count: int, budget: fl
     assert len({tuple(row) for row in together.tolist()}) == count
 
 
+def logits_of(engine: Engine, prompts: list[list[int]], **options: Any) -> list[torch.Tensor]:
+    """Logits of every step, [2, pictures, codes]."""
+    seen: list[torch.Tensor] = []
+
+    def record(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits.unflatten(0, (2, -1)).clone())
+        return logits
+
+    engine.generate(prompts, guidance=2.0, logits_processor=[record], **options)
+    return seen
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_logits_have_the_same_bits_in_any_company(model: Any, count: int) -> None:
+    """Tokens hide most differences of rounding; these would show."""
+    prompts, engine = prompts_of(tiny.image_inputs(many_prompts(11))), Engine(model, plan_of_budget(model, 0.2))
+    together = logits_of(engine, prompts, steps=24)
+    alone = logits_of(engine, prompts[:count], steps=24)
+    assert all(torch.equal(few, many[:, :count]) for few, many in zip(alone, together, strict=True))
+
+
 def test_the_fused_weights_are_the_models_own(fresh: Any) -> None:
     size = sum(parameter.untyped_storage().nbytes() for parameter in fresh.parameters())
     prompts, greedy = prompts_of(tiny.image_inputs()), Sampling(greedy=True)
