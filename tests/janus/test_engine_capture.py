@@ -93,3 +93,13 @@ def test_what_a_graph_would_get_wrong_is_noticed(fresh: Any, monkeypatch: pytest
         for _ in range(2, tiny.TOKENS):
             recording.replay()
     assert torch.equal(batch.tokens[:, 0], expected[:, 0]) and not torch.equal(batch.tokens, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [Sampling(greedy=True), Sampling.make(0.9, 40)], ids=["greedy", "sampling"])
+def test_a_cuda_graph_draws_the_same(fresh: Any, sampling: Sampling) -> None:
+    fresh.to("cuda")
+    prompts, plan = prompts_of(tiny.image_inputs()), plan_of_budget(fresh, 0.2)
+    drawn = [Engine(fresh, plan, capture=capture).generate(prompts, guidance=[5.0, 2.0, 1.0, 2.0], sampling=sampling)
+             for capture in (False, True)]
+    assert torch.equal(*drawn)
