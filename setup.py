@@ -100,7 +100,8 @@ class CMakeBuild(build_ext):
                       f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                       "-DPYBIND11_FINDPYTHON=ON",
                       f"-DSSD_KERNELS_NVCC={nvcc or ''}",
-                      f"-DSSD_KERNELS_NO_CUDA={no_cuda or ''}")
+                      f"-DSSD_KERNELS_NO_CUDA={no_cuda or ''}",
+                      f"-DSSD_KERNELS_INSIST_ON_CUDA={'ON' if os.environ.get('SSD_KERNELS_CUDA') == '1' else 'OFF'}")
         self.run_tool(cmake, "--build", str(folder))
         module = Path(self.get_ext_fullpath(ext.name))
         module.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
 // Python bindings: integers become pointers and structs, refusals become exceptions.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,10 +15,7 @@ namespace py = pybind11;
 
 namespace {
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+using ssd::pointer;
 
 void raise_if_refused(const ssd::Error& error, const ssd::LayerShape& shape) {
   const std::string index = std::to_string(error.index), value = std::to_string(error.value);
@@ -35,40 +34,18 @@ void raise_if_refused(const ssd::Error& error, const ssd::LayerShape& shape) {
   }
 }
 
-class Layer {
+class Layer : public ssd::BoundLayer {
  public:
-  Layer(uintptr_t keys, uintptr_t values, uintptr_t scores, uintptr_t positions, uintptr_t cursors, uintptr_t table,
-        uintptr_t pinned, int32_t dtype, int32_t batch, int32_t heads, int32_t head_dim, int32_t slots,
-        int32_t scored_slots, int32_t max_prompt, int32_t num_visual_tokens, int32_t row_buffer, bool keep_prompt)
-      : layer_{{batch, heads, head_dim, slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt},
-               static_cast<ssd::DType>(dtype),
-               pointer<void>(keys),
-               pointer<void>(values),
-               pointer<float>(scores),
-               pointer<int32_t>(positions),
-               pointer<ssd::Cursor>(cursors),
-               pointer<const ssd::HeadRange>(table),
-               pointer<const int32_t>(pinned)} {
+  template <class... Arguments>
+  explicit Layer(Arguments... arguments) : BoundLayer(arguments...) {
     raise_if_refused(ssd::check_table(layer_), layer_.shape);
   }
 
   void decode(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int32_t query_heads, int64_t q_row_stride,
               int64_t q_head_stride, int64_t k_row_stride, int64_t k_head_stride, int64_t v_row_stride,
               int64_t v_head_stride, float scale, uintptr_t cos, uintptr_t sin, int threads) const {
-    const ssd::DecodeStep step{pointer<const void>(q),
-                               pointer<const void>(k),
-                               pointer<const void>(v),
-                               pointer<void>(out),
-                               query_heads,
-                               q_row_stride,
-                               q_head_stride,
-                               k_row_stride,
-                               k_head_stride,
-                               v_row_stride,
-                               v_head_stride,
-                               scale,
-                               pointer<const float>(cos),
-                               pointer<const float>(sin)};
+    const ssd::DecodeStep step = ssd::decode_step(q, k, v, out, query_heads, q_row_stride, q_head_stride, k_row_stride,
+                                                  k_head_stride, v_row_stride, v_head_stride, scale, cos, sin);
     ssd::Error error;
     {
       py::gil_scoped_release unlocked;
@@ -89,9 +66,6 @@ class Layer {
     py::gil_scoped_release unlocked;
     ssd::prefill(layer_, prompts, threads);
   }
-
- private:
-  ssd::CacheLayer layer_;
 };
 
 py::dict build_info() {
@@ -108,15 +82,10 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  py::class_<Layer>(module, "Layer")
-      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t,
-                    int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool>(),
-           py::arg("keys"), py::arg("values"), py::arg("scores"), py::arg("positions"), py::arg("cursors"),
-           py::arg("table"), py::arg("pinned"), py::arg("dtype"), py::arg("batch"), py::arg("heads"),
-           py::arg("head_dim"), py::arg("slots"), py::arg("scored_slots"), py::arg("max_prompt"),
-           py::arg("num_visual_tokens"), py::arg("row_buffer"), py::arg("keep_prompt"))
-      .def("decode", &Layer::decode)
-      .def("prefill", &Layer::prefill);
+  ssd::bind_layer<Layer>(module, "Layer").def("decode", &Layer::decode).def("prefill", &Layer::prefill);
+#if SSD_KERNELS_HAVE_CUDA
+  ssd::bind_cuda(module);
+#endif
   module.def("build_info", &build_info);
   module.def("instruction_set", &ssd::instruction_set);
   module.def("set_instruction_set", [](const std::string& name) {

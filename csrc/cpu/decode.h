@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/layer.h"
+#include "common/layer.h"
 
 namespace ssd {
 

@@ -9,6 +9,7 @@ import torch
 
 from .base import Backend
 from .cpu import CPUBackend
+from .cuda import CUDABackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
@@ -23,6 +24,7 @@ def register(backend: Backend) -> None:
 
 
 register(CPUBackend())
+register(CUDABackend())
 register(TritonBackend())
 register(ReferenceBackend())
 
@@ -70,10 +72,17 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
         if reason is None:
             if isinstance(backend, ReferenceBackend):
                 _warn_slow("; ".join(reasons))
+            elif isinstance(backend, TritonBackend) and device.type == "cuda":
+                _warn_without_cuda("; ".join(reasons))
             return backend
         reasons.append(f"{backend.name}: {reason}")
     raise ValueError(f"backend='auto' found no backend for device={device}, dtype={dtype}, head_dim={head_dim}: "
                      + "; ".join(reasons))
+
+
+@cache
+def _warn_without_cuda(reasons: str) -> None:
+    warnings.warn(f"ssd_kernels uses its Triton backend on the GPU ({reasons})", stacklevel=4)
 
 
 @cache

@@ -10,6 +10,8 @@ import torch
 from ssd_kernels import CachePlan, HeadSpec, backends
 from ssd_kernels.backends.triton import interpreting
 
+from . import simulation
+
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -31,10 +33,15 @@ class Case:
 
 
 INTERPRETED = interpreting()
+SIMULATED = simulation.is_supported()
+if SIMULATED:
+    backends.register(simulation.SimulatedCUDABackend())
 CASES = (
     Case("reference", dtypes=(F32, BF16, F16, F64), compiled=False),
     Case("cpu"),
     *([Case("triton", device="cpu" if INTERPRETED else "cuda")] if backends.available()["triton"] is None else []),
+    *([Case("simulated_cuda")] if SIMULATED else []),
+    *([Case("cuda", device="cuda")] if backends.available()["cuda"] is None else []),
 )
 
 

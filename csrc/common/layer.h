@@ -1,4 +1,4 @@
-// What the CPU backend receives: plain structs of raw pointers.
+// What the compiled backends receive: plain structs of raw pointers, on the CPU or on a GPU.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,72 @@
+// Python bindings of the CUDA backend. The same file binds its host simulation in the tests.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "bindings.h"
+#include "cuda/decode.h"
+
+namespace py = pybind11;
+
+namespace ssd {
+namespace {
+
+void raise_if_failed(int error) {
+  if (error != 0) throw std::runtime_error(std::string("CUDA: ") + cuda::error_text(error));
+}
+
+class CUDALayer : public BoundLayer {
+ public:
+  using BoundLayer::BoundLayer;
+
+  void decode(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int32_t query_heads, int64_t q_row_stride,
+              int64_t q_head_stride, int64_t k_row_stride, int64_t k_head_stride, int64_t v_row_stride,
+              int64_t v_head_stride, float scale, uintptr_t cos, uintptr_t sin, uintptr_t partials, uintptr_t logits,
+              uintptr_t arrivals, int32_t parts, int32_t largest, int device, uintptr_t stream) const {
+    const cuda::DecodeParams params{
+        layer_,
+        decode_step(q, k, v, out, query_heads, q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride,
+                    v_head_stride, scale, cos, sin),
+        {pointer<float>(partials), pointer<float>(logits), pointer<int32_t>(arrivals), parts, largest}};
+    raise_if_failed(cuda::use_device(device));
+    raise_if_failed(cuda::decode(params, pointer<void>(stream)));
+  }
+
+  // prompt_lens and rows are addresses on the device.
+  void prefill(uintptr_t k, uintptr_t v, uintptr_t scores, int32_t prompt_stride, int32_t count, uintptr_t prompt_lens,
+               uintptr_t rows, int device, uintptr_t stream) const {
+    const cuda::PrefillParams params{
+        layer_,
+        {pointer<const void>(k), pointer<const void>(v), pointer<const float>(scores), prompt_stride, count,
+         pointer<const int32_t>(prompt_lens), pointer<const int32_t>(rows)}};
+    raise_if_failed(cuda::use_device(device));
+    raise_if_failed(cuda::prefill(params, pointer<void>(stream)));
+  }
+};
+
+}  // namespace
+
+void bind_cuda(py::module_& module) {
+  bind_layer<CUDALayer>(module, "CUDALayer").def("decode", &CUDALayer::decode).def("prefill", &CUDALayer::prefill);
+  module.def("cuda_unavailable", &cuda::unavailable);
+  // (blocks, threads, bytes of shared memory) of a decode step.
+  module.def(
+      "cuda_decode_launch",
+      [](int32_t batch, int32_t heads, int32_t query_heads, int32_t head_dim, int32_t parts, int32_t largest) {
+        LayerShape shape{};
+        shape.batch = batch;
+        shape.heads = heads;
+        shape.head_dim = head_dim;
+        const cuda::Launch launch =
+            cuda::decode_launch(shape, query_heads, {nullptr, nullptr, nullptr, parts, largest});
+        return py::make_tuple(launch.blocks, launch.threads, launch.shared_bytes);
+      },
+      py::arg("batch"), py::arg("heads"), py::arg("query_heads"), py::arg("head_dim"), py::arg("parts"),
+      py::arg("largest"));
+  module.attr("CUDA_PART_SLOTS") = cuda::kPartSlots;
+  module.attr("CUDA_MAX_PARTS") = cuda::kMaxParts;
+  module.attr("CUDA_MAX_STEPS") = cuda::kMaxSteps;
+}
+
+}  // namespace ssd

@@ -1,0 +1,3 @@
+#include "cuda/decode.cuh"
+
+template int ssd::cuda::start_decode<float, 128>(const DecodeParams&, const Launch&, void*);

@@ -1,0 +1,49 @@
+// The CUDA backend's host side: sizes of launches, and the kernel for a data type and head_dim.
+#include "cuda/decode.h"
+
+namespace ssd::cuda {
+namespace {
+
+template <class T>
+int decode_as(const DecodeParams& params, const Launch& launch, void* stream) {
+  switch (params.layer.shape.head_dim) {
+    case 64:
+      return start_decode<T, 64>(params, launch, stream);
+    case 128:
+      return start_decode<T, 128>(params, launch, stream);
+    default:
+      return start_decode<T, 0>(params, launch, stream);
+  }
+}
+
+}  // namespace
+
+Launch decode_launch(const LayerShape& shape, int32_t query_heads, const Workspace& workspace) {
+  const int32_t group = query_heads / shape.heads;
+  const SharedLayout shared = shared_layout(shape.head_dim, group == 1 ? 1 : kGroupBlock, group, workspace.largest);
+  return {shape.batch * workspace.parts, kThreads, shared.bytes};
+}
+
+Launch prefill_launch(const LayerShape& shape, const Prefill& prompts) {
+  return {prompts.count * shape.heads, kThreads, 16 * larger(prompts.prompt_stride, 1)};
+}
+
+int decode(const DecodeParams& params, void* stream) {
+  const Launch launch = decode_launch(params.layer.shape, params.step.query_heads, params.workspace);
+  if (launch.blocks == 0) return 0;
+  switch (params.layer.dtype) {
+    case kBFloat16:
+      return decode_as<BFloat16>(params, launch, stream);
+    case kFloat16:
+      return decode_as<Float16>(params, launch, stream);
+    default:
+      return decode_as<float>(params, launch, stream);
+  }
+}
+
+int prefill(const PrefillParams& params, void* stream) {
+  const Launch launch = prefill_launch(params.layer.shape, params.prompts);
+  return launch.blocks == 0 ? 0 : start_prefill(params, launch, stream);
+}
+
+}  // namespace ssd::cuda

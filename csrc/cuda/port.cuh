@@ -1,0 +1,203 @@
+// The only door from the kernels to the hardware. Compiled by nvcc it is PTX and intrinsics; compiled by a host
+// compiler with SSD_SIMULATE it is simulator.h, which runs the same kernels as fibers. Kernels use nothing else of
+// CUDA.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(SSD_SIMULATE)
+#include "cuda/simulator.h"
+#define SSD_KERNEL(threads, blocks_per_multiprocessor) static void
+#define SSD_DEVICE inline
+#elif defined(__CUDACC__)
+#define SSD_KERNEL(threads, blocks_per_multiprocessor) \
+  __global__ static void __launch_bounds__(threads, blocks_per_multiprocessor)
+#define SSD_DEVICE __device__ __forceinline__
+#endif
+
+namespace ssd::cuda {
+
+// Storage types; arithmetic is float throughout.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// What one asynchronous copy moves.
+struct alignas(16) Chunk {
+  uint32_t words[4];
+};
+
+namespace port {
+
+constexpr int kWarp = 32;
+
+#if defined(SSD_SIMULATE)
+
+inline int thread_index() { return simulator::thread_index(); }
+inline int block_index() { return simulator::block_index(); }
+inline char* shared_memory() { return simulator::shared_memory(); }
+inline void sync_block() { simulator::sync_block(); }
+
+template <class T>
+T from_lane(simulator::Collective kind, T value, int source) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = simulator::gather(kind, bits)[source];
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline float shuffle_xor(float value, int mask) {
+  return from_lane(simulator::kShuffle, value, (thread_index() % kWarp) ^ mask);
+}
+inline int32_t shuffle_xor(int32_t value, int mask) {
+  return from_lane(simulator::kShuffle, value, (thread_index() % kWarp) ^ mask);
+}
+inline int64_t shuffle_xor(int64_t value, int mask) {
+  return from_lane(simulator::kShuffle, value, (thread_index() % kWarp) ^ mask);
+}
+inline int32_t shuffle_up(int32_t value, int by) {
+  const int lane = thread_index() % kWarp;
+  return from_lane(simulator::kShuffle, value, lane < by ? lane : lane - by);
+}
+inline int32_t shuffle(int32_t value, int source) { return from_lane(simulator::kShuffle, value, source); }
+inline uint32_t ballot(bool vote) {
+  const uint64_t* votes = simulator::gather(simulator::kBallot, vote);
+  uint32_t all = 0;
+  for (int lane = 0; lane < kWarp; ++lane) all |= static_cast<uint32_t>(votes[lane]) << lane;
+  return all;
+}
+
+inline void copy16_async(void* shared, const void* global) { simulator::copy_async(shared, global, 16); }
+inline void copy4_async(void* shared, const void* global) { simulator::copy_async(shared, global, 4); }
+inline void commit_copies() { simulator::commit_copies(); }
+template <int kLeft>
+void wait_copies() {
+  simulator::wait_copies(kLeft);
+}
+
+inline void fence() {}
+inline int32_t atomic_add(int32_t* at, int32_t value) {
+  const int32_t old = *at;
+  *at = static_cast<int32_t>(static_cast<uint32_t>(old) + static_cast<uint32_t>(value));
+  return old;
+}
+template <class T>
+T load_shared_by_blocks(const T* at) {
+  return *at;
+}
+inline float power_of_two(float x) { return simulator::power_of_two(x); }
+inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
+inline int first_bit(uint32_t x) { return __builtin_ctz(x); }
+inline float to_float(Float16 x) {
+  _Float16 value;
+  std::memcpy(&value, &x, sizeof value);
+  return static_cast<float>(value);
+}
+inline void from_float(float x, Float16* to) {
+  const _Float16 value = static_cast<_Float16>(x);
+  std::memcpy(to, &value, sizeof value);
+}
+
+template <class Params>
+int launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, void*, const Params& params) {
+  return simulator::run([kernel, &params] { kernel(params); }, blocks, threads, shared_bytes);
+}
+
+#elif defined(__CUDACC__)
+
+SSD_DEVICE int thread_index() { return threadIdx.x; }
+SSD_DEVICE int block_index() { return blockIdx.x; }
+SSD_DEVICE char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+SSD_DEVICE void sync_block() { __syncthreads(); }
+
+SSD_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+SSD_DEVICE int32_t shuffle_xor(int32_t value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+SSD_DEVICE int64_t shuffle_xor(int64_t value, int mask) {
+  return __shfl_xor_sync(~0u, static_cast<long long>(value), mask);
+}
+SSD_DEVICE int32_t shuffle_up(int32_t value, int by) { return __shfl_up_sync(~0u, value, by); }
+SSD_DEVICE int32_t shuffle(int32_t value, int source) { return __shfl_sync(~0u, value, source); }
+SSD_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(~0u, vote); }
+
+// Asynchronous copies from global to shared memory. A thread sees its own copies after wait_copies<n>, when at most the
+// n groups it committed last are under way; other threads see them after a barrier that follows.
+SSD_DEVICE void copy16_async(void* shared, const void* global) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+SSD_DEVICE void copy4_async(void* shared, const void* global) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global) : "memory");
+}
+SSD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+SSD_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// What a block has written before the fence is seen by blocks that see what it wrote after.
+SSD_DEVICE void fence() { __threadfence(); }
+SSD_DEVICE int32_t atomic_add(int32_t* at, int32_t value) { return atomicAdd(at, value); }
+// Past the first-level cache, which other blocks' writes don't reach.
+SSD_DEVICE float load_shared_by_blocks(const float* at) { return __ldcg(at); }
+SSD_DEVICE int32_t load_shared_by_blocks(const int32_t* at) { return __ldcg(at); }
+SSD_DEVICE Chunk load_shared_by_blocks(const Chunk* at) {
+  const uint4 words = __ldcg(reinterpret_cast<const uint4*>(at));
+  return {words.x, words.y, words.z, words.w};
+}
+
+// 2^x, with an error of 2 units in the last place.
+SSD_DEVICE float power_of_two(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+SSD_DEVICE int count_bits(uint32_t x) { return __popc(x); }
+SSD_DEVICE int first_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
+SSD_DEVICE float to_float(Float16 x) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+}
+SSD_DEVICE void from_float(float x, Float16* to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x)); }
+
+// Starts a kernel on a stream; returns a cudaError_t.
+template <class Params>
+int launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, void* stream, const Params& params) {
+  constexpr int kWithoutAsking = 48 * 1024;
+  if (shared_bytes > kWithoutAsking) {
+    const cudaError_t refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (refused != cudaSuccess) return refused;
+  }
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), arguments, shared_bytes,
+                          static_cast<cudaStream_t>(stream));
+}
+
+#endif
+
+SSD_DEVICE float to_float(float x) { return x; }
+SSD_DEVICE float to_float(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+SSD_DEVICE void from_float(float x, float* to) { *to = x; }
+SSD_DEVICE void from_float(float x, BFloat16* to) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  // Round to nearest even; a NaN stays a NaN even when its payload is all in the dropped half.
+  to->bits = static_cast<uint16_t>(x == x ? (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 : 0x7FC0);
+}
+
+}  // namespace port
+}  // namespace ssd::cuda

@@ -1,0 +1,144 @@
+"""Backend ``cuda``: csrc/cuda, one launch per layer and step on NVIDIA GPUs, built where nvcc is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .. import native
+from ..layout import LayerLayout
+from ..state import LayerState, Rotary
+from .base import Backend
+from .cpu import DTYPE_CODES
+
+OLDEST_CAPABILITY = (8, 0)
+ALIGNMENT = 16  # bytes of one asynchronous copy
+SHARED_BYTES = 99 * 1024  # what a block may have on every device served
+
+
+@dataclass(frozen=True)
+class Native:
+    """What the backend remembers about a layer: the extension's view of it, and what split heads need.
+
+    Attributes:
+        layer: `_C.CUDALayer`.
+        parts: blocks per batch row.
+        arrivals: int32 ``[B, H]``, zero between launches; None if no head is split.
+    """
+
+    layer: Any
+    parts: int
+    arrivals: torch.Tensor | None
+
+
+def count_parts(layout: LayerLayout, heads: int, part_slots: int) -> int:
+    """Blocks that one batch row needs: long heads are split by their slots, whatever the batch.
+
+    An upper bound if the layout's ranges are unknown; blocks beyond the last part have nothing to do.
+    """
+    if layout.heads:
+        return sum(max(1, -(-head.capacity // part_slots)) for head in layout.heads)
+    return heads + layout.slots // part_slots
+
+
+class CUDABackend(Backend):
+    """Blocks over (row, head), or parts of a long head; everything a step needs to know is read on the device."""
+
+    name = "cuda"
+    reads_table = False
+    device_type = "cuda"
+
+    def extension(self) -> ModuleType:
+        """Where the kernels are; the tests put a simulation here."""
+        return native.extension()
+
+    def unavailable(self) -> str | None:
+        if reason := native.missing():
+            return reason
+        if not hasattr(self.extension(), "CUDALayer"):
+            return "the extension was built without CUDA (nvcc was not found, or SSD_KERNELS_CUDA=0)"
+        reason = self.extension().cuda_unavailable()
+        return None if reason is None else str(reason)
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device.type != self.device_type:
+            return f"it needs device {self.device_type}, got {device}"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+            return f"it needs compute capability 8.0 or newer, got {torch.cuda.get_device_capability(device)}"
+        return self.unsupported_by_kernels(dtype, head_dim)
+
+    def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               scale: float, rotary: Rotary | None = None) -> torch.Tensor:
+        layout, heads = state.layout, state.table.shape[0]
+        known = self._native(state)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        partials = logits = 0
+        if known.arrivals is not None:
+            # From torch's caching allocator, so that all layers share it and a graph keeps it.
+            batch, group = q.shape[0], q.shape[1] // heads
+            both = q.new_empty((batch * known.parts * group * (q.shape[2] + 2) + batch * group * layout.scored_slots,),
+                               dtype=torch.float32)
+            partials = both.data_ptr()
+            logits = partials + 4 * batch * known.parts * group * (q.shape[2] + 2)
+        known.layer.decode(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q.shape[1],
+                           *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], scale,
+                           *((0, 0) if rotary is None else (table.data_ptr() for table in rotary)), partials, logits,
+                           0 if known.arrivals is None else known.arrivals.data_ptr(), known.parts, layout.largest,
+                           *self._place(q.device))
+        return out
+
+    def warmup(self, states: Sequence[LayerState], query_heads: int, rotary: bool) -> None:
+        for state in states:
+            self._native(state)
+
+    def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
+                scores: torch.Tensor | None, rows: Sequence[int]) -> None:
+        if not rows:
+            return
+        k, v = (tensor if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
+                else tensor.clone(memory_format=torch.contiguous_format) for tensor in (k, v))
+        scores = None if scores is None else scores.contiguous()
+        if 16 * k.shape[2] > SHARED_BYTES:
+            raise ValueError(f"backend='cuda' takes prompts of at most {SHARED_BYTES // 16} tokens, got k with P = "
+                             f"{k.shape[2]}")
+        lengths, indices = (torch.tensor(list(numbers), dtype=torch.int32).to(k.device, non_blocking=True)
+                            for numbers in (prompt_lens, rows))
+        self._native(state).layer.prefill(k.data_ptr(), v.data_ptr(), 0 if scores is None else scores.data_ptr(),
+                                          k.shape[2], len(rows), lengths.data_ptr(), indices.data_ptr(),
+                                          *self._place(k.device))
+
+    def _place(self, device: torch.device) -> tuple[int, int]:
+        """The device's index and its current stream."""
+        stream = torch.cuda.current_stream(device)
+        return stream.device_index, stream.cuda_stream
+
+    def _native(self, state: LayerState) -> Native:
+        """The extension's view of the layer's tensors, made once: their addresses never change."""
+        if isinstance(state.native, Native):
+            return state.native
+        layout, heads, extension = state.layout, state.table.shape[0], self.extension()
+        for name, slab in (("keys", state.keys), ("values", state.values)):
+            if slab.data_ptr() % ALIGNMENT:
+                raise ValueError(f"{name} must start at a multiple of {ALIGNMENT} bytes, got address {slab.data_ptr()}")
+        parts = count_parts(layout, heads, extension.CUDA_PART_SLOTS)
+        if parts > extension.CUDA_MAX_PARTS or layout.num_visual_tokens > extension.CUDA_MAX_STEPS:
+            raise ValueError(f"backend='cuda' serves layers of at most {extension.CUDA_MAX_PARTS} parts of "
+                             f"{extension.CUDA_PART_SLOTS} slots and {extension.CUDA_MAX_STEPS} visual tokens, got "
+                             f"{parts} and {layout.num_visual_tokens}")
+        shared = extension.cuda_decode_launch(1, heads, heads, state.keys.shape[2], parts, layout.largest)[2]
+        if shared > SHARED_BYTES:
+            raise ValueError(f"backend='cuda' cannot rank the {layout.largest} evictable tokens of a heavy head: "
+                             f"that takes {shared} bytes of shared memory, more than {SHARED_BYTES}")
+        arrivals = None
+        if parts > heads:
+            arrivals = torch.zeros((state.keys.shape[0], heads), dtype=torch.int32, device=state.keys.device)
+        layer = extension.CUDALayer(
+            *(tensor.data_ptr() for tensor in state.tensors), DTYPE_CODES[state.keys.dtype], state.keys.shape[0],
+            heads, state.keys.shape[2], layout.slots, layout.scored_slots, layout.max_prompt,
+            layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt)
+        state.native = known = Native(layer, parts, arrivals)
+        return known
