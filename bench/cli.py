@@ -38,8 +38,7 @@ def kernel(
     batch: Annotated[list[int], typer.Option(help="Rows; a picture with guidance takes two.")] = [16],  # noqa: B006
     heads: Annotated[list[int], typer.Option(help="KV heads of the layer.")] = [16],  # noqa: B006
     head_dim: Annotated[list[int], typer.Option(help="Elements per key.")] = [128],  # noqa: B006
-    dtype: Annotated[list[str], typer.Option(help="float32, bfloat16 or float16.")] = [  # noqa: B006
-        "float32", "bfloat16"],
+    dtype: Annotated[list[str], typer.Option(help="float32, bfloat16 or float16.")] = ["bfloat16"],  # noqa: B006
     mean: Annotated[list[int], typer.Option(help="Mean tokens kept per head.")] = [120],  # noqa: B006
     full: Annotated[int, typer.Option(help="Tokens of the full cache, and of the longest head possible.")] = 600,
     spread: Annotated[list[str], typer.Option(help="How lengths differ: uniform, two-class or skewed.")] = [  # noqa: B006

@@ -15,7 +15,7 @@ from .timing import Work
 
 # Far more than any last-level cache holds, so that a slab has been evicted by the time its turn comes again.
 COLD_BYTES = 256 * 2**20
-PART_BYTES = 64 * 2**20  # in one timed repetition on a CPU, so that reading the clock counts for nothing
+PART_BYTES = 16 * 2**20  # in one timed repetition on a CPU, so that reading the clock counts for nothing
 NO_WORK = {"empty", "empty_like", "__get__", "__getitem__", "view", "reshape", "expand", "unsqueeze", "squeeze",
            "transpose", "dim", "size", "stride", "data_ptr", "numel", "is_contiguous", "contiguous", "get_num_threads"}
 
