@@ -48,7 +48,7 @@ def build(sources: Path = ROOT / "csrc", sanitized: bool = SANITIZED, only: str 
     files = [*cuda, sources / "bindings_cuda.cpp", Path(__file__).with_suffix(".cpp")]
     flags = ["-std=c++17", "-fPIC", "-DSSD_SIMULATE", f"-I{sources}", f"-I{pybind11.get_include()}",
              f"-I{sysconfig.get_paths()['include']}", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
-             *(("-O1", *SANITIZERS) if sanitized else ("-O1",))]
+             "-O0" if only else "-O1", *(SANITIZERS if sanitized else ())]
     read = [path for path in sorted(sources.rglob("*")) if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
     text = "\0".join([*flags, only, sys.version, *(path.read_text() for path in [*read, files[-1]])])
     folder = ROOT / "build" / f"simulation-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
