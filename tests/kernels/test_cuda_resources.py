@@ -1,0 +1,280 @@
+"""The CUDA kernels' machine code, read without a GPU: no spills, asynchronous copies, and nothing worse than recorded.
+
+`python -m tests.kernels.test_cuda_resources` writes the record anew, from what was built last.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from ssd_kernels import native
+from ssd_kernels.files import write_atomically
+
+from . import simulation
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = Path(__file__).with_name("cuda_resources.json")
+COMMAND = "python -m tests.kernels.test_cuda_resources"
+BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+SOURCES = [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if path.name != "device.cu"]
+ARCHITECTURES = (80, 86, 90)  # A100, A10 and, with the same code, L4 (8.9), H100
+DTYPES = {"f": "f32", "NS0_8BFloat16E": "bf16", "NS0_7Float16E": "f16"}  # as names are mangled
+EVICTABLE = 120  # tokens that the largest heavy head has room for: 96 and a row buffer of 24
+PROMPT = 64  # tokens
+FIELDS = {
+    "registers": "registers per thread",
+    "shared": "bytes of shared memory per block",
+    "local": "bytes of local memory per thread",
+    "local_accesses": "loads and stores of local memory (LDL, STL)",
+    "async_copies": "asynchronous copies (LDGSTS)",
+    "async_copies_16": "asynchronous copies of 16 bytes (LDGSTS.128)",
+    "blocks": "blocks per multiprocessor",
+}
+MORE_IS_BETTER = ("async_copies", "async_copies_16", "blocks")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the object file says of one kernel for one architecture.
+
+    Attributes:
+        name: "decode bf16 D128 G1", or "prefill". symbol: its mangled name. architecture: such as 80.
+        registers: per thread. local: bytes of local memory per thread, the stack included.
+        static_shared, dynamic_shared: bytes of shared memory per block. threads: per block.
+    """
+
+    name: str
+    symbol: str
+    architecture: int
+    registers: int
+    local: int
+    static_shared: int
+    dynamic_shared: int
+    threads: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} sm_{self.architecture}"
+
+
+def object_of(source: Path) -> Path:
+    return BUILD / "CMakeFiles" / "_cuda.dir" / "csrc" / "cuda" / f"{source.name}.o"
+
+
+def tool_path() -> str:
+    """A PATH on which Triton's cuobjdump and nvdisasm come first."""
+    triton = importlib.util.find_spec("triton")
+    folders = [Path(folder) / "backends" / "nvidia" / "bin" for folder in
+               (triton and triton.submodule_search_locations) or ()]
+    return os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)])
+
+
+def cuobjdump(*arguments: str | Path) -> str:
+    # It starts nvdisasm by name.
+    path = tool_path()
+    return subprocess.run([str(shutil.which("cuobjdump", path=path)), *map(str, arguments)], capture_output=True,
+                          text=True, check=True, timeout=120, env={**os.environ, "PATH": path}).stdout
+
+
+def compiler_setting(name: str) -> list[str]:
+    """What CMake found out about nvcc."""
+    found = sorted(BUILD.glob("CMakeFiles/*/CMakeCUDACompiler.cmake"), key=lambda path: path.stat().st_mtime)
+    match = re.search(rf'set\({name} "(.*)"\)', found[-1].read_text()) if found else None
+    return match[1].split(";") if match else []
+
+
+def occupancy_header() -> Path | None:
+    """The folder of CUDA's cuda_occupancy.h, or None."""
+    folders = map(Path, compiler_setting("CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES"))
+    return next((folder for folder in folders if (folder / "cuda_occupancy.h").is_file()), None)
+
+
+def unmeasurable() -> str | None:
+    """Why the kernels cannot be measured, or None."""
+    if reason := native.missing():
+        return reason
+    if not hasattr(native.extension(), "cuda_decode_launch"):
+        return "the extension was built without CUDA (nvcc was not found, or SSD_KERNELS_CUDA=0)"
+    if missing := [source.name for source in SOURCES if not object_of(source).exists()]:
+        return f"needs the build folder of this checkout, with objects of {', '.join(missing)}"
+    if missing := [tool for tool in ("cuobjdump", "nvdisasm") if not shutil.which(tool, path=tool_path())]:
+        return f"needs {' and '.join(missing)}, which come with Triton (pip install triton) and with CUDA"
+    return None
+
+
+def unknown_occupancy() -> str | None:
+    """Why blocks per multiprocessor cannot be computed, or None."""
+    if not simulation.compiler():
+        return "needs a C++ compiler"
+    return None if occupancy_header() else "needs cuda_occupancy.h, which comes with CUDA's runtime headers"
+
+
+def kernel_name(symbol: str) -> tuple[str, int, int]:
+    """(the name, head_dim, group) of a mangled name; head_dim 0: any, and for prefill."""
+    if "14prefill_kernel" in symbol:
+        return "prefill", 0, 1
+    match = re.search(r"13decode_kernelI(f|NS0_\w+?E)Li(\d+)ELi(\d+)E", symbol)
+    if not match or match[1] not in DTYPES:
+        raise ValueError(f"unknown kernel {symbol}: {Path(__file__).name} takes decode_kernel<dtype, head_dim, group> "
+                         f"and prefill_kernel")
+    head_dim, group = int(match[2]), int(match[3])
+    return f"decode {DTYPES[match[1]]} D{head_dim or 'any'} G{group}", head_dim, group
+
+
+@cache
+def kernels_of(source: Path) -> list[Kernel]:
+    """The kernels in the object file of a source, for every architecture."""
+    launch = native.extension().cuda_decode_launch
+    found = []
+    for section in re.split(r"^arch = sm_", cuobjdump("-res-usage", object_of(source)), flags=re.MULTILINE)[1:]:
+        architecture = int(section.split(maxsplit=1)[0])
+        for symbol, text in re.findall(r"Function (\S+):\n(.*)", section):
+            usage = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", text)}
+            name, head_dim, group = kernel_name(symbol)
+            _, threads, dynamic = launch(1, 1, group, head_dim or 256, 1, EVICTABLE)
+            if name == "prefill":
+                dynamic = 16 * PROMPT  # csrc/cuda/launch.cpp prefill_launch
+            # The system takes 1024 bytes of every block, which are counted here from 9.0 on.
+            static = usage["SHARED"] - (1024 if architecture >= 90 else 0)
+            found.append(Kernel(name, symbol, architecture, usage["REG"], usage["STACK"] + usage["LOCAL"], static,
+                                dynamic, threads))
+    assert {kernel.architecture for kernel in found} == set(ARCHITECTURES), f"{object_of(source)}: {found}"
+    return found
+
+
+@cache
+def instructions(source: Path) -> dict[tuple[str, int], Counter[str]]:
+    """How often each instruction of interest occurs, such as LDGSTS.E.BYPASS.128, by (symbol, architecture)."""
+    def count(architecture: int) -> dict[tuple[str, int], Counter[str]]:
+        parts = re.split(r"Function : (\S+)", cuobjdump("-sass", "-arch", f"sm_{architecture}", object_of(source)))
+        return {(symbol, architecture): Counter(re.findall(r"\b(?:LDGSTS|LDL|STL|EXIT)\b[.\w]*", code))
+                for symbol, code in zip(parts[1::2], parts[2::2], strict=True)}
+
+    with ThreadPoolExecutor(len(ARCHITECTURES)) as pool:
+        return {key: value for counts in pool.map(count, ARCHITECTURES) for key, value in counts.items()}
+
+
+def measured(source: Path) -> dict[str, dict[str, int]]:
+    """All that is recorded of a source's kernels, but for the blocks per multiprocessor."""
+    numbers = {}
+    for kernel in kernels_of(source):
+        code = instructions(source)[kernel.symbol, kernel.architecture]
+        assert code["EXIT"], f"no machine code of {kernel.key}"
+        local = [instruction for instruction in code.elements() if instruction.startswith(("LDL", "STL"))]
+        copies = [instruction for instruction in code.elements() if instruction.startswith("LDGSTS")]
+        numbers[kernel.key] = {
+            "registers": kernel.registers, "shared": kernel.static_shared + kernel.dynamic_shared,
+            "local": kernel.local, "local_accesses": len(local),
+            "async_copies": len(copies), "async_copies_16": sum(".128" in copy for copy in copies)}
+    return numbers
+
+
+def occupancy(kernels: Sequence[Kernel]) -> dict[str, int]:
+    """Blocks per multiprocessor of each kernel, as CUDA's header computes them. See occupancy.cpp for the devices."""
+    lines = [f"{kernel.architecture} {kernel.registers} {kernel.static_shared} {kernel.dynamic_shared} {kernel.threads}"
+             for kernel in kernels]
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "occupancy"
+        subprocess.run([str(simulation.compiler()), "-std=c++17", "-isystem", str(occupancy_header()),
+                        str(Path(__file__).with_name("occupancy.cpp")), "-o", str(program)], check=True, timeout=120)
+        answer = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
+    return dict(zip((kernel.key for kernel in kernels), map(int, answer.split()), strict=True))
+
+
+def built() -> list[Kernel]:
+    return [kernel for source in SOURCES for kernel in kernels_of(source)]
+
+
+def recorded() -> dict[str, dict[str, int]]:
+    """The record. The test that asks is skipped if another compiler wrote it, whose numbers do not compare."""
+    if not RECORD.exists():
+        pytest.fail(f"no {RECORD.name}; `{COMMAND}` writes it")
+    record = json.loads(RECORD.read_text())
+    if [record["nvcc"]] != (version := compiler_setting("CMAKE_CUDA_COMPILER_VERSION")):
+        pytest.skip(f"built by nvcc {' '.join(version)}, recorded for {record['nvcc']}; `{COMMAND}` writes it anew")
+    kernels: dict[str, dict[str, int]] = record["kernels"]
+    return kernels
+
+
+def worse(now: dict[str, dict[str, int]], record: dict[str, dict[str, int]]) -> list[str]:
+    """What of ``now`` is worse than in the record, as sentences."""
+    return [f"{key}: {number} {FIELDS[field]}, recorded {record[key][field]}"
+            for key, numbers in now.items() if key in record  # test_every_kernel_is_recorded sees to the others
+            for field, number in numbers.items()
+            if (number < record[key][field] if field in MORE_IS_BETTER else number > record[key][field])]
+
+
+needs_objects = pytest.mark.skipif(unmeasurable() is not None, reason=str(unmeasurable()))
+needs_occupancy = pytest.mark.skipif(unknown_occupancy() is not None, reason=str(unknown_occupancy()))
+
+
+@needs_objects
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_resources(source: Path) -> None:
+    """Nothing in local memory, whatever the compiler, slots copied asynchronously; and the record stands."""
+    now = measured(source)
+    problems = [f"{key}: {numbers[field]} {FIELDS[field]}, must be 0"
+                for key, numbers in now.items() for field in ("local", "local_accesses") if numbers[field]]
+    problems += [f"{key}: no asynchronous copies of 16 bytes"
+                 for key, numbers in now.items() if key.startswith("decode") and not numbers["async_copies_16"]]
+    assert not problems, "\n".join(problems)
+    problems = worse(now, recorded())
+    assert not problems, "\n".join(problems)
+
+
+@needs_objects
+@needs_occupancy
+def test_blocks_per_multiprocessor() -> None:
+    problems = worse({key: {"blocks": blocks} for key, blocks in occupancy(built()).items()}, recorded())
+    assert not problems, "\n".join(problems)
+
+
+@needs_objects
+def test_every_kernel_is_recorded() -> None:
+    names, record = {kernel.key for kernel in built()}, set(recorded())
+    assert names == record, (f"not recorded: {sorted(names - record)}, not built: {sorted(record - names)}; "
+                             f"`{COMMAND}` writes the record anew")
+
+
+@needs_occupancy
+def test_occupancy() -> None:
+    """What bounds blocks of 128 threads, worked out by hand: (architecture, registers, shared memory) -> blocks."""
+    expected = {
+        (80, 32, 0): 16, (86, 32, 0): 12,  # threads
+        (80, 128, 0): 4, (80, 129, 0): 3, (90, 168, 0): 3,  # registers
+        (80, 32, 40 << 10): 4, (80, 32, 41 << 10): 3, (86, 32, 49 << 10): 2, (90, 32, 56 << 10): 4,  # shared memory
+    }
+    kernels = [Kernel(f"{registers} {shared}", "", architecture, registers, 0, 0, shared, 128)
+               for architecture, registers, shared in expected]
+    assert list(occupancy(kernels).values()) == list(expected.values())
+
+
+def write() -> None:
+    if reason := unmeasurable() or unknown_occupancy():
+        raise SystemExit(reason)
+    blocks = occupancy(built())
+    kernels = {key: {**numbers, "blocks": blocks[key]}
+               for source in SOURCES for key, numbers in measured(source).items()}
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(kernels[key])}" for key in sorted(kernels))
+    version = json.dumps(compiler_setting("CMAKE_CUDA_COMPILER_VERSION")[0])
+    text = f'{{\n "nvcc": {version},\n "kernels": {{\n{lines}\n }}\n}}\n'
+    write_atomically(RECORD, lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    write()
