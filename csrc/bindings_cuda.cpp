@@ -16,6 +16,20 @@ void raise_if_failed(int error) {
   if (error != 0) throw std::runtime_error(std::string("CUDA: ") + cuda::error_text(error));
 }
 
+// Launches go to a device; torch's choice of the current one stays as it was.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : device_(device), before_(device) {
+    raise_if_failed(cuda::use_device(device, &before_));
+  }
+  ~OnDevice() {
+    if (before_ != device_) cuda::use_device(before_, &device_);
+  }
+
+ private:
+  int device_, before_;
+};
+
 class CUDALayer : public BoundLayer {
  public:
   using BoundLayer::BoundLayer;
@@ -29,7 +43,7 @@ class CUDALayer : public BoundLayer {
         decode_step(q, k, v, out, query_heads, q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride,
                     v_head_stride, scale, cos, sin),
         {pointer<float>(partials), pointer<float>(logits), pointer<int32_t>(arrivals), parts, largest}};
-    raise_if_failed(cuda::use_device(device));
+    const OnDevice on(device);
     raise_if_failed(cuda::decode(params, pointer<void>(stream)));
   }
 
@@ -40,7 +54,7 @@ class CUDALayer : public BoundLayer {
         layer_,
         {pointer<const void>(k), pointer<const void>(v), pointer<const float>(scores), prompt_stride, count,
          pointer<const int32_t>(prompt_lens), pointer<const int32_t>(rows)}};
-    raise_if_failed(cuda::use_device(device));
+    const OnDevice on(device);
     raise_if_failed(cuda::prefill(params, pointer<void>(stream)));
   }
 };

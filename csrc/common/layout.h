@@ -134,4 +134,13 @@ SSD_INLINE bool cursor_valid(const LayerShape& shape, Cursor cursor) {
          cursor.step < shape.num_visual_tokens;
 }
 
+// Whether a row of the head table lies inside the slab: the least that a kernel must know before it writes.
+SSD_INLINE bool range_valid(const LayerShape& shape, const HeadRange& range) {
+  const bool inside = range.capacity >= 0 && range.capacity <= shape.slots && range.offset >= 0 &&
+                      range.offset <= shape.slots - range.capacity && range.keep >= 0;
+  const bool scored = range.score_offset >= 0 && range.capacity <= shape.scored_slots &&
+                      range.score_offset <= shape.scored_slots - range.capacity;
+  return inside && (scored || (range.score_offset == -1 && range.kind != kHeavy));
+}
+
 }  // namespace ssd

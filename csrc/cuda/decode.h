@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/layer.h"
+#include "cuda/types.h"
 
 namespace ssd::cuda {
 
@@ -54,45 +55,35 @@ Launch prefill_launch(const LayerShape& shape, const Prefill& prompts);
 // Blocks that attend to a head with room for `capacity` tokens. By slots, never by batch: batch invariance.
 SSD_INLINE int32_t parts_of(int32_t capacity) { return larger(capacity + kPartSlots - 1, kPartSlots) / kPartSlots; }
 
-// Shared memory of the decode kernel, in bytes from its start. What is used after the attention lies where the stages
-// were.
-struct SharedLayout {
-  int32_t sums;       // float [kWarps, group_block, head_dim]
-  int32_t ranks;      // int64 [largest + 1]
-  int32_t lost;       // int32 [largest + 1]
-  int32_t lists;      // int32 [largest + 1]
-  int32_t logits;     // float [group_block, kTokens]
-  int32_t gains;      // float [kTokens]
-  int32_t scores;     // float [kTokens]
-  int32_t positions;  // int32 [kTokens]
-  int32_t fresh;      // float [2, head_dim]
-  int32_t queries;    // float [group_block, head_dim]
-  int32_t norms;      // float [2, group]
-  int32_t flags;      // int32 [4]: the cursor, whether this is a head's last part, moves
-  int32_t bytes;
+// Shared memory of the decode kernel. kWidth: at least the head_dim. What is used after the attention lies where the
+// stages were: sums, and behind them Ranking's arrays, whose length only the layer knows.
+template <int kWidth, int kGroup>
+struct Shared {
+  float fresh[2][kWidth];         // key and value of the new token
+  float queries[kGroup][kWidth];  // scaled
+  float logits[kGroup][kTokens];  // in base 2
+  float gains[kTokens];           // of the scores
+  float scores[kTokens];          // before this step
+  int32_t positions[kTokens];
+  int32_t prompt_len, step;  // the cursor
+  int32_t last;              // whether this is the last of the head's blocks
+  int32_t moves;
+  union {
+    Chunk stages[kStages * kChunksPerStage][kThreads];
+    float sums[kWarps][kGroup][kWidth];  // of values
+  };
 };
 
-SSD_INLINE SharedLayout shared_layout(int32_t head_dim, int32_t group_block, int32_t group, int32_t largest) {
-  constexpr int32_t kStageBytes = kStages * kThreads * kChunksPerStage * 16;
-  SharedLayout at;
-  at.sums = 0;
-  at.ranks = kWarps * group_block * head_dim * 4;
-  at.lost = at.ranks + 8 * (largest + 1);
-  at.lists = at.lost + 4 * (largest + 1);
-  at.logits = (larger(at.lists + 4 * (largest + 1), kStageBytes) + 15) / 16 * 16;
-  at.gains = at.logits + group_block * kTokens * 4;
-  at.scores = at.gains + kTokens * 4;
-  at.positions = at.scores + kTokens * 4;
-  at.fresh = at.positions + kTokens * 4;
-  at.queries = at.fresh + 2 * head_dim * 4;
-  at.norms = at.queries + group_block * head_dim * 4;
-  at.flags = at.norms + 2 * group * 4;
-  at.bytes = at.flags + 16;
-  return at;
-}
+// int64 ranks, int32 lost, int32 lists: [largest + 1] each; then, of a split head, float maxima and norms [group] each.
+SSD_INLINE int32_t ranking_bytes(int32_t largest, int32_t group) { return 16 * (largest + 1) + 8 * group; }
 
-struct BFloat16;
-struct Float16;
+template <int kWidth, int kGroup>
+SSD_INLINE int32_t shared_bytes(int32_t largest, int32_t group) {
+  using Memory = Shared<kWidth, kGroup>;
+  constexpr int32_t kAround = sizeof(Memory) - sizeof(Memory::stages);
+  const int32_t after = static_cast<int32_t>(sizeof(Memory::sums)) + ranking_bytes(largest, group);
+  return kAround + larger(after, static_cast<int32_t>(sizeof(Memory::stages)));
+}
 
 // Each defined in a file of its own, decode_*.cu, for float, BFloat16 and Float16. kDim 0 takes the head_dim at run
 // time.
@@ -109,7 +100,7 @@ const char* error_text(int error);
 // Why no kernel can run here, or null.
 const char* unavailable();
 
-// Makes a device current for this thread's launches; 0 or an error.
-int use_device(int device);
+// Makes a device current for this thread's launches; 0 or an error. `before`: which one was.
+int use_device(int device, int* before);
 
 }  // namespace ssd::cuda

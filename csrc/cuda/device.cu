@@ -12,7 +12,10 @@ const char* unavailable() {
   return count > 0 ? nullptr : "no CUDA device";
 }
 
-int use_device(int device) { return cudaSetDevice(device); }
+int use_device(int device, int* before) {
+  const cudaError_t error = cudaGetDevice(before);
+  return error != cudaSuccess || *before == device ? error : cudaSetDevice(device);
+}
 
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 

@@ -37,7 +37,7 @@ SSD_DEVICE int32_t lowest(const int64_t* ranks, int32_t count) {
   int64_t least = INT64_MAX;
   int32_t at = INT32_MAX;
 #pragma unroll 1
-  for (int32_t i = port::thread_index() % port::kWarp; i < count; i += port::kWarp) {
+  for (int32_t i = port::lane_index(); i < count; i += port::kWarp) {
     if (!loses_before(ranks[i], i, least, at)) continue;
     least = ranks[i];
     at = i;
@@ -55,7 +55,7 @@ SSD_DEVICE int32_t lowest(const int64_t* ranks, int32_t count) {
 // Appends to `list`, in order of index and for all lanes alike, the indices of lanes that vote; returns the new length.
 SSD_DEVICE int32_t append_voters(bool vote, int32_t index, int32_t* list, int32_t length) {
   const uint32_t votes = port::ballot(vote);
-  const int lane = port::thread_index() % port::kWarp;
+  const int lane = port::lane_index();
   if (vote) list[length + port::count_bits(votes & ((1u << lane) - 1))] = index;
   return length + port::count_bits(votes);
 }
@@ -74,7 +74,7 @@ struct Evictable {
 template <class T>
 SSD_DEVICE void evict(const Evictable<T>& head, int32_t count, int32_t keep, int32_t head_dim, const int64_t* ranks,
                       int32_t* lost, int32_t* lists, int32_t* moves) {
-  const int warp = port::thread_index() / port::kWarp, lane = port::thread_index() % port::kWarp;
+  const int warp = port::warp_index(), lane = port::lane_index();
   const int32_t losers = count - keep;
   int32_t* winners_at = lists;  // and as many losers: together at most `count`
   int32_t* losers_at = lists + smaller(losers, keep);
@@ -113,14 +113,19 @@ SSD_DEVICE void evict(const Evictable<T>& head, int32_t count, int32_t keep, int
     const Chunk* value = reinterpret_cast<const Chunk*>(head.values + static_cast<int64_t>(from) * head_dim);
     Chunk* to_key = reinterpret_cast<Chunk*>(head.keys + static_cast<int64_t>(to) * head_dim);
     Chunk* to_value = reinterpret_cast<Chunk*>(head.values + static_cast<int64_t>(to) * head_dim);
+    // All loads before the first store: the compiler cannot know that the slots differ.
+    const float score = port::load_shared_by_blocks(head.scores + from);
+    const int32_t position = port::load_shared_by_blocks(head.positions + from);
 #pragma unroll 1
     for (int32_t chunk = lane; chunk < chunks; chunk += port::kWarp) {
-      to_key[chunk] = port::load_shared_by_blocks(key + chunk);
-      to_value[chunk] = port::load_shared_by_blocks(value + chunk);
+      const Chunk moved_key = port::load_shared_by_blocks(key + chunk);
+      const Chunk moved_value = port::load_shared_by_blocks(value + chunk);
+      to_key[chunk] = moved_key;
+      to_value[chunk] = moved_value;
     }
     if (lane == 0) {
-      head.scores[to] = port::load_shared_by_blocks(head.scores + from);
-      head.positions[to] = port::load_shared_by_blocks(head.positions + from);
+      head.scores[to] = score;
+      head.positions[to] = position;
     }
   }
 }

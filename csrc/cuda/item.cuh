@@ -16,16 +16,13 @@ struct Item {
   int32_t prompt_len;
   HeadRange range;
   RowView view;
-  int32_t ring_begin;  // where the oldest evictable token lies, from view.base
-  int32_t total;       // tokens kept before this step, the prompt included
+  int32_t gap;  // kept slots lie in [0, gap) and, `skip` slots further, in as many as are left of `total`
+  int32_t skip;
+  int32_t total;  // tokens kept before this step, the prompt included
   int32_t new_slot;
 
-  // The slot of the index-th kept token: the prompt lies first, the rest in a ring.
-  SSD_DEVICE int32_t slot_of(int32_t index) const {
-    if (index < view.base) return index;
-    const int32_t at = ring_begin + index - view.base;
-    return view.base + (at < view.ring ? at : at - view.ring);
-  }
+  // The slot of the index-th kept token, in order of slots and not of age.
+  SSD_DEVICE int32_t slot_of(int32_t index) const { return index < gap ? index : index + skip; }
   SSD_DEVICE int32_t position() const { return prompt_len + view.step; }
 };
 
@@ -73,30 +70,29 @@ SSD_DEVICE bool find_head(const DecodeParams& params, int32_t rank, Item& item) 
   return found && before <= params.workspace.parts;
 }
 
-// Fills in the rest. False: the cursor or the head's row of the table cannot be right, and nothing may be written. They
-// cannot be checked on the host without waiting for the device.
-SSD_DEVICE bool locate(const DecodeParams& params, Cursor cursor, Item& item) {
-  const LayerShape& shape = params.layer.shape;
-  item.range = params.layer.heads[item.head];
-  const HeadRange& range = item.range;
+// Whether the cursor can be right. Like the table it cannot be checked on the host without waiting for the device.
+SSD_DEVICE bool cursor_fine(const DecodeParams& params, Cursor& cursor, int32_t row_parts) {
   const int32_t arrived = cursor.step >> kArrivalShift;
   cursor.step &= kMaxSteps;
-  if (!cursor_valid(shape, cursor) || arrived < 0 || arrived >= item.row_parts) return false;
-  if (range.capacity < 0 || range.capacity > shape.slots || range.offset < 0 ||
-      range.offset > shape.slots - range.capacity || range.keep < 0)
-    return false;
-  if (item.parts < parts_of(range.capacity)) return false;
+  return cursor_valid(params.layer.shape, cursor) && arrived >= 0 && arrived < row_parts;
+}
+
+// Fills in the rest. False: the head's row of the table cannot be right, and nothing may be written.
+SSD_DEVICE bool locate(const DecodeParams& params, const HeadRange& range, Cursor cursor, Item& item) {
+  const LayerShape& shape = params.layer.shape;
+  if (!range_valid(shape, range)) return false;
+  item.range = range;
   item.prompt_len = cursor.prompt_len;
   item.view = row_view(shape, range, cursor);
   const RowView& view = item.view;
-  if (view.evictable >= view.ring) return false;
-  const bool scored = range.score_offset >= 0 && range.capacity <= shape.scored_slots &&
-                      range.score_offset <= shape.scored_slots - range.capacity;
-  if (!scored && (range.score_offset != -1 || range.kind == kHeavy)) return false;
-  if (range.kind == kHeavy && view.ring > params.workspace.largest) return false;
   item.total = view.base + view.evictable;
+  if (item.parts < parts_of(range.capacity) || view.evictable >= view.ring) return false;
+  if (range.kind == kHeavy && view.ring > params.workspace.largest) return false;
   item.new_slot = next_slot(range, view);
-  item.ring_begin = range.kind == kHeavy ? 0 : (view.first + view.step - view.evictable) % view.ring;
+  const int32_t begin = range.kind == kHeavy ? 0 : (view.first + view.step - view.evictable) % view.ring;
+  const int32_t wrapped = larger(begin + view.evictable - view.ring, 0);
+  item.gap = view.base + wrapped;
+  item.skip = begin - wrapped;
   return true;
 }
 

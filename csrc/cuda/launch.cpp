@@ -16,12 +16,25 @@ int decode_as(const DecodeParams& params, const Launch& launch, void* stream) {
   }
 }
 
+template <int kGroup>
+int32_t bytes_for(int32_t head_dim, int32_t largest, int32_t group) {
+  switch (head_dim) {
+    case 64:
+      return shared_bytes<64, kGroup>(largest, group);
+    case 128:
+      return shared_bytes<128, kGroup>(largest, group);
+    default:
+      return shared_bytes<kMaxHeadDim, kGroup>(largest, group);
+  }
+}
+
 }  // namespace
 
 Launch decode_launch(const LayerShape& shape, int32_t query_heads, const Workspace& workspace) {
   const int32_t group = query_heads / shape.heads;
-  const SharedLayout shared = shared_layout(shape.head_dim, group == 1 ? 1 : kGroupBlock, group, workspace.largest);
-  return {shape.batch * workspace.parts, kThreads, shared.bytes};
+  const int32_t bytes = group == 1 ? bytes_for<1>(shape.head_dim, workspace.largest, group)
+                                   : bytes_for<kGroupBlock>(shape.head_dim, workspace.largest, group);
+  return {shape.batch * workspace.parts, kThreads, bytes};
 }
 
 Launch prefill_launch(const LayerShape& shape, const Prefill& prompts) {

@@ -3,8 +3,11 @@
 // CUDA.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+
+#include "cuda/types.h"
 
 #if defined(SSD_SIMULATE)
 #include "cuda/simulator.h"
@@ -17,19 +20,6 @@
 #endif
 
 namespace ssd::cuda {
-
-// Storage types; arithmetic is float throughout.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-// What one asynchronous copy moves.
-struct alignas(16) Chunk {
-  uint32_t words[4];
-};
 
 namespace port {
 
@@ -72,7 +62,9 @@ inline uint32_t ballot(bool vote) {
   return all;
 }
 
-inline void copy16_async(void* shared, const void* global) { simulator::copy_async(shared, global, 16); }
+inline void copy16_async(void* shared, const void* global, bool wanted) {
+  simulator::copy_async(shared, wanted ? global : nullptr, 16);
+}
 inline void copy4_async(void* shared, const void* global) { simulator::copy_async(shared, global, 4); }
 inline void commit_copies() { simulator::commit_copies(); }
 template <int kLeft>
@@ -103,9 +95,9 @@ inline void from_float(float x, Float16* to) {
   std::memcpy(to, &value, sizeof value);
 }
 
-template <class Params>
-int launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, void*, const Params& params) {
-  return simulator::run([kernel, &params] { kernel(params); }, blocks, threads, shared_bytes);
+template <auto kKernel, class Params>
+int launch(int blocks, int threads, int shared_bytes, void*, const Params& params) {
+  return simulator::run([&params] { kKernel(params); }, blocks, threads, shared_bytes);
 }
 
 #elif defined(__CUDACC__)
@@ -129,9 +121,10 @@ SSD_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(~0u, vote); }
 
 // Asynchronous copies from global to shared memory. A thread sees its own copies after wait_copies<n>, when at most the
 // n groups it committed last are under way; other threads see them after a barrier that follows.
-SSD_DEVICE void copy16_async(void* shared, const void* global) {
+// Unless it is wanted, nothing is read, and zeros arrive.
+SSD_DEVICE void copy16_async(void* shared, const void* global, bool wanted) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(wanted ? 16 : 0) : "memory");
 }
 SSD_DEVICE void copy4_async(void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -169,16 +162,24 @@ SSD_DEVICE float to_float(Float16 x) {
 }
 SSD_DEVICE void from_float(float x, Float16* to) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x)); }
 
-// Starts a kernel on a stream; returns a cudaError_t.
-template <class Params>
-int launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, void* stream, const Params& params) {
-  constexpr int kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
-    const cudaError_t refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (refused != cudaSuccess) return refused;
+// Starts a kernel on a stream; returns a cudaError_t. The first time on a device it also asks for what the kernel needs
+// of shared memory.
+template <auto kKernel, class Params>
+int launch(int blocks, int threads, int shared_bytes, void* stream, const Params& params) {
+  constexpr int kAll = 99 * 1024;
+  static std::atomic<uint64_t> prepared{0};  // a bit per device
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if (!(prepared.load() & bit)) {
+    if (const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAll))
+      return error;
+    if (const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100))
+      return error;
+    prepared.fetch_or(bit);
   }
   void* arguments[] = {const_cast<Params*>(&params)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), arguments, shared_bytes,
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kKernel), dim3(blocks), dim3(threads), arguments, shared_bytes,
                           static_cast<cudaStream_t>(stream));
 }
 
@@ -198,6 +199,27 @@ SSD_DEVICE void from_float(float x, BFloat16* to) {
   // Round to nearest even; a NaN stays a NaN even when its payload is all in the dropped half.
   to->bits = static_cast<uint16_t>(x == x ? (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 : 0x7FC0);
 }
+
+// The elements of a chunk as floats; element 0 is in the low half of word 0.
+SSD_DEVICE void widen(const Chunk& chunk, float to[4], float) { memcpy(to, &chunk, sizeof chunk); }
+SSD_DEVICE void widen(const Chunk& chunk, float to[8], BFloat16) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t low = chunk.words[i] << 16, high = chunk.words[i] & 0xFFFF0000u;
+    memcpy(to + 2 * i, &low, sizeof low);
+    memcpy(to + 2 * i + 1, &high, sizeof high);
+  }
+}
+SSD_DEVICE void widen(const Chunk& chunk, float to[8], Float16) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    to[2 * i] = to_float(Float16{static_cast<uint16_t>(chunk.words[i])});
+    to[2 * i + 1] = to_float(Float16{static_cast<uint16_t>(chunk.words[i] >> 16)});
+  }
+}
+
+SSD_DEVICE int warp_index() { return thread_index() / kWarp; }
+SSD_DEVICE int lane_index() { return thread_index() % kWarp; }
 
 }  // namespace port
 }  // namespace ssd::cuda

@@ -46,6 +46,7 @@ prefill_kernel(const PrefillParams params) {
   const int32_t entry = port::block_index() / shape.heads, head = port::block_index() % shape.heads;
   const int32_t row = prompts.rows[entry], prompt_len = prompts.prompt_lens[entry];
   const HeadRange range = layer.heads[head];
+  if (!range_valid(shape, range)) return;
   const float* scores =
       prompts.scores ? prompts.scores + static_cast<int64_t>(port::block_index()) * prompts.prompt_stride : nullptr;
   int64_t* ranks = reinterpret_cast<int64_t*>(port::shared_memory());
@@ -56,7 +57,7 @@ prefill_kernel(const PrefillParams params) {
   const int64_t slot_chunks = shape.head_dim * item_size(layer.dtype) / 16;
   const int64_t from = static_cast<int64_t>(port::block_index()) * prompts.prompt_stride * slot_chunks;
   const int64_t to = (static_cast<int64_t>(row) * shape.slots + range.offset) * slot_chunks;
-  const int warp = port::thread_index() / port::kWarp, lane = port::thread_index() % port::kWarp;
+  const int warp = port::warp_index(), lane = port::lane_index();
   for (int32_t i = warp; i < prompt_len; i += kWarps) {
     if (slots[i] < 0) continue;
     for (int64_t chunk = lane; chunk < slot_chunks; chunk += port::kWarp) {
@@ -76,7 +77,7 @@ prefill_kernel(const PrefillParams params) {
 }  // namespace
 
 int start_prefill(const PrefillParams& params, const Launch& launch, void* stream) {
-  return port::launch(prefill_kernel, launch.blocks, launch.threads, launch.shared_bytes, stream, params);
+  return port::launch<prefill_kernel>(launch.blocks, launch.threads, launch.shared_bytes, stream, params);
 }
 
 }  // namespace ssd::cuda

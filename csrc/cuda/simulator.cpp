@@ -205,7 +205,12 @@ void enter() {
   std::abort();
 }
 
-void land(const Copy& copy) { std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes)); }
+void land(const Copy& copy) {
+  if (copy.from)
+    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+  else
+    std::memset(copy.to, 0, static_cast<size_t>(copy.bytes));
+}
 
 void make_stacks(size_t count) {
   if (count <= machine.stack_count) return;

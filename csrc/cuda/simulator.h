@@ -24,6 +24,7 @@ void sync_block();
 // Every lane of the warp gives a value; all of them, by lane, once all have come.
 const uint64_t* gather(Collective kind, uint64_t value);
 
+// Null stands for zeros.
 void copy_async(void* shared, const void* global, int bytes);
 void commit_copies();
 void wait_copies(int left);

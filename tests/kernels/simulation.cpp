@@ -10,7 +10,10 @@
 namespace ssd::cuda {
 
 const char* unavailable() { return nullptr; }
-int use_device(int) { return 0; }
+int use_device(int device, int* before) {
+  *before = device;
+  return 0;
+}
 const char* error_text(int) { return simulator::last_error().c_str(); }
 
 }  // namespace ssd::cuda

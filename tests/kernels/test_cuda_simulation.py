@@ -5,39 +5,24 @@ The contract tests run there too, as the backend ``simulated_cuda``.
 
 from __future__ import annotations
 
-import faulthandler
-import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from ssd_kernels import CachePlan, CompressedCache, HeadSpec, backends
+from ssd_kernels import CompressedCache, HeadSpec
 
 from . import simulation
-from .cases import BF16, F16, F32, MIX, Case, mixed, uniform
+from .cases import BF16, F16, F32, mixed
 from .pair import Pair, snapshot
+from .planted import CASE, LONG, PART, PLANTS, long_pair, simulated
 
 pytestmark = pytest.mark.skipif(not simulation.is_supported(), reason="needs Linux and a C++ compiler")
-CASE = Case("simulated_cuda")
-PART = 256  # csrc/cuda/decode.h kPartSlots
 BARRIERS = 13  # that a block of the runs below meets
 WAITS = 8
-
-LONG = (HeadSpec.full(), HeadSpec.heavy(PART + 20, recent=2), HeadSpec.window(PART + 9), HeadSpec.heavy(3),
-        HeadSpec.heavy(2 * PART, score="mean", pinned=(1,)))
-
-
-def simulated() -> simulation.SimulatedCUDABackend:
-    backend = backends.get(CASE.name)
-    assert isinstance(backend, simulation.SimulatedCUDABackend)
-    return backend
-
 
 @pytest.fixture
 def module():
@@ -47,15 +32,6 @@ def module():
     yield extension
     extension.set_fault("", 0)
     extension.set_seed(0)
-
-
-def long_pair(dtype: torch.dtype = F32, *, row_buffer: int = 0, keep_prompt: bool = True, group: int = 1,
-              heads: tuple[HeadSpec, ...] = LONG, lengths: tuple[int, int] = (2 * PART + 40, PART - 1)) -> Pair:
-    """Prompts that fill more than one part, the second row's ending just before a part does."""
-    plan = CachePlan([heads], row_buffer=row_buffer, keep_prompt=keep_prompt)
-    pair = Pair(plan, CASE, group=group, head_dim=32, max_prompt=max(lengths), steps=8, dtype=dtype, track_scores=True)
-    pair.prefill(lengths)
-    return pair
 
 
 @pytest.mark.parametrize("keep_prompt", [True, False], ids=["keep_prompt", "evict_prompt"])
@@ -99,86 +75,13 @@ def test_any_order_of_threads_gives_the_same_bits(module, group: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], others, strict=True))
 
 
-def fails(scenario: Callable[[], None], seeds: int = 6) -> bool:
-    """Whether the scenario fails with one of the seeds, or crashes: a faulty kernel may write anywhere."""
-    process = multiprocessing.get_context("fork").Process(target=_run_quietly, args=(scenario, seeds))
-    process.start()
-    process.join()
-    return process.exitcode != 0
-
-
-def _run_quietly(scenario: Callable[[], None], seeds: int) -> None:
-    faulthandler.disable()
-    for seed in range(seeds):
-        simulated().extension().set_seed(seed)
-        try:
-            scenario()
-        except (AssertionError, RuntimeError, IndexError, KeyError):
-            os._exit(1)
-    os._exit(0)
-
-
-def short_run() -> None:
-    """All kinds of heads, refreshes of more tokens than a warp has lanes, a group that takes two passes over slots."""
-    heads = (HeadSpec.heavy(40), HeadSpec.heavy(4, recent=1), HeadSpec.window(5), HeadSpec.full())
-    pair = Pair(CachePlan([heads], row_buffer=3, keep_prompt=False), CASE, group=5, head_dim=64, max_prompt=70, steps=6)
-    pair.prefill((70, 3))
-    pair.run(6)
-
-
-def split_run() -> None:
-    """Heads of three parts, and one of them evicts."""
-    long_pair(row_buffer=2, keep_prompt=False, heads=LONG[:2]).run(3)
-
-
-@pytest.mark.parametrize(("fault", "count"), [("barrier", BARRIERS), ("wait", WAITS)])
-def test_no_barrier_and_no_wait_can_be_left_out(module, fault: str, count: int) -> None:
-    """Skip them one after the other: each must be seen by one of the runs above in some order of the threads."""
-    unseen = []
-    for index in range(count):
-        module.set_fault(fault, index)
-        if not (fails(short_run) or fails(split_run)):
-            unseen.append(index)
-    assert not unseen
-
-
-PLANTS = {
-    "wrap": ("item.cuh", "at < view.ring ? at", "at <= view.ring ? at"),
-    "tie": ("../common/evict.h", "static_cast<uint32_t>(position));", "~static_cast<uint32_t>(position));"),
-    "append": ("decode.cuh", "const_cast<T*>(keys)[slot + e] = key;", ""),
-    "mask": ("decode.cuh", "token(tile, depth) < count);", "token(tile, depth) <= count);"),
-}
-
-
-@pytest.mark.parametrize("name", PLANTS)
-def test_planted_bugs_are_seen(name: str, tmp_path: Path) -> None:
-    file, right, wrong = PLANTS[name]
-    sources = tmp_path / "csrc"
-    shutil.copytree(simulation.ROOT / "csrc", sources)
-    path = sources / "cuda" / file
-    text = path.read_text()
-    assert text.count(right) == 1, f"{file} no longer says {right!r}"
-    path.write_text(text.replace(right, wrong))
-    backend = simulation.SimulatedCUDABackend(simulation.build(sources, only="decode_f32.cu"))
-    original = simulated()
-    backends.register(backend)
-    try:
-        assert fails(ring_and_ties, seeds=1)
-    finally:
-        backends.register(original)
-    assert not fails(ring_and_ties, seeds=1)
-
-
-def ring_and_ties() -> None:
-    """Windows that wrap, and heavy heads whose scores are all equal."""
-    pair = Pair(uniform(HeadSpec.window(5)), CASE, head_dim=32, steps=14)
-    pair.prefill((2, 5))
-    pair.run(14)
-    pair = Pair(CachePlan([[HeadSpec.heavy(4), *MIX[:2]]], row_buffer=0), CASE, head_dim=32, steps=7)
-    pair.prefill((0, 0))
-    for _ in range(7):
-        same = torch.zeros(2, 3, 32)
-        pair.step(same, same + 1, pair.draw(2, 3, 32))
+@pytest.mark.parametrize(("what", "argument"),
+                         [("barrier", BARRIERS), ("wait", WAITS), *((name, "") for name in PLANTS)])
+def test_whatever_is_planted_is_seen(what: str, argument: object, tmp_path: Path) -> None:
+    """No barrier and no wait can be left out, and no bug put in, without a run that fails."""
+    run = subprocess.run([sys.executable, "-m", "tests.kernels.planted", what, str(argument or tmp_path)],
+                         cwd=simulation.ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.mark.skipif(simulation.SANITIZED, reason="this is the run with sanitizers")

@@ -1,0 +1,255 @@
+// Attention of a block over its part of a head's kept tokens: the stream of slots, logits, and sums of values.
+//
+// Keys and then values stream through shared memory in asynchronous 16-byte copies, several stages ahead of the
+// arithmetic and without a pause between the two: while the logits are turned into probabilities, values are already
+// under way. Every thread copies what it will read itself, so the stream needs no barriers.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/decode.h"
+#include "cuda/item.cuh"
+#include "cuda/port.cuh"
+
+namespace ssd::cuda {
+
+// How slots are shared out to lanes: `lanes` neighbouring lanes read one slot, 16 bytes each and kCopies times.
+template <class T, int kDim>
+struct Geometry {
+  static constexpr int kVector = 16 / sizeof(T);  // elements of a chunk
+  static constexpr int kCopies = kDim == 0 && sizeof(T) == 4 ? 2 : 1;
+  static constexpr int kDepth = kChunksPerStage / kCopies;  // slots of a lane per stage
+  int32_t dim_, lanes_;
+
+  SSD_DEVICE explicit Geometry(int32_t head_dim) : dim_(head_dim), lanes_(1) {
+    while (lanes_ * kCopies * kVector < head_dim) lanes_ *= 2;
+  }
+  SSD_DEVICE int32_t dim() const { return kDim ? kDim : dim_; }
+  SSD_DEVICE int32_t lanes() const { return kDim ? kDim / kVector : lanes_; }
+  SSD_DEVICE int32_t chunks() const { return dim() / kVector; }
+  SSD_DEVICE int32_t groups() const { return kThreads / lanes(); }  // slots read at once by the block
+};
+
+template <class T, int kDim, int kGroup>
+struct Attention {
+  using Shape = Geometry<T, kDim>;
+  using Memory = Shared<kDim ? kDim : kMaxHeadDim, kGroup>;
+  static constexpr int kVector = Shape::kVector, kCopies = Shape::kCopies, kDepth = Shape::kDepth;
+
+  const Item& item;
+  const Shape shape;
+  Memory& shared;
+  const T* const keys;  // of the head's range
+  const T* const values;
+  const int32_t begin;  // the part's kept tokens are [begin, begin + count)
+  const int32_t count;
+  const bool appends;  // the head's first part has the new token, behind the others
+  int32_t tiles;       // of keys; and as many of values
+
+  SSD_DEVICE Attention(const CacheLayer& layer, const Item& item)
+      : item(item),
+        shape(layer.shape.head_dim),
+        shared(*reinterpret_cast<Memory*>(port::shared_memory())),
+        keys(first_slot(layer.keys, layer)),
+        values(first_slot(layer.values, layer)),
+        begin(item.part * kPartSlots),
+        count(larger(smaller(item.total - begin, kPartSlots), 0)),
+        appends(item.part == 0) {
+    const int32_t tile = shape.groups() * kDepth;
+    tiles = (count + tile - 1) / tile;
+  }
+
+  SSD_DEVICE const T* first_slot(const void* slab, const CacheLayer& layer) const {
+    const int64_t slot = static_cast<int64_t>(item.row) * layer.shape.slots + item.range.offset;
+    return static_cast<const T*>(slab) + slot * shape.dim();
+  }
+
+  SSD_DEVICE int32_t lane() const { return port::thread_index() % shape.lanes(); }  // among those of its slot
+  SSD_DEVICE int32_t slot_group() const { return port::thread_index() / shape.lanes(); }
+  SSD_DEVICE int32_t chunk(int copy) const { return lane() + copy * shape.lanes(); }
+  SSD_DEVICE bool has_chunk(int copy) const { return kDim || chunk(copy) < shape.chunks(); }
+  // The token of this part that this thread reads in a tile, maybe beyond the last.
+  SSD_DEVICE int32_t token(int32_t tile, int depth) const {
+    return (tile * kDepth + depth) * shape.groups() + slot_group();
+  }
+  SSD_DEVICE Chunk& staged(int32_t tile, int depth, int copy) const {
+    return shared.stages[(tile % kStages * kDepth + depth) * kCopies + copy][port::thread_index()];
+  }
+
+  // Starts to copy what this thread needs of a tile, keys' tiles coming before values', and zeros beyond the last
+  // token. Always one group of copies.
+  SSD_DEVICE void fetch(int32_t index) const {
+    if (index < 2 * tiles) {
+      const bool is_key = index < tiles;
+      const T* lanes_chunk = (is_key ? keys : values) + lane() * kVector;
+#pragma unroll
+      for (int depth = 0; depth < kDepth; ++depth) {
+        const int32_t j = token(is_key ? index : index - tiles, depth);
+        const T* from = lanes_chunk + static_cast<int64_t>(item.slot_of(begin + smaller(j, count - 1))) * shape.dim();
+#pragma unroll
+        for (int copy = 0; copy < kCopies; ++copy)
+          if (has_chunk(copy))
+            port::copy16_async(&staged(index, depth, copy), from + copy * shape.lanes() * kVector, j < count);
+      }
+    }
+    port::commit_copies();
+  }
+
+  // A chunk of this lane as floats.
+  SSD_DEVICE void load(int32_t tile, int depth, int copy, float to[kVector]) const {
+    port::widen(staged(tile, depth, copy), to, T{});
+  }
+
+  SSD_DEVICE void load_queries(float q[kGroup][kCopies][kVector]) const {
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g)
+#pragma unroll
+      for (int copy = 0; copy < kCopies; ++copy)
+#pragma unroll
+        for (int i = 0; i < kVector; ++i)
+          q[g][copy][i] = has_chunk(copy) ? shared.queries[g][chunk(copy) * kVector + i] : 0.0f;
+  }
+
+  // Adds up dot [kDepth] over the lanes of a slot. They halve what they hold until each has one depth, which is less
+  // than half the exchanges of adding up one depth after the other.
+  SSD_DEVICE float reduce(float dot[kDepth]) const {
+    int mask = shape.lanes() / 2;
+#pragma unroll
+    for (int half = kDepth / 2; half > 0; half /= 2) {
+      const bool upper = lane() & mask;
+#pragma unroll
+      for (int i = 0; i < half; ++i) {
+        const float kept = upper ? dot[i + half] : dot[i], given = upper ? dot[i] : dot[i + half];
+        dot[i] = kept + port::shuffle_xor(given, mask);
+      }
+      mask /= 2;
+    }
+    for (; mask > 0; mask /= 2) dot[0] += port::shuffle_xor(dot[0], mask);
+    return dot[0];
+  }
+
+  // The part's logits [kGroup, count] into shared memory, the new token's behind them.
+  SSD_DEVICE void attend_keys(const float q[kGroup][kCopies][kVector]) const {
+    const int32_t lanes_per_depth = shape.lanes() / kDepth;
+#pragma unroll 1
+    for (int32_t tile = 0; tile < tiles; ++tile) {
+      port::wait_copies<kStages - 2>();
+      fetch(tile + kStages - 1);
+      float dot[kGroup][kDepth] = {};
+#pragma unroll
+      for (int depth = 0; depth < kDepth; ++depth) {
+#pragma unroll
+        for (int copy = 0; copy < kCopies; ++copy) {
+          if (!has_chunk(copy)) continue;
+          float key[kVector];
+          load(tile, depth, copy, key);
+#pragma unroll
+          for (int g = 0; g < kGroup; ++g)
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) dot[g][depth] += q[g][copy][i] * key[i];
+        }
+      }
+      const int32_t j = token(tile, lane() / lanes_per_depth);
+      const bool stores = lane() % lanes_per_depth == 0 && j < count;
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) {
+        const float logit = reduce(dot[g]);
+        if (stores) shared.logits[g][j] = logit;
+      }
+    }
+    if (appends) attend_fresh(q);
+  }
+
+  // All lanes read the new token, and the block's first one keeps the logits.
+  SSD_DEVICE void attend_fresh(const float q[kGroup][kCopies][kVector]) const {
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      float dot = 0.0f;
+#pragma unroll
+      for (int copy = 0; copy < kCopies; ++copy)
+#pragma unroll
+        for (int i = 0; i < kVector; ++i)
+          if (has_chunk(copy)) dot += q[g][copy][i] * shared.fresh[0][chunk(copy) * kVector + i];
+      for (int mask = shape.lanes() / 2; mask > 0; mask /= 2) dot += port::shuffle_xor(dot, mask);
+      if (port::thread_index() == 0) shared.logits[g][count] = dot;
+    }
+  }
+
+  // Maximum and sum of powers of the part's logits: by every warp for itself, which takes less than a barrier more.
+  SSD_DEVICE void normalize(float highest[kGroup], float norm[kGroup]) const {
+    const int32_t attended = count + appends;
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      highest[g] = -INFINITY;
+#pragma unroll 2
+      for (int32_t j = port::lane_index(); j < attended; j += port::kWarp)
+        highest[g] = fmaxf(highest[g], shared.logits[g][j]);
+#pragma unroll
+      for (int mask = port::kWarp / 2; mask > 0; mask /= 2)
+        highest[g] = fmaxf(highest[g], port::shuffle_xor(highest[g], mask));
+      norm[g] = 0.0f;
+#pragma unroll 2
+      for (int32_t j = port::lane_index(); j < attended; j += port::kWarp)
+        norm[g] += port::power_of_two(shared.logits[g][j] - highest[g]);
+#pragma unroll
+      for (int mask = port::kWarp / 2; mask > 0; mask /= 2) norm[g] += port::shuffle_xor(norm[g], mask);
+    }
+  }
+
+  // This lane's elements of the sums of values [kGroup, head_dim], over its own slots.
+  SSD_DEVICE void attend_values(const float highest[kGroup], float acc[kGroup][kCopies][kVector]) const {
+#pragma unroll 1
+    for (int32_t tile = 0; tile < tiles; ++tile) {
+      port::wait_copies<kStages - 2>();
+      fetch(tiles + tile + kStages - 1);
+      float weight[kDepth][kGroup];
+#pragma unroll
+      for (int depth = 0; depth < kDepth; ++depth)
+#pragma unroll
+        for (int g = 0; g < kGroup; ++g) {
+          const int32_t j = token(tile, depth);
+          weight[depth][g] = j < count ? port::power_of_two(shared.logits[g][j] - highest[g]) : 0.0f;
+        }
+#pragma unroll
+      for (int depth = 0; depth < kDepth; ++depth)
+#pragma unroll
+        for (int copy = 0; copy < kCopies; ++copy) {
+          if (!has_chunk(copy)) continue;
+          float value[kVector];
+          load(tiles + tile, depth, copy, value);
+#pragma unroll
+          for (int g = 0; g < kGroup; ++g)
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) acc[g][copy][i] += weight[depth][g] * value[i];
+        }
+    }
+  }
+
+  // Adds up the sums of values within each warp, into shared memory.
+  SSD_DEVICE void share_sums(float acc[kGroup][kCopies][kVector]) const {
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g)
+#pragma unroll
+      for (int copy = 0; copy < kCopies; ++copy) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i)
+          for (int mask = shape.lanes(); mask < port::kWarp; mask *= 2)
+            acc[g][copy][i] += port::shuffle_xor(acc[g][copy][i], mask);
+        if (port::lane_index() >= shape.lanes() || !has_chunk(copy)) continue;
+#pragma unroll
+        for (int i = 0; i < kVector; ++i)
+          shared.sums[port::warp_index()][g][chunk(copy) * kVector + i] = acc[g][copy][i];
+      }
+  }
+
+  // Sum of values of one element, all warps' and the new token's.
+  SSD_DEVICE float sum(int g, int32_t e, float highest) const {
+    float total = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) total += shared.sums[warp][g][e];
+    if (appends) total += port::power_of_two(shared.logits[g][count] - highest) * shared.fresh[1][e];
+    return total;
+  }
+};
+
+}  // namespace ssd::cuda
