@@ -3,6 +3,7 @@
 #   make demo      draw pictures with a small Janus, full cache beside compressed -> demo/
 #   make test      all tests that need no GPU
 #   make triton    all contract tests of the Triton backend, interpreted on the CPU; takes long
+#   make simulation  all contract tests of the CUDA kernels, simulated on the CPU, also under sanitizers; takes long
 #   make gpu       contract tests and kernel times on a CUDA GPU, with the Python at hand and offline -> $(OUT)
 #   make bench     the CPU benchmarks: kernel, decoder steps, pictures -> bench/results/, README.md
 #   make quality   scores and fidelity of the included model, full cache beside compressed -> docs/quality.md
@@ -24,9 +25,9 @@ BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13,<4' ninja 'cmake>=3.24'
 SOURCES     := $(shell find csrc -type f)
-CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES))
+CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/kernels/*.cpp)
 
-.PHONY: demo test triton gpu bench quality policies lint format clean
+.PHONY: demo test triton simulation gpu bench quality policies lint format clean
 
 # Passive waiting: on a busy machine, threads that spin while they wait can turn seconds into minutes.
 demo: export OMP_WAIT_POLICY := passive
@@ -35,19 +36,35 @@ demo: $(VENV)/.built
 
 test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.built
+	$(BIN)/python -m tests.kernels.simulation
+	SSD_SIMULATION_SANITIZED=1 $(BIN)/python -m tests.kernels.simulation
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels -k 'triton and not test_triton' -m 'not gpu and not slow' -W ignore
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels -k 'triton and not test_triton' -m 'not gpu and not slow and not exhaustive' -W ignore
 
 # Every parameter of the contract tests in Triton's interpreter; `make test` has every test, with some of them.
 triton: export OMP_WAIT_POLICY := passive
 triton: $(VENV)/.built
-	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels -k 'triton and not test_triton' -W ignore
+	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels -k 'triton and not test_triton' -m 'not gpu' -W ignore
 
 # Installs nothing: a machine with a GPU brings its own torch, Triton and pytest. Fails if any part fails.
 gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -q -m gpu tests/kernels
+	@if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck initcheck synccheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+		$(PYTHON) -m pytest -q -m gpu tests/kernels/test_contract.py -k 'test_smallest_sizes and R3-keep and cuda' || exit 1; \
+	done; else echo "compute-sanitizer is not installed: not run"; fi
 	$(PYTHON) -m bench.gpu --out $(OUT)
+
+# Every parameter of the contract tests on the simulation of the CUDA kernels: three orders of threads, then sanitizers.
+simulation: export OMP_WAIT_POLICY := passive
+simulation: $(VENV)/.built
+	for seed in 1 2 3; do SSD_SIMULATION_SEED=$$seed OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels \
+		-k simulated_cuda -m 'not gpu' || exit 1; done
+	SSD_SIMULATION_SANITIZED=1 $(BIN)/python -m tests.kernels.simulation
+	LD_PRELOAD=$$(realpath $$($(or $(CXX),g++) -print-file-name=libasan.so)) SSD_SIMULATION_SANITIZED=1 OMP_NUM_THREADS=1 \
+		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 $(BIN)/python -m pytest -q tests/kernels \
+		-k 'simulated_cuda and not inductor' -m 'not gpu'
 
 bench: $(VENV)/.built
 	$(BIN)/ssd-bench suite --readme README.md

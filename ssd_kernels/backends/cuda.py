@@ -20,7 +20,7 @@ ALIGNMENT = 16  # bytes of one asynchronous copy
 SHARED_BYTES = 99 * 1024  # what a block may have on every device served
 
 
-@dataclass(frozen=True)
+@dataclass
 class Native:
     """What the backend remembers about a layer: the extension's view of it, and what split heads need.
 
@@ -28,11 +28,13 @@ class Native:
         layer: `_C.CUDALayer`.
         parts: blocks per batch row.
         arrivals: int32 ``[B, H]``, zero between launches; None if no head is split.
+        checked_for: query heads that shared memory is known to suffice for.
     """
 
     layer: Any
     parts: int
     arrivals: torch.Tensor | None
+    checked_for: int = 0
 
 
 def count_parts(layout: LayerLayout, heads: int, part_slots: int) -> int:
@@ -75,6 +77,7 @@ class CUDABackend(Backend):
                scale: float, rotary: Rotary | None = None) -> torch.Tensor:
         layout, heads = state.layout, state.table.shape[0]
         known = self._native(state)
+        self._check_shared(known, state, q.shape[1])
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         partials = logits = 0
         if known.arrivals is not None:
@@ -93,7 +96,16 @@ class CUDABackend(Backend):
 
     def warmup(self, states: Sequence[LayerState], query_heads: int, rotary: bool) -> None:
         for state in states:
-            self._native(state)
+            known = self._native(state)
+            self._check_shared(known, state, query_heads)
+            # One row that has no step left, which the kernel leaves as it is: CUDA loads a kernel at its first launch.
+            done = torch.tensor([[0, state.layout.num_visual_tokens]], dtype=torch.int32, device=state.keys.device)
+            row = LayerState(state.layout, state.keys[:1], state.values[:1], state.scores[:1], state.positions[:1],
+                             done, state.table, state.pinned)
+            q, k = (state.keys.new_zeros((1, heads, state.keys.shape[2]))
+                    for heads in (query_heads, state.table.shape[0]))
+            tables = k.new_zeros((1, k.shape[2] // 2), dtype=torch.float32)
+            self.decode(row, q, k, k, 1.0, (tables, tables) if rotary else None)
 
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
                 scores: torch.Tensor | None, rows: Sequence[int]) -> None:
@@ -116,6 +128,21 @@ class CUDABackend(Backend):
         stream = torch.cuda.current_stream(device)
         return stream.device_index, stream.cuda_stream
 
+    def _check_shared(self, known: Native, state: LayerState, query_heads: int) -> None:
+        """Raise ValueError if a block cannot have the shared memory it needs."""
+        if query_heads == known.checked_for:
+            return
+        heads, largest = state.table.shape[0], state.layout.largest
+        needed = 16 * largest  # beyond it the extension's sum could overflow
+        if needed <= SHARED_BYTES:
+            needed = self.extension().cuda_decode_launch(1, heads, query_heads, state.keys.shape[2], known.parts,
+                                                         largest)[2]
+        if needed > SHARED_BYTES:
+            raise ValueError(f"backend='cuda' cannot rank the {largest} evictable tokens of a heavy head for "
+                             f"{query_heads // heads} query heads: that takes at least {needed} bytes of shared "
+                             f"memory, more than {SHARED_BYTES}")
+        known.checked_for = query_heads
+
     def _native(self, state: LayerState) -> Native:
         """The extension's view of the layer's tensors, made once: their addresses never change."""
         if isinstance(state.native, Native):
@@ -129,12 +156,11 @@ class CUDABackend(Backend):
             raise ValueError(f"backend='cuda' serves layers of at most {extension.CUDA_MAX_PARTS} parts of "
                              f"{extension.CUDA_PART_SLOTS} slots and {extension.CUDA_MAX_STEPS} visual tokens, got "
                              f"{parts} and {layout.num_visual_tokens}")
-        shared = extension.cuda_decode_launch(1, heads, heads, state.keys.shape[2], parts, layout.largest)[2]
-        if shared > SHARED_BYTES:
-            raise ValueError(f"backend='cuda' cannot rank the {layout.largest} evictable tokens of a heavy head: "
-                             f"that takes {shared} bytes of shared memory, more than {SHARED_BYTES}")
         arrivals = None
         if parts > heads:
+            if state.keys.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("call cache.warmup() before a CUDA graph is captured: heads that are split over "
+                                   "blocks need counters that are zero before the first launch")
             arrivals = torch.zeros((state.keys.shape[0], heads), dtype=torch.int32, device=state.keys.device)
         layer = extension.CUDALayer(
             *(tensor.data_ptr() for tensor in state.tensors), DTYPE_CODES[state.keys.dtype], state.keys.shape[0],

@@ -1,6 +1,7 @@
-"""What Triton's interpreter runs in `make test`: every contract test, with some of its parameters.
+"""What Triton's interpreter and the simulation of CUDA run in `make test`: every contract test, with some parameters.
 
-One program takes it some 10 ms, so that all parameters take many minutes: `make triton`. Of a test that is not listed
+One program takes the interpreter some 10 ms, so that all parameters take many minutes: `make triton`. The simulation is
+faster; `make simulation` runs all on it, in several orders of threads and under sanitizers. Of a test that is not listed
 here, and of one whose parameters match no more, the first parameters run.
 """
 
@@ -61,15 +62,15 @@ if INTERPRETED:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow, in a process that interprets, what is not selected."""
+    """Mark as exhaustive what is not selected."""
     tests = defaultdict(list)
     for item in items:
         name, _, parameters = item.nodeid.partition("[")
-        if INTERPRETED and "triton" in parameters:
+        if "simulated_cuda" in parameters or (INTERPRETED and "triton" in parameters):
             tests[name].append(item)
     for name, cases in tests.items():
         pattern = SELECTED.get(name.rpartition("::")[2])
         selected = [item for item in cases if pattern is not None and re.search(pattern, item.name)] or cases[:1]
         for item in cases:
             if item not in selected:
-                item.add_marker(pytest.mark.slow)
+                item.add_marker(pytest.mark.exhaustive)

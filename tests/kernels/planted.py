@@ -1,7 +1,7 @@
 """Runs of the simulated CUDA backend that must fail once something is wrong with its kernels, and what to get wrong.
 
 ``python -m tests.kernels.planted barrier|wait COUNT`` leaves out every barrier or wait for copies in turn;
-``python -m tests.kernels.planted NAME FOLDER`` puts one of `PLANTS` into a copy of the sources; exit status 0: all seen.
+``python -m tests.kernels.planted NAME FOLDER`` puts one of `PLANTS` into a copy of the sources. Exit 0: all seen.
 A process of its own, because every attempt is a fork that may crash or hang, and a test runner has threads.
 """
 
