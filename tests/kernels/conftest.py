@@ -1,8 +1,8 @@
 """What Triton's interpreter and the simulation of CUDA run in `make test`: every contract test, with some parameters.
 
 One program takes the interpreter some 10 ms, so that all parameters take many minutes: `make triton`. The simulation is
-faster; `make simulation` runs all on it, in several orders of threads and under sanitizers. Of a test that is not listed
-here, and of one whose parameters match no more, the first parameters run.
+faster; `make simulation` runs all on it, in several orders of threads and under sanitizers. Of a test that is not
+listed here, and of one whose parameters match no more, the first parameters run.
 """
 
 from __future__ import annotations
