@@ -57,6 +57,7 @@ class LayerLayout:
         scored_slots: slots per batch row that carry a score and a position.
         max_prompt, num_visual_tokens, row_buffer, keep_prompt: as given to the cache; ``row_buffer`` is R.
         largest: evictable tokens that the largest heavy head has room for, 0 without heavy heads.
+        longest: slots of the longest head.
     """
 
     heads: tuple[HeadRange, ...]
@@ -67,6 +68,7 @@ class LayerLayout:
     row_buffer: int
     keep_prompt: bool
     largest: int
+    longest: int
 
     @classmethod
     def build(cls, specs: Sequence[HeadSpec], plan: CachePlan, max_prompt: int, num_visual_tokens: int,
@@ -87,7 +89,8 @@ class LayerLayout:
             offset += capacity
             score_offset += capacity if scored else 0
         return cls(tuple(heads), offset, score_offset, max_prompt, num_visual_tokens, plan.row_buffer,
-                   plan.keep_prompt, max((head.ring for head in heads if head.kind == "heavy"), default=0))
+                   plan.keep_prompt, max((head.ring for head in heads if head.kind == "heavy"), default=0),
+                   max(head.capacity for head in heads))
 
     def table(self) -> torch.Tensor:
         """Head table int32 [num_heads, 8]: kind, offset, capacity, keep, recent, rule, score_offset, launch order.
@@ -101,7 +104,7 @@ class LayerLayout:
 
     @classmethod
     def from_table(cls, table: torch.Tensor, slots: int, scored_slots: int, max_prompt: int, num_visual_tokens: int,
-                   row_buffer: int, keep_prompt: bool, largest: int, read: bool = True) -> LayerLayout:
+                   row_buffer: int, keep_prompt: bool, largest: int, longest: int, read: bool = True) -> LayerLayout:
         """The layout whose `table` this is.
 
         Args:
@@ -109,7 +112,7 @@ class LayerLayout:
 
         Raises:
             ValueError: the table is not int32 [num_heads, 8], or a range leaves the slab, cannot hold what its head
-                may keep, or is heavy and larger than ``largest``.
+                may keep, is heavy and larger than ``largest``, or is longer than ``longest``.
         """
         if table.dtype != torch.int32 or table.dim() != 2 or table.shape[1] != TABLE_COLUMNS \
                 or not table.is_contiguous():
@@ -119,8 +122,10 @@ class LayerLayout:
         check_int("num_visual_tokens", num_visual_tokens, 1)
         check_int("row_buffer", row_buffer, 0)
         check_int("largest", largest, 0)
+        check_int("longest", longest, 0)
         if not read:
-            return cls((), slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt, largest)
+            return cls((), slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt, largest,
+                       longest)
         evictable_prompt = 0 if keep_prompt else max_prompt
         kinds = {code: kind for kind, code in KIND_CODES.items()}
         heads = []
@@ -130,12 +135,13 @@ class LayerLayout:
             inside = 0 <= offset and 0 <= recent <= keep and needed <= ring and offset + capacity <= slots
             unscored = score_offset == -1 and kind != KIND_CODES["heavy"]
             scored = 0 <= score_offset <= scored_slots - capacity
-            inside = inside and (ring <= largest or kind != KIND_CODES["heavy"])
+            inside = inside and capacity <= longest and (ring <= largest or kind != KIND_CODES["heavy"])
             if kind not in kinds or not 0 <= rule < len(SCORE_RULES) or not inside or not (scored or unscored):
                 raise ValueError(f"table row {index} does not describe a range within {slots} slots and "
                                  f"{scored_slots} scores: {table[index].tolist()}")
             heads.append(HeadRange(kinds[kind], offset, capacity, keep, recent, rule, score_offset, ring))
-        return cls(tuple(heads), slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt, largest)
+        return cls(tuple(heads), slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt, largest,
+                   longest)
 
     @property
     def pin_words(self) -> int:

@@ -16,7 +16,7 @@ from .state import LayerState, Rotary
 
 _CACHE = ("Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, Tensor(d!) positions, Tensor(e!) cursors, "
           "Tensor table, Tensor pinned, int max_prompt, int num_visual_tokens, int row_buffer, bool keep_prompt, "
-          "int largest")
+          "int largest, int longest")
 
 _library = torch.library.Library("ssd_kernels", "DEF")
 _library.define(f"decode(Tensor q, Tensor k, Tensor v, {_CACHE}, float scale, str backend, "
@@ -26,15 +26,16 @@ _library.define(f"prefill(Tensor k, Tensor v, Tensor prompt_lens, Tensor? prompt
                 "str backend) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def layout_arguments(layout: LayerLayout) -> tuple[int, int, int, bool, int]:
+def layout_arguments(layout: LayerLayout) -> tuple[int, int, int, bool, int, int]:
     """The layout's scalars in the order of the operators' schema."""
-    return layout.max_prompt, layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt, layout.largest
+    return (layout.max_prompt, layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt, layout.largest,
+            layout.longest)
 
 
 def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
            scores: torch.Tensor, positions: torch.Tensor, cursors: torch.Tensor, table: torch.Tensor,
            pinned: torch.Tensor, max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool,
-           largest: int, scale: float, backend: str, cos: torch.Tensor | None = None,
+           largest: int, longest: int, scale: float, backend: str, cos: torch.Tensor | None = None,
            sin: torch.Tensor | None = None) -> torch.Tensor:
     """One decode step of one layer (SPEC section 3): append, attend, score, evict.
 
@@ -44,7 +45,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
         keys, values: slabs ``[B, S, D]``, changed in place.
         scores (float32), positions (int32): ``[B, T]``, changed in place.
         cursors: int32 ``[B, 2]``, changed in place.
-        table: int32 ``[H, 8]``; with the five numbers after ``pinned``, the layout
+        table: int32 ``[H, 8]``; with the six numbers after ``pinned``, the layout
             (`ssd_kernels.layout.LayerLayout`).
         pinned: int32 ``[H, W]``, a bit per visual token (`ssd_kernels.layout.LayerLayout.pin_mask`).
         scale: factor on the dot products.
@@ -58,7 +59,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
         ValueError: shapes or the table do not fit together, or a row has no step left.
     """
     state = _state(keys, values, scores, positions, cursors, table, pinned, max_prompt, num_visual_tokens, row_buffer,
-                   keep_prompt, largest, backend)
+                   keep_prompt, largest, longest, backend)
     _check_step(state, q, k, v)
     rotary = None if cos is None and sin is None else (cos, sin)
     check_rotary(rotary, max_prompt + num_visual_tokens, q)
@@ -68,7 +69,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
 def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_scores: torch.Tensor | None,
             rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor,
             positions: torch.Tensor, cursors: torch.Tensor, table: torch.Tensor, pinned: torch.Tensor,
-            max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool, largest: int,
+            max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool, largest: int, longest: int,
             backend: str) -> None:
     """Restart ``rows`` of one layer with new prompts (SPEC section 3, "Prefill").
 
@@ -82,7 +83,7 @@ def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_
         ValueError: shapes, lengths or rows out of range.
     """
     state = _state(keys, values, scores, positions, cursors, table, pinned, max_prompt, num_visual_tokens, row_buffer,
-                   keep_prompt, largest, backend)
+                   keep_prompt, largest, longest, backend)
     lengths, indices = [int(n) for n in prompt_lens], [int(n) for n in rows]
     expected = (len(indices), table.shape[0], k.shape[2] if k.dim() == 4 else 0, keys.shape[2])
     if k.shape != expected or v.shape != expected or len(lengths) != len(indices):
@@ -103,12 +104,14 @@ def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_
 
 def _state(keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, positions: torch.Tensor,
            cursors: torch.Tensor, table: torch.Tensor, pinned: torch.Tensor, max_prompt: int,
-           num_visual_tokens: int, row_buffer: int, keep_prompt: bool, largest: int, backend: str) -> LayerState:
+           num_visual_tokens: int, row_buffer: int, keep_prompt: bool, largest: int, longest: int,
+           backend: str) -> LayerState:
     for name, tensor, dims in (("keys", keys, 3), ("scores", scores, 2)):
         if tensor.dim() != dims:
             raise ValueError(f"{name} must have {dims} dimensions, got {list(tensor.shape)}")
     layout = LayerLayout.from_table(table, keys.shape[1], scores.shape[1], max_prompt, num_visual_tokens, row_buffer,
-                                    keep_prompt, largest, read=table.is_cpu or backends.get(backend).reads_table)
+                                    keep_prompt, largest, longest,
+                                    read=table.is_cpu or backends.get(backend).reads_table)
     if table.device != keys.device:
         raise ValueError(f"table must be on {keys.device}, got {table.device}")
     batch = keys.shape[0]

@@ -42,6 +42,8 @@ def count_parts(layout: LayerLayout, heads: int, part_slots: int) -> int:
 
     An upper bound if the layout's ranges are unknown; blocks beyond the last part have nothing to do.
     """
+    if layout.longest <= part_slots:
+        return heads
     if layout.heads:
         return sum(max(1, -(-head.capacity // part_slots)) for head in layout.heads)
     return heads + layout.slots // part_slots

@@ -45,8 +45,9 @@ def test_parts_are_counted_by_slots(extension, capacity):
     assert heads.heads[0].capacity == capacity
     parts = count_parts(heads, 3, extension.CUDA_PART_SLOTS)
     assert parts == 3 * -(-capacity // extension.CUDA_PART_SLOTS)
-    unknown = LayerLayout((), heads.slots, 0, 0, 2000, 0, True, 0)
-    assert parts <= count_parts(unknown, 3, extension.CUDA_PART_SLOTS) <= parts + 3
+    unknown = LayerLayout((), heads.slots, 0, 0, 2000, 0, True, 0, capacity)
+    bound = count_parts(unknown, 3, extension.CUDA_PART_SLOTS)
+    assert parts <= bound <= parts + 3 and (bound == 3) == (capacity <= extension.CUDA_PART_SLOTS)
 
 
 def test_shared_memory_leaves_room_for_four_blocks(extension):

@@ -169,7 +169,9 @@ BAD_ARGUMENTS: dict[str, tuple[int, Any, str]] = {
     "row_buffer-negative": (12, -1, "row_buffer"),
     "largest-small": (14, 0, "table"),
     "largest-negative": (14, -1, "largest"),
-    "backend": (16, "fast", "backend"),
+    "longest-small": (15, 3, "table"),
+    "longest-negative": (15, -1, "longest"),
+    "backend": (17, "fast", "backend"),
 }
 
 
