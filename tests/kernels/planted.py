@@ -35,7 +35,7 @@ PLANTS = {
     "wrap": ("item.cuh", "begin + view.evictable - view.ring, 0", "begin + view.evictable - view.ring - 1, 0"),
     "tie": ("../common/evict.h", "static_cast<uint32_t>(position));", "~static_cast<uint32_t>(position));"),
     "append": ("decode.cuh", "const_cast<T*>(keys)[slot + e] = key;", ""),
-    "mask": ("decode.cuh", "token(tile, depth) < count);", "token(tile, depth) <= count);"),
+    "mask": ("attend.cuh", "smaller(item.total - begin, kPartSlots)", "smaller(item.total - begin + 1, kPartSlots)"),
 }
 
 
