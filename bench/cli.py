@@ -222,7 +222,7 @@ def compare(
         return
     for warning in found.warnings:
         typer.echo(f"note: {warning}", err=True)
-    _print_table("B / A", COLUMNS, rows(found), 2)
+    print_table("B / A", COLUMNS, rows(found), 2)
 
 
 @app.command()
@@ -340,11 +340,12 @@ def print_records(lines: Sequence[Record]) -> None:
 
     for group in points(lines):
         title, columns, rows, texts = describe(group)
-        _print_table(title, columns, rows, texts)
+        print_table(title, columns, rows, texts)
         typer.echo(machine_line(group[0]) + "\n")
 
 
-def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> None:
+    """Print a table whose first ``texts`` columns are text and the others numbers."""
     import sys
 
     from rich.console import Console

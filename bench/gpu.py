@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +12,8 @@ import typer
 
 from ssd_kernels import CachePlan, HeadSpec
 
-from .cli import print_records
-from .kernel import Options, any_wrong, measure
+from .cli import print_records, print_table
+from .kernel import OK, Options, any_wrong, measure, share
 from .point import Point
 from .records import Record, write
 
@@ -41,9 +41,16 @@ def jobs(device: torch.device) -> Iterator[tuple[Point, Options]]:
             yield point, Options(device, only=("ssd_kernels", "SDPA full", "varlen"))
 
 
+def summary(lines: Sequence[Record]) -> list[list[str]]:
+    """Our lines of all points: point, batch, contender, median microseconds, share of the measured ceiling."""
+    return [[line["point"]["label"], str(line["point"]["batch"]), line["contender"]["name"],
+             f"{1e6 * line['seconds']['median']:.1f}", f"{share(line):.0%}"]
+            for line in lines if line["contender"].get("backend") and line["status"] == OK]
+
+
 def main(out: Annotated[Path, typer.Option(help="Folder for kernel.jsonl.")],
          minutes: Annotated[float, typer.Option(help="Start no further point after this long.")] = 4) -> None:
-    """Time every GPU backend present against what else is installed, and print the tables."""
+    """Time every GPU backend present against what else is installed, and print the tables, ours once more last."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("there is no CUDA device")
     lines: list[Record] = []
@@ -57,6 +64,7 @@ def main(out: Annotated[Path, typer.Option(help="Folder for kernel.jsonl.")],
         lines += found
         write(lines, out / "kernel.jsonl")
         torch.cuda.empty_cache()
+    print_table("ours", ("point", "batch", "contender", "us", "of ceiling"), summary(lines), 3)
     raise typer.Exit(any_wrong(lines))
 
 

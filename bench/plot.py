@@ -192,11 +192,16 @@ def _sweep(lines: Sequence[Record], axis: str, xlabel: str, value: Callable[[Rec
     return figure
 
 
-def _place(lines: Sequence[Record]) -> Any:
-    """Time of a step against the row of the picture."""
+def _by_title(lines: Sequence[Record]) -> dict[str, list[Record]]:
     groups: dict[str, list[Record]] = {}
     for line in lines:
         groups.setdefault(decoder_title(line), []).append(line)
+    return groups
+
+
+def _place(lines: Sequence[Record]) -> Any:
+    """Time of a step against the row of the picture."""
+    groups = _by_title(lines)
     if not groups:
         return None
     figure, axes = _figure(len(groups))
@@ -214,9 +219,7 @@ def _place(lines: Sequence[Record]) -> Any:
 
 def _breakdown(lines: Sequence[Record]) -> Any:
     """Stacked bars of a decoder step: linear layers, attention, rest."""
-    groups: dict[str, list[Record]] = {}
-    for line in lines:
-        groups.setdefault(decoder_title(line), []).append(line)
+    groups = _by_title(lines)
     if not groups:
         return None
     from matplotlib.figure import Figure

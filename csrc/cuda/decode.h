@@ -56,7 +56,7 @@ Launch prefill_launch(const LayerShape& shape, const Prefill& prompts);
 SSD_INLINE int32_t parts_of(int32_t capacity) { return larger(capacity + kPartSlots - 1, kPartSlots) / kPartSlots; }
 
 // Shared memory of the decode kernel. kWidth: at least the head_dim. What is used after the attention lies where the
-// stages were: sums, and behind them Ranking's arrays, whose length only the layer knows.
+// stages were: sums, and behind them the arrays of ranking_bytes, whose length only the layer knows.
 template <int kWidth, int kGroup>
 struct Shared {
   float fresh[2][kWidth];         // key and value of the new token

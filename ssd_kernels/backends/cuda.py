@@ -100,14 +100,7 @@ class CUDABackend(Backend):
         for state in states:
             known = self._native(state)
             self._check_shared(known, state, query_heads)
-            # One row that has no step left, which the kernel leaves as it is: CUDA loads a kernel at its first launch.
-            done = torch.tensor([[0, state.layout.num_visual_tokens]], dtype=torch.int32, device=state.keys.device)
-            row = LayerState(state.layout, state.keys[:1], state.values[:1], state.scores[:1], state.positions[:1],
-                             done, state.table, state.pinned)
-            q, k = (state.keys.new_zeros((1, heads, state.keys.shape[2]))
-                    for heads in (query_heads, state.table.shape[0]))
-            tables = k.new_zeros((1, k.shape[2] // 2), dtype=torch.float32)
-            self.decode(row, q, k, k, 1.0, (tables, tables) if rotary else None)
+            self.decode_finished_row(state, query_heads, rotary)
 
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
                 scores: torch.Tensor | None, rows: Sequence[int]) -> None:
@@ -160,13 +153,13 @@ class CUDABackend(Backend):
                              f"{parts} and {layout.num_visual_tokens}")
         arrivals = None
         if parts > heads:
-            if state.keys.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError("call cache.warmup() before a CUDA graph is captured: heads that are split over "
-                                   "blocks need counters that are zero before the first launch")
             arrivals = torch.zeros((state.keys.shape[0], heads), dtype=torch.int32, device=state.keys.device)
         layer = extension.CUDALayer(
             *(tensor.data_ptr() for tensor in state.tensors), DTYPE_CODES[state.keys.dtype], state.keys.shape[0],
             heads, state.keys.shape[2], layout.slots, layout.scored_slots, layout.max_prompt,
             layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt)
-        state.native = known = Native(layer, parts, arrivals)
+        known = Native(layer, parts, arrivals)
+        # Counters made while a graph is captured are zero only in its replays, so they are the graph's alone.
+        if arrivals is None or not (state.keys.is_cuda and torch.cuda.is_current_stream_capturing()):
+            state.native = known
         return known

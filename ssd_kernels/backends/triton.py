@@ -59,14 +59,7 @@ class TritonBackend(Backend):
 
     def warmup(self, states: Sequence[LayerState], query_heads: int, rotary: bool) -> None:
         for state in states:
-            # One row that has no step left, which the kernel leaves as it is.
-            done = torch.tensor([[0, state.layout.num_visual_tokens]], dtype=torch.int32, device=state.keys.device)
-            row = LayerState(state.layout, state.keys[:1], state.values[:1], state.scores[:1], state.positions[:1],
-                             done, state.table, state.pinned)
-            q, k = (state.keys.new_zeros((1, heads, state.keys.shape[2]))
-                    for heads in (query_heads, state.table.shape[0]))
-            tables = k.new_zeros((1, k.shape[2] // 2), dtype=torch.float32)
-            self.decode(row, q, k, k, 1.0, (tables, tables) if rotary else None)
+            self.decode_finished_row(state, query_heads, rotary)
 
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
                 scores: torch.Tensor | None, rows: Sequence[int]) -> None:

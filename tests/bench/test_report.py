@@ -113,3 +113,8 @@ def test_report_wants_somewhere_to_write(tmp_path: Path, lines):
     assert run.exit_code == 2 and "--out" in run.output
     run = CliRunner().invoke(app, ["report", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "deep" / "p.html")])
     assert run.exit_code == 0 and (tmp_path / "deep" / "p.html").read_text().startswith("<!doctype html>")
+
+
+def test_only_kernel_records_have_goals(make):
+    line = make()
+    assert goals([line]) and goals([{**line, "kind": "step"}]) == []

@@ -41,3 +41,10 @@ def test_the_gpu_set_holds_both_kinds_of_points():
     budgets = sorted(round(plan.budget(gpu.TOKENS), 2) for plan in plans.values())
     assert budgets == [0.2, 1.0]
     assert all(point.full == 600 for point in points)
+
+
+def test_make_gpu_ends_with_ours_in_one_table(make):
+    lines = [make(batch=2), make("SDPA full cache"), make(status="wrong"), make(batch=256, trials=(50, 60, 70))]
+    rows = gpu.summary(lines)
+    assert [row[1:4] for row in rows] == [["2", "ssd_kernels cpu: heavy", "100.0"],
+                                          ["256", "ssd_kernels cpu: heavy", "60.0"]]
