@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "cpu/decode.h"
+#if SSD_KERNELS_HAVE_CUDA
+#include "bindings_cuda.h"
+#endif
 
 namespace py = pybind11;
 

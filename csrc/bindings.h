@@ -66,6 +66,4 @@ inline DecodeStep decode_step(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t o
           pointer<const float>(sin)};
 }
 
-void bind_cuda(pybind11::module_& module);
-
 }  // namespace ssd

@@ -85,8 +85,8 @@ SSD_INLINE int32_t shared_bytes(int32_t largest, int32_t group) {
   return kAround + larger(after, static_cast<int32_t>(sizeof(Memory::stages)));
 }
 
-// Each defined in a file of its own, decode_*.cu, for float, BFloat16 and Float16. kDim 0 takes the head_dim at run
-// time.
+// Defined in decode_f32.cu, decode_bf16.cu and decode_f16.cu: one file per data type, for reading CUDA's headers takes
+// as long as compiling a kernel for one architecture. kDim 0 takes the head_dim at run time.
 template <class T, int kDim>
 int start_decode(const DecodeParams& params, const Launch& launch, void* stream);
 int start_prefill(const PrefillParams& params, const Launch& launch, void* stream);

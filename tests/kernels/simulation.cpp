@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "bindings.h"
+#include "bindings_cuda.h"
 #include "cuda/decode.h"
 #include "cuda/simulator.h"
 

@@ -45,7 +45,7 @@ def build(sources: Path = ROOT / "csrc", sanitized: bool = SANITIZED, only: str 
     """
     cuda = [path for path in sorted((sources / "cuda").glob("*.c*")) if path.suffix in (".cu", ".cpp")
             and path.name != SKIPPED and (only in path.name or not path.name.startswith("decode_"))]
-    files = [*cuda, sources / "bindings_cuda.cpp", Path(__file__).with_suffix(".cpp")]
+    files = [*cuda, Path(__file__).with_suffix(".cpp")]
     flags = ["-std=c++17", "-fPIC", "-DSSD_SIMULATE", f"-I{sources}", f"-I{pybind11.get_include()}",
              f"-I{sysconfig.get_paths()['include']}", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
              "-O0" if only else "-O1", *(SANITIZERS if sanitized else ())]

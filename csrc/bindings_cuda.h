@@ -1,4 +1,7 @@
-// Python bindings of the CUDA backend. The same file binds its host simulation in the tests.
+// Python bindings of the CUDA backend and, in the tests, of its host simulation. A header, because reading pybind11's
+// own takes seconds: each module does that once.
+#pragma once
+
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -7,12 +10,9 @@
 #include "bindings.h"
 #include "cuda/decode.h"
 
-namespace py = pybind11;
-
 namespace ssd {
-namespace {
 
-void raise_if_failed(int error) {
+inline void raise_if_cuda_failed(int error) {
   if (error != 0) throw std::runtime_error(std::string("CUDA: ") + cuda::error_text(error));
 }
 
@@ -20,7 +20,7 @@ void raise_if_failed(int error) {
 class OnDevice {
  public:
   explicit OnDevice(int device) : device_(device), before_(device) {
-    raise_if_failed(cuda::use_device(device, &before_));
+    raise_if_cuda_failed(cuda::use_device(device, &before_));
   }
   ~OnDevice() {
     if (before_ != device_) cuda::use_device(before_, &device_);
@@ -44,7 +44,7 @@ class CUDALayer : public BoundLayer {
                     v_head_stride, scale, cos, sin),
         {pointer<float>(partials), pointer<float>(logits), pointer<int32_t>(arrivals), parts, largest}};
     const OnDevice on(device);
-    raise_if_failed(cuda::decode(params, pointer<void>(stream)));
+    raise_if_cuda_failed(cuda::decode(params, pointer<void>(stream)));
   }
 
   // prompt_lens and rows are addresses on the device.
@@ -55,13 +55,12 @@ class CUDALayer : public BoundLayer {
         {pointer<const void>(k), pointer<const void>(v), pointer<const float>(scores), prompt_stride, count,
          pointer<const int32_t>(prompt_lens), pointer<const int32_t>(rows)}};
     const OnDevice on(device);
-    raise_if_failed(cuda::prefill(params, pointer<void>(stream)));
+    raise_if_cuda_failed(cuda::prefill(params, pointer<void>(stream)));
   }
 };
 
-}  // namespace
-
-void bind_cuda(py::module_& module) {
+inline void bind_cuda(pybind11::module_& module) {
+  using pybind11::arg;
   bind_layer<CUDALayer>(module, "CUDALayer").def("decode", &CUDALayer::decode).def("prefill", &CUDALayer::prefill);
   module.def("cuda_unavailable", &cuda::unavailable);
   // (blocks, threads, bytes of shared memory) of a decode step.
@@ -74,10 +73,9 @@ void bind_cuda(py::module_& module) {
         shape.head_dim = head_dim;
         const cuda::Launch launch =
             cuda::decode_launch(shape, query_heads, {nullptr, nullptr, nullptr, parts, largest});
-        return py::make_tuple(launch.blocks, launch.threads, launch.shared_bytes);
+        return pybind11::make_tuple(launch.blocks, launch.threads, launch.shared_bytes);
       },
-      py::arg("batch"), py::arg("heads"), py::arg("query_heads"), py::arg("head_dim"), py::arg("parts"),
-      py::arg("largest"));
+      arg("batch"), arg("heads"), arg("query_heads"), arg("head_dim"), arg("parts"), arg("largest"));
   module.attr("CUDA_PART_SLOTS") = cuda::kPartSlots;
   module.attr("CUDA_MAX_PARTS") = cuda::kMaxParts;
   module.attr("CUDA_MAX_STEPS") = cuda::kMaxSteps;

@@ -1,3 +1,0 @@
-#include "cuda/decode.cuh"
-
-template int ssd::cuda::start_decode<ssd::cuda::BFloat16, 128>(const DecodeParams&, const Launch&, void*);
