@@ -35,11 +35,11 @@ class BoundLayer {
   CacheLayer layer_;
 };
 
-// A Python class for a BoundLayer, with its constructor.
+// A Python class for a BoundLayer, with its constructor. Local to its module: the simulation of CUDA has the same one.
 template <class Layer>
 pybind11::class_<Layer> bind_layer(pybind11::module_& module, const char* name) {
   using pybind11::arg;
-  return pybind11::class_<Layer>(module, name)
+  return pybind11::class_<Layer>(module, name, pybind11::module_local())
       .def(pybind11::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t,
                           int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool>(),
            arg("keys"), arg("values"), arg("scores"), arg("positions"), arg("cursors"), arg("table"), arg("pinned"),
