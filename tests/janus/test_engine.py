@@ -9,8 +9,10 @@ import tiny
 import torch
 from test_generate import RAGGED, conditional_tokens
 from transformers import GenerationConfig
+from transformers.activations import ACT2FN
 
-from ssd_janus.engine import Engine, Sampling, unsupported
+from ssd_janus.engine import Engine, Sampling, unsupported, weights
+from ssd_janus.engine.linear import Gated, Linear, PackedGated, PackedLinear, can_pack
 from ssd_kernels import CachePlan, HeadSpec
 
 WORDS = "a red circle two blue squares and green star above three pink rings heart black cross".split()
@@ -101,10 +103,14 @@ def logits_of(engine: Engine, prompts: list[list[int]], **options: Any) -> list[
     return seen
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_logits_have_the_same_bits_in_any_company(model: Any, count: int) -> None:
+def test_logits_have_the_same_bits_in_any_company(model: Any, count: int, packed: bool) -> None:
     """Tokens hide most differences of rounding; these would show."""
-    prompts, engine = prompts_of(tiny.image_inputs(many_prompts(11))), Engine(model, plan_of_budget(model, 0.2))
+    if packed and not can_pack(torch.float32):
+        pytest.skip("torch without oneDNN")
+    prompts = prompts_of(tiny.image_inputs(many_prompts(11)))
+    engine = Engine(model, plan_of_budget(model, 0.2), packed=packed)
     together = logits_of(engine, prompts, steps=24)
     alone = logits_of(engine, prompts[:count], steps=24)
     assert all(torch.equal(few, many[:, :count]) for few, many in zip(alone, together, strict=True))
@@ -145,21 +151,75 @@ def test_biases_are_used() -> None:
     assert torch.equal(drawn, expected) and not torch.equal(drawn, tiny.draw(stock))
 
 
-def test_bfloat16_is_close(fresh: Any) -> None:
-    """Logits of the first token, which does not depend on tokens drawn before it."""
-    fresh.to(torch.bfloat16)
-    inputs = tiny.image_inputs(tiny.PROMPTS[:1])
+def first_logits(engine: Engine, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of the first token, which does not depend on tokens drawn before it; no guidance."""
     seen: list[torch.Tensor] = []
 
     def record(tokens: Any, logits: torch.Tensor) -> torch.Tensor:
         seen.append(logits)
         return logits
 
-    Engine(fresh).generate(prompts_of(inputs), guidance=1.0, steps=1, logits_processor=[record])
-    with torch.no_grad():
-        hidden = fresh.model.language_model(**inputs, use_cache=False)[0][:, -1]
-        expected = fresh.model.generation_head(hidden).float()
-    assert (seen[0] - expected).abs().max() < 0.05 * expected.abs().max()
+    engine.generate(prompts_of(inputs), guidance=1.0, steps=1, logits_processor=[record])
+    return seen[0]
+
+
+def test_bfloat16_is_close(fresh: Any) -> None:
+    fresh.to(torch.bfloat16)
+    inputs = tiny.image_inputs(tiny.PROMPTS[:1])
+
+    def theirs() -> torch.Tensor:
+        with torch.no_grad():
+            hidden = fresh.model.language_model(**inputs, use_cache=False)[0][:, -1]
+            return fresh.model.generation_head(hidden).float()
+
+    expected, plain = theirs(), first_logits(Engine(fresh, packed=False), inputs)
+    assert (plain - expected).abs().max() < 0.05 * expected.abs().max()
+    if can_pack(torch.bfloat16):
+        packed, exact = first_logits(Engine(fresh, packed=True), inputs), (fresh.float(), theirs())[1]
+        assert (packed - exact).abs().max() < 1e-4 * exact.abs().max() < (plain - exact).abs().max()
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="torch without oneDNN")
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 20}], ids=str)
+def test_packed_and_plain_weights_draw_transformers_tokens(model: Any, options: dict[str, Any],
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Engine(model).packed
+    expected = tiny.draw(model, 3, **options)
+    for packed in (True, False):
+        for limit in (0, 10**6):  # codes in a table, and through the aligner at every step
+            monkeypatch.setattr(weights, "TABLE_CODES", limit)
+            torch.manual_seed(3)
+            engine = Engine(model, packed=packed)
+            drawn = engine.generate(prompts_of(tiny.image_inputs()), guidance=2.0, seeds=None,
+                                    sampling=Sampling.of(model, **options))
+            assert torch.equal(drawn, expected)
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="torch without oneDNN")
+def test_packed_products_are_those_of_linear() -> None:
+    torch.manual_seed(0)
+    inputs, other = torch.randn(5, 24), torch.randn(5, 40)
+    weight, bias = torch.randn(40, 24), torch.randn(40)
+    for activation in (None, ACT2FN["silu"], ACT2FN["gelu"], torch.nn.SiLU(), torch.tanh):
+        for some_bias in (None, bias):
+            linear = Linear(weight, some_bias, activation)
+            torch.testing.assert_close(PackedLinear(linear)(inputs), linear(inputs))
+    for after in ("plus", "times"):
+        linear = Linear(weight, bias)
+        torch.testing.assert_close(PackedLinear(linear)(inputs, **{after: other}), linear(inputs, **{after: other}))
+    for activation in (ACT2FN["silu"], torch.tanh):
+        for some_bias in (None, bias):
+            gated = Gated(Linear(weight, some_bias), activation)
+            torch.testing.assert_close(PackedGated(gated)(inputs), gated(inputs))
+
+
+def test_packing_that_is_impossible_is_refused(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="packed must be None or False with compile=True"):
+        Engine(fresh, packed=True, compile=True)
+    fresh.double()
+    assert not Engine(fresh).packed
+    with pytest.raises(ValueError, match="packed must be None or False for torch.float64 on cpu"):
+        Engine(fresh, packed=True)
 
 
 def test_models_that_the_engine_cannot_run_are_named(fresh: Any) -> None:
@@ -177,6 +237,8 @@ def test_models_that_the_engine_cannot_run_are_named(fresh: Any) -> None:
     fresh.float()
     fresh.model.language_model.layers[2].self_attn.q_proj = torch.nn.Identity()
     assert "layers.2.self_attn.q_proj is a Identity" in (unsupported(fresh) or "")
+    fresh.model.generation_head = torch.nn.Sequential(fresh.model.generation_head)
+    assert "its generation_head is a Sequential, not a JanusVQVAEHead" in (unsupported(fresh) or "")
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -15,7 +15,7 @@ from ssd_kernels.reference import rotate
 from ..cache import Observer
 from .sampling import Noise, Sampling
 from .timing import StepTiming
-from .weights import Layer, Linear, Weights
+from .weights import Layer, Weights
 
 # torch's float32 products on a CPU give a row the same bits in every batch whose size is a multiple of this, and other
 # bits in some smaller ones (docs/engine.md, "Seeds").
@@ -55,6 +55,8 @@ class Batch:
             logits_processor: called with the logits before guidance [rows, codes], the conditional rows first.
             timing: takes the time of every step.
         """
+        if timing is not None:
+            weights = weights.timed(functools.partial(timing.timed, "linear"))
         self.weights, self.cache, self.sampling, self.noise = weights, cache, sampling, noise
         self.observer, self.logits_processor, self.timing = observer, logits_processor, timing
         self.pictures, self.guided = len(guidance), sum(scale > 1 for scale in guidance)
@@ -71,14 +73,9 @@ class Batch:
         self.column = torch.zeros(1, dtype=torch.long, device=device)
         self.done = 0
         self.lengths: list[int] = []
-        linear = functional.linear if timing is None else timing.timed("linear", functional.linear)
-        self._project = functools.partial(_compiled(project) if compiled and timing is None else project, linear)
-        self._mix = functools.partial(_compiled(mix) if compiled and timing is None else mix, linear)
+        self._project = _compiled(project) if compiled and timing is None else project
+        self._mix = _compiled(mix) if compiled and timing is None else mix
         self._decode = cache.decode if timing is None else timing.timed("attention", cache.decode)
-        self._head: Callable[..., torch.Tensor] = weights.head
-        self._aligner: Callable[..., torch.Tensor] = weights.aligner
-        if timing is not None:
-            self._head, self._aligner = timing.timed("linear", self._head), timing.timed("linear", self._aligner)
 
     @torch.no_grad()
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -133,19 +130,22 @@ class Batch:
         """The step proper: layers, head, guidance, sampling, and the input of the next step."""
         hidden = self.inputs
         for index, layer in enumerate(self.weights.layers):
-            query, keys, values = self._project(hidden, layer).split(self._widths(), -1)
-            heads = [tensor.unflatten(-1, (-1, self.weights.head_dim)) for tensor in (query, keys, values)]
-            self.attended[:self.rows] = self._attend(index, *heads).flatten(1)
-            hidden = self._mix(hidden, self.attended, layer)
+            heads = self._heads(self._project(hidden, layer)[:self.rows])
+            attended = self._attend(index, *(tensor.to(self.cache.dtype) for tensor in heads)).flatten(1)
+            if len(self.attended) != self.rows or attended.dtype != self.attended.dtype:
+                self.attended[:self.rows] = attended
+                attended = self.attended
+            hidden = self._mix(hidden, attended, layer)
         self._choose(hidden)
 
-    def _widths(self) -> list[int]:
+    def _heads(self, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries [N, Hq, D], keys and values [N, H, D] of [N, (Hq + 2 H) D]."""
         weights = self.weights
-        return [heads * weights.head_dim for heads in (weights.num_query_heads, weights.num_heads, weights.num_heads)]
+        heads = projected.view(len(projected), -1, weights.head_dim)
+        return heads.split((weights.num_query_heads, weights.num_heads, weights.num_heads), 1)
 
     def _attend(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Attention of one layer over the cache; query, keys and values [padded rows, heads, D], unrotated."""
-        query, keys, values = query[:self.rows], keys[:self.rows], values[:self.rows]
+        """Attention of one layer over the cache; query, keys and values [rows, heads, D], unrotated."""
         if self.observer is None and not self.logits_processor:
             return self._decode(layer, query, keys, values, self.weights.scale, self.weights.rotary)
         # An observer wants them rotated, and who compares runs, some of them observed, wants the same bits in all.
@@ -160,17 +160,17 @@ class Batch:
         """From the last hidden states [padded rows, hidden] to the tokens of this column and the next inputs."""
         weights = self.weights
         normed = functional.rms_norm(hidden, weights.norm.shape, weights.norm, weights.epsilon)
-        logits = self._head(normed)[:self.rows].float()
+        logits = weights.head(normed)[:self.rows].float()
         for processor in self.logits_processor:
             logits = processor(self.tokens, logits)
         conditional, unconditional = logits.split([self.pictures, self.guided])
         guided, plain = conditional.split([self.guided, self.pictures - self.guided])
         guided = unconditional + (guided - unconditional) * self.scale
-        token = self.sampling.choose(torch.cat([guided, plain]), None if self.noise is None else self.noise.values)
+        token = self.sampling.choose(torch.cat([guided, plain]) if len(plain) else guided,
+                                     None if self.noise is None else self.noise.values)
         self.tokens.index_copy_(1, self.column, token[:, None])
         self.column += 1
-        following = functional.embedding(token.index_select(0, self.picture_of_row), weights.image_embed)
-        self.inputs.copy_(self._aligner(following))
+        self.inputs.copy_(weights.following(token.index_select(0, self.picture_of_row)))
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]], rows: list[int], copies: torch.Tensor,
                  watched: _WatchedPrompts | None) -> torch.Tensor:
@@ -184,17 +184,16 @@ class Batch:
         positions = [*range(length)] * count
         if self.exact:
             tokens = functional.pad(tokens, (0, _padded(len(tokens)) - len(tokens)))
-        hidden = functional.embedding(tokens, weights.embed)
+        hidden = functional.embedding(tokens, weights.embed).to(weights.dtype)
         for index, layer in enumerate(weights.layers):
-            qkv = self._project(hidden, layer)[:count * length]
-            query, keys, values = (tensor.unflatten(-1, (-1, weights.head_dim)) for tensor in
-                                   qkv.split(self._widths(), -1))
+            query, keys, values = self._heads(self._project(hidden, layer)[:count * length])
             query, keys = (rotate(tensor, weights.rotary, positions) for tensor in (query, keys))
             # [prompts, heads, length, D]
             query, keys, values = (tensor.unflatten(0, (count, length)).transpose(1, 2)
                                    for tensor in (query, keys, values))
             store = self.cache.prefill if watched is None else watched.prefill
-            store(index, keys[copies], values[copies], [length] * len(rows), rows=rows)
+            store(index, *(tensor[copies].to(self.cache.dtype) for tensor in (keys, values)), [length] * len(rows),
+                  rows=rows)
             out = functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=weights.scale,
                                                           enable_gqa=weights.num_heads != weights.num_query_heads)
             attended = hidden.new_zeros(len(hidden), out.shape[1] * out.shape[3])
@@ -224,22 +223,16 @@ class _WatchedPrompts:
             self.observer.prefill(self.cache, layer, keys, values, self.lengths)
 
 
-def project(linear: Callable[..., torch.Tensor], hidden: torch.Tensor, layer: Layer) -> torch.Tensor:
+def project(hidden: torch.Tensor, layer: Layer) -> torch.Tensor:
     """Queries, keys and values [rows, (Hq + 2 H) D] of ``hidden`` [rows, hidden]."""
-    normed = functional.rms_norm(hidden, layer.input_norm.shape, layer.input_norm, layer.epsilon[0])
-    return linear(normed, layer.qkv.weight, layer.qkv.bias)
+    return layer.qkv(functional.rms_norm(hidden, layer.input_norm.shape, layer.input_norm, layer.epsilon[0]))
 
 
-def mix(linear: Callable[..., torch.Tensor], hidden: torch.Tensor, attended: torch.Tensor,
-        layer: Layer) -> torch.Tensor:
+def mix(hidden: torch.Tensor, attended: torch.Tensor, layer: Layer) -> torch.Tensor:
     """The rest of a layer: output projection and the gated feed-forward network (SwiGLU, arXiv 2002.05202)."""
-    def through(inputs: torch.Tensor, matrix: Linear) -> torch.Tensor:
-        return linear(inputs, matrix.weight, matrix.bias)
-
-    hidden = hidden + through(attended, layer.out)
+    hidden = layer.out(attended, plus=hidden)
     normed = functional.rms_norm(hidden, layer.post_norm.shape, layer.post_norm, layer.epsilon[1])
-    gate, up = through(normed, layer.gate_up).chunk(2, -1)
-    return hidden + through(layer.activation(gate) * up, layer.down)
+    return layer.down(layer.gated(normed), plus=hidden)
 
 
 @functools.cache

@@ -76,17 +76,21 @@ class Engine:
 
     Attributes:
         model, plan, backend, shape: as given, and the model's sizes.
+        exact, packed: as decided.
         last_run: statistics of the last call, None before the first.
     """
 
     def __init__(self, model: Any, plan: CachePlan | None = None, *, backend: str = "auto", exact: bool | None = None,
-                 compile: bool = False, capture: bool = True) -> None:
+                 packed: bool | None = None, compile: bool = False, capture: bool = True) -> None:
         """
         Args:
             model: transformers' ``JanusForConditionalGeneration``, which stays usable as it is: see `Weights`.
             plan: what the caches keep; None keeps everything.
             backend: ``"auto"`` or a backend of `ssd_kernels`.
-            exact: give a picture the same tokens in every batch, bit for bit; None does so for float32 on a CPU.
+            exact: give a picture the same tokens in every batch, bit for bit; None does so where products are computed
+                in float32 on a CPU.
+            packed: draw with a float32 copy of the weights in oneDNN's order, made for each batch; None decides as
+                `memory.packs` says, and not with ``compile``.
             compile: run what lies between two attentions through torch.compile (a minute of compilation, once).
             capture: on CUDA, replay the step as a graph.
 
@@ -98,7 +102,11 @@ class Engine:
         self.plan = self.shape.full_plan() if plan is None else self.shape.check(plan)
         self.backend, self.compile, self.capture = backend, compile, capture
         Weights.of(model, 1)
-        self.exact = model.device.type == "cpu" and model.dtype == torch.float32 if exact is None else exact
+        if packed and compile:
+            raise ValueError("packed must be None or False with compile=True: torch.compile cannot read packed weights")
+        self.packed = not compile and memory.packs(model, packed)
+        in_float32 = model.device.type == "cpu" and (self.packed or model.dtype == torch.float32)
+        self.exact = in_float32 if exact is None else exact
         self.last_run: EngineRun | None = None
 
     def generate(self, prompts: Sequence[Sequence[int] | torch.Tensor], *, guidance: float | Sequence[float] = 5.0,
@@ -185,8 +193,9 @@ class Engine:
         if run is None:
             raise RuntimeError("the engine has drawn nothing")
         pictures = max(run.batches)
+        weights = memory.weight_bytes(self.model) + (memory.packed_bytes(self.model) if self.packed else 0)
         return MemoryReport(
-            weights=memory.weight_bytes(self.model), cache=run.cache_bytes,
+            weights=weights, cache=run.cache_bytes,
             step=memory.step_bytes(self.model, pictures, run.rows, run.max_prompt),
             decode=memory.decode_bytes(self.model, min(pictures, DECODE_CHUNK)), device_peak=run.device_peak)
 
@@ -195,7 +204,8 @@ class Engine:
         if memory_bytes is None:
             free = memory.available_memory(self.model.device)
             memory_bytes = int(free * memory.USABLE_SHARE) + memory.weight_bytes(self.model)
-        return memory.max_batch(self.plan, self.model, memory_bytes, guided=guided, max_prompt=max_prompt)
+        return memory.max_batch(self.plan, self.model, memory_bytes, guided=guided, max_prompt=max_prompt,
+                                packed=self.packed)
 
     def batch(self, prompts: Sequence[Sequence[int] | torch.Tensor], *, guidance: float | Sequence[float] = 5.0,
               seeds: int | Sequence[int] | None = 0, sampling: Sampling | None = None, steps: int | None = None,
@@ -274,9 +284,9 @@ class Engine:
         guided = sum(scale > 1 for scale in guidance)
         prompts += [unconditional_prompt(self.model, prompt) for prompt in prompts[:guided]]
         longest = max(map(len, prompts))
-        weights = Weights.of(self.model, longest + self.shape.num_visual_tokens)
+        weights = Weights.of(self.model, longest + self.shape.num_visual_tokens).prepared(self.packed)
         cache = CompressedCache(self.plan, len(prompts), self.shape.num_query_heads, self.shape.head_dim, longest,
-                                self.shape.num_visual_tokens, weights.dtype, weights.device, self.backend)
+                                self.shape.num_visual_tokens, self.model.dtype, weights.device, self.backend)
         cache.warmup(rotary=True)
         seeds = None if request.seeds is None else [request.seeds[i] for i in order]
         noise = None if request.sampling.greedy else Noise(len(order), weights.codes, seeds, weights.device)

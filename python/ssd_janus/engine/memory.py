@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import JanusVQVAE, JanusVQVAEConfig
@@ -19,7 +20,9 @@ from ssd_kernels import CachePlan
 
 from ..shape import ModelShape
 from .batch import PREFILL_TOKENS
+from .linear import can_pack
 
+PACKED_SHARE = 0.25
 USABLE_SHARE = 0.9  # of what is free: allocators round up, and convolutions need room of their own
 
 
@@ -28,7 +31,7 @@ class MemoryReport:
     """Bytes of one run. The caches are freed before pictures are decoded, so the parts do not all add up.
 
     Attributes:
-        weights: all parameters and buffers that are loaded.
+        weights: all parameters and buffers that are loaded, and packed copies (`packed_bytes`).
         cache: slabs, scores, positions and tables of the largest batch.
         step: buffers of a step of that batch, an upper estimate.
         decode: most that decoding one chunk of pictures takes beside the weights (`decode_bytes`).
@@ -53,6 +56,33 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type != "meta")
 
 
+def packed_bytes(model: Any) -> int:
+    """Bytes of the weights packed as float32 (`linear.PackedLinear`)."""
+    parts = (model.model.language_model, model.model.generation_aligner, model.model.generation_head)
+    return 4 * sum(parameter.numel() for part in parts for module in part.modules() if isinstance(module, nn.Linear)
+                   for parameter in module.parameters())
+
+
+def packs(model: Any, packed: bool | None = None) -> bool:
+    """Whether the engine draws with packed weights.
+
+    Args:
+        packed: True or False as it is; None packs on a CPU where it gains something (`linear.can_pack`) and the copy
+            takes at most `PACKED_SHARE` of the machine's memory. What is free plays no part, so that a machine always
+            draws the same.
+
+    Raises:
+        ValueError: it was asked for and is impossible; the message says why.
+    """
+    if packed is False:
+        return False
+    place, possible = model.device.type, can_pack(model.dtype)
+    if packed and not (place == "cpu" and possible):
+        raise ValueError(f"packed must be None or False for {model.dtype} on {place}: only a CPU whose torch has "
+                         "oneDNN packs, and half precision only where the CPU has no instructions for it")
+    return bool(packed) or (place == "cpu" and possible and packed_bytes(model) <= PACKED_SHARE * total_memory())
+
+
 def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int) -> int:
     """What a batch needs beside weights and cache: the widest layer of the prompt or of a step, and the logits.
 
@@ -71,7 +101,8 @@ def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int) -> int:
             + 4 * codes * (2 * rows + 6 * pictures))
 
 
-def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, max_prompt: int = 64) -> int:
+def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, max_prompt: int = 64,
+              packed: bool | None = None) -> int:
     """Most pictures that can be drawn at once.
 
     Args:
@@ -80,6 +111,7 @@ def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, 
         memory: bytes for everything, the weights included.
         guided: two rows per picture instead of one.
         max_prompt: longest prompt, tokens.
+        packed: as `packs`.
 
     Returns:
         0 when not even one picture fits, be it its cache or its decoding.
@@ -89,6 +121,8 @@ def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, 
              "num_visual_tokens": shape.num_visual_tokens}
     one, two = (plan.nbytes(batch_size=rows, **sizes) for rows in (1, 2))
     free = memory - weight_bytes(model)
+    if packs(model, packed):
+        free -= packed_bytes(model)
     if decode_bytes(model, 1) > free:
         return 0
 
@@ -128,15 +162,35 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    limits = []
+    limits = [_meminfo("MemAvailable")]
+    try:
+        limits.append(_group_limit("memory.max") - _group_limit("memory.current"))
+    except (OSError, ValueError):
+        pass  # no limit on this group
+    return min(limits)
+
+
+def total_memory() -> int:
+    """Bytes of the host's memory, or of what this process may use of it."""
+    limits = [_meminfo("MemTotal")]
+    try:
+        limits.append(_group_limit("memory.max"))
+    except (OSError, ValueError):
+        pass  # no limit on this group
+    return min(limits)
+
+
+def _meminfo(name: str) -> int:
+    """Bytes that Linux reports under a name; a large number on another system."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        return int(lines[name].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        pass  # another system, or no limit on this group
-    return min(limits, default=2**62)
+        return 2**62
+
+
+def _group_limit(name: str) -> int:
+    return int((Path("/sys/fs/cgroup") / name).read_text())
 
 
 class _Tracker(TorchDispatchMode):

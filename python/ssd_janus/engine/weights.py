@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
+from .linear import Chain, Gated, Linear, PackedGated, PackedLinear
 
-@dataclass(frozen=True)
-class Linear:
-    """A weight ``[out, in]`` and its bias ``[out]``, if there is one."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+# Up to so many image codes the inputs of the next step are kept in a table. With more it would cost more than it saves:
+# a picture needs only as many inputs as it has tokens.
+TABLE_CODES = 4096
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer; ``qkv`` and ``gate_up`` are several projections in one matrix, in the order of their names."""
+    """One decoder layer; ``qkv`` and the product in ``gated`` are several projections in one matrix."""
 
     input_norm: torch.Tensor
-    qkv: Linear
-    out: Linear
+    qkv: Linear | PackedLinear
+    out: Linear | PackedLinear
     post_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
-    activation: Callable[[torch.Tensor], torch.Tensor]
+    gated: Gated | PackedGated
+    down: Linear | PackedLinear
     epsilon: tuple[float, float]
+
+    def packed(self) -> Layer:
+        """A copy of the weights as `PackedLinear` reads them."""
+        assert isinstance(self.qkv, Linear) and isinstance(self.out, Linear) and isinstance(self.down, Linear)
+        assert isinstance(self.gated, Gated)
+        return replace(self, input_norm=self.input_norm.float(), qkv=PackedLinear(self.qkv),
+                       out=PackedLinear(self.out), post_norm=self.post_norm.float(),
+                       gated=PackedGated(self.gated), down=PackedLinear(self.down))
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,13 @@ class Weights:
     """Everything that drawing the tokens of a picture reads.
 
     The fused matrices are no copies: the projections of the model become views of them, so that no weight is stored
-    twice and changes in place are seen by both.
+    twice and changes in place are seen by both. `prepared` makes copies.
 
     Attributes:
         layers: of the language model.
         norm, epsilon: its last norm.
         embed: text embedding ``[vocabulary, hidden]``.
-        image_embed, aligner: from an image code to the next input.
+        image_embed, aligner: from an image code to the next input; ``table``: that input of every code, or None.
         head: from the last hidden state to logits of image codes.
         rotary: (cos, sin), float32 ``[positions, D / 2]``.
         num_heads, num_query_heads, head_dim, scale: of the attention.
@@ -55,14 +62,15 @@ class Weights:
     epsilon: float
     embed: torch.Tensor
     image_embed: torch.Tensor
-    aligner: nn.Module
-    head: nn.Module
+    aligner: Chain
+    head: Chain
     rotary: tuple[torch.Tensor, torch.Tensor]
     num_heads: int
     num_query_heads: int
     head_dim: int
     scale: float
     codes: int
+    table: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +78,30 @@ class Weights:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.dtype
+        """Of hidden states and products: the model's, or float32 with packed weights."""
+        return self.norm.dtype
+
+    def following(self, codes: torch.Tensor) -> torch.Tensor:
+        """Inputs of the next step ``[N, hidden]`` after image codes ``[N]``."""
+        if self.table is not None:
+            return self.table.index_select(0, codes)
+        return self.aligner(functional.embedding(codes, self.image_embed).to(self.dtype))
+
+    @torch.no_grad()
+    def prepared(self, packed: bool) -> Weights:
+        """For drawing: packed on request (`PackedLinear`), and with a table where codes are few."""
+        weights = self if not packed else replace(
+            self, layers=tuple(layer.packed() for layer in self.layers), norm=self.norm.float(),
+            aligner=self.aligner.packed(), head=self.head.packed())
+        if self.codes > TABLE_CODES:
+            return weights
+        return replace(weights, table=weights.following(torch.arange(self.codes, device=self.device)))
+
+    def timed(self, timed: Callable[[Any], Any]) -> Weights:
+        """The same with every product wrapped."""
+        layers = tuple(replace(layer, **{name: timed(getattr(layer, name)) for name in
+                                         ("qkv", "out", "gated", "down")}) for layer in self.layers)
+        return replace(self, layers=layers, aligner=timed(self.aligner), head=timed(self.head))
 
     @classmethod
     @torch.no_grad()
@@ -88,7 +119,7 @@ class Weights:
         if reason is not None:
             raise ValueError(f"the engine cannot run this model: {reason}")
         language_model = model.model.language_model
-        config = language_model.config
+        config, aligner, head = language_model.config, model.model.generation_aligner, model.model.generation_head
         head_dim = language_model.layers[0].self_attn.head_dim
         embed = language_model.embed_tokens.weight.detach()
         cos, sin = language_model.rotary_emb(torch.empty(0, dtype=torch.float32, device=embed.device),
@@ -96,16 +127,21 @@ class Weights:
         return cls(
             layers=tuple(_layer(layer) for layer in language_model.layers), norm=language_model.norm.weight.detach(),
             epsilon=language_model.norm.variance_epsilon, embed=embed,
-            image_embed=model.model.generation_embeddings.weight.detach(), aligner=model.model.generation_aligner,
-            head=model.model.generation_head,
+            image_embed=model.model.generation_embeddings.weight.detach(),
+            aligner=Chain.of([aligner.fc1, *aligner.hidden_layers], aligner.activation_fn),
+            head=Chain.of([head.proj_out, head.vision_head], head.activation_fn),
             rotary=(cos[0, :, :head_dim // 2].contiguous(), sin[0, :, :head_dim // 2].contiguous()),
             num_heads=config.num_key_value_heads, num_query_heads=config.num_attention_heads, head_dim=head_dim,
             scale=language_model.layers[0].self_attn.scaling,
-            codes=model.model.generation_head.vision_head.out_features)
+            codes=head.vision_head.out_features)
 
 
 # Stay on a model whose attention weights or hidden states were asked for once, and do nothing outside such calls.
 IDLE_HOOKS = "transformers.utils.output_capturing"
+# Modules whose forward the engine does itself.
+KINDS = {"language_model": "LlamaModel", "generation_aligner": "JanusVQVAEAlignerMLP",
+         "generation_head": "JanusVQVAEHead"}
+PRODUCTS = re.compile(r"(_proj|^fc1|^hidden_layers\.\d+|^proj_out|^vision_head)$")
 # Tables of these kinds do not depend on how long the sequence has become.
 FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -113,18 +149,17 @@ FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 def unsupported(model: Any) -> str | None:
     """Why the engine cannot run a ``JanusForConditionalGeneration``, or None when it can."""
     language_model = model.model.language_model
-    kind = type(language_model).__name__
-    if kind != "LlamaModel":
-        return f"its language model is a {kind}, not a LlamaModel"
-    parts = {"language_model": language_model, "generation_aligner": model.model.generation_aligner,
-             "generation_head": model.model.generation_head, "generation_embeddings": model.model.generation_embeddings}
+    parts = {part: getattr(model.model, part) for part in (*KINDS, "generation_embeddings")}
+    for part, kind in KINDS.items():
+        if type(parts[part]).__name__ != kind:
+            return f"its {part} is a {type(parts[part]).__name__}, not a {kind}"
     for part, root in parts.items():
         for name, module in root.named_modules():
             place = f"{part}.{name}".rstrip(".")
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
             if "forward" in vars(module) or any(getattr(hook, "__module__", "") != IDLE_HOOKS for hook in hooks):
                 return f"{place} has hooks, which the engine would not call"
-            if name.endswith("_proj") and type(module) is not nn.Linear:
+            if PRODUCTS.search(name) and type(module) is not nn.Linear:
                 return f"{place} is a {type(module).__name__}, not a plain Linear"
     parameters = [parameter for root in parts.values() for parameter in root.parameters()]
     places = {(str(parameter.device), parameter.dtype) for parameter in parameters}
@@ -148,7 +183,7 @@ def _layer(layer: nn.Module) -> Layer:
         input_norm=layer.input_layernorm.weight.detach(),
         qkv=_fused([attention.q_proj, attention.k_proj, attention.v_proj]),
         out=_fused([attention.o_proj]), post_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=_fused([mlp.gate_proj, mlp.up_proj]), down=_fused([mlp.down_proj]), activation=mlp.act_fn,
+        gated=Gated(_fused([mlp.gate_proj, mlp.up_proj]), mlp.act_fn), down=_fused([mlp.down_proj]),
         epsilon=(layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon))
 
 
