@@ -28,6 +28,7 @@ struct Geometry {
   SSD_DEVICE int32_t lanes() const { return kDim ? kDim / kVector : lanes_; }
   SSD_DEVICE int32_t chunks() const { return dim() / kVector; }
   SSD_DEVICE int32_t groups() const { return kThreads / lanes(); }  // slots read at once by the block
+  SSD_DEVICE int32_t slot_bytes() const { return dim() * static_cast<int32_t>(sizeof(T)); }
 };
 
 template <class T, int kDim, int kGroup>
@@ -44,7 +45,11 @@ struct Attention {
   const int32_t begin;  // the part's kept tokens are [begin, begin + count)
   const int32_t count;
   const bool appends;  // the head's first part has the new token, behind the others
+  const int32_t gap;   // item.gap, from `begin` on
   int32_t tiles;       // of keys; and as many of values
+  // The first chunks that this lane reads of slot `begin`: all that a fetch adds is a slot's bytes times its number.
+  const char* lane_keys;
+  const char* lane_values;
 
   SSD_DEVICE Attention(const CacheLayer& layer, const Item& item)
       : item(item),
@@ -54,9 +59,13 @@ struct Attention {
         values(first_slot(layer.values, layer)),
         begin(item.part * kPartSlots),
         count(larger(smaller(item.total - begin, kPartSlots), 0)),
-        appends(item.part == 0) {
+        appends(item.part == 0),
+        gap(item.gap - begin) {
     const int32_t tile = shape.groups() * kDepth;
     tiles = (count + tile - 1) / tile;
+    const int64_t first = static_cast<int64_t>(begin) * shape.slot_bytes() + lane() * 16;
+    lane_keys = port::whole(reinterpret_cast<const char*>(keys) + first);
+    lane_values = port::whole(reinterpret_cast<const char*>(values) + first);
   }
 
   SSD_DEVICE const T* first_slot(const void* slab, const CacheLayer& layer) const {
@@ -81,15 +90,17 @@ struct Attention {
   SSD_DEVICE void fetch(int32_t index) const {
     if (index < 2 * tiles) {
       const bool is_key = index < tiles;
-      const T* lanes_chunk = (is_key ? keys : values) + lane() * kVector;
+      const char* slots = is_key ? lane_keys : lane_values;
 #pragma unroll
       for (int depth = 0; depth < kDepth; ++depth) {
         const int32_t j = token(is_key ? index : index - tiles, depth);
-        const T* from = lanes_chunk + static_cast<int64_t>(item.slot_of(begin + smaller(j, count - 1))) * shape.dim();
+        const int32_t present = smaller(j, count - 1);
+        const int32_t slot = present < gap ? present : present + item.skip;
+        const char* from = slots + static_cast<int64_t>(slot) * shape.slot_bytes();
 #pragma unroll
         for (int copy = 0; copy < kCopies; ++copy)
           if (has_chunk(copy))
-            port::copy16_async(&staged(index, depth, copy), from + copy * shape.lanes() * kVector, j < count);
+            port::copy16_async(&staged(index, depth, copy), from + copy * shape.lanes() * 16, j < count);
       }
     }
     port::commit_copies();

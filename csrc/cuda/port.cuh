@@ -72,6 +72,10 @@ void wait_copies() {
   simulator::wait_copies(kLeft);
 }
 
+template <class T>
+T* whole(T* pointer) {
+  return pointer;
+}
 inline void fence() {}
 inline int32_t atomic_add(int32_t* at, int32_t value) {
   const int32_t old = *at;
@@ -134,6 +138,13 @@ SSD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "mem
 template <int kLeft>
 SSD_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// The same pointer, of which the compiler does not know that it is a sum: it would add up the parts at every use.
+template <class T>
+SSD_DEVICE T* whole(T* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
 }
 
 // What a block has written before the fence is seen by blocks that see what it wrote after.

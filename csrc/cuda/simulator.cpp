@@ -2,10 +2,10 @@
 
 #include <sys/mman.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -132,6 +132,8 @@ struct Warp {
   Collective kind;
   int arrived;
   int generation;
+  uint32_t rank;           // the lowest goes first unless the draw is fair
+  std::vector<int> ready;  // threads that can go on
 };
 
 struct Machine {
@@ -139,7 +141,7 @@ struct Machine {
   Context scheduler;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
-  std::vector<int> ready;
+  int ready = 0;  // threads, of all warps
   std::vector<int> at_barrier;
   std::unique_ptr<char[]> shared;
   char* stacks = nullptr;
@@ -148,7 +150,6 @@ struct Machine {
   int block = 0;
   int running = 0;  // threads that have not finished
   bool fair = true;
-  std::vector<uint32_t> rank;  // of warps: the lowest goes first unless the draw is fair
   Fault fault = kNone;
   int fault_index = 0;
   uint64_t state = 0x9E3779B97F4A7C15u;
@@ -161,21 +162,33 @@ struct Machine {
     return static_cast<uint32_t>((state >> 32) % below);
   }
 
-  // The next of the ready threads: any, or one of the warp that is ahead of all others as far as it can go. A fair draw
-  // alone keeps warps so close together that what a slow one would spoil is never spoilt.
-  size_t pick() {
-    const uint32_t count = static_cast<uint32_t>(ready.size());
-    if (fair) return draw(count);
-    const auto before = [this](int a, int b) {
-      return rank[static_cast<size_t>(a / kWarp)] < rank[static_cast<size_t>(b / kWarp)];
-    };
-    return static_cast<size_t>(std::min_element(ready.begin(), ready.end(), before) - ready.begin());
+  void make_ready(int thread) {
+    warps[static_cast<size_t>(thread / kWarp)].ready.push_back(thread);
+    ++ready;
+  }
+
+  // Takes the next of the ready threads: any, or one of the warp that is ahead of all others as far as it can go. A
+  // fair draw alone keeps warps so close together that what a slow one would spoil is never spoilt.
+  int take_ready() {
+    uint32_t at = draw(static_cast<uint32_t>(ready));
+    Warp* from = nullptr;
+    for (Warp& warp : warps) {
+      const uint32_t count = static_cast<uint32_t>(warp.ready.size());
+      if (!fair && count > 0 && (!from || warp.rank < from->rank)) from = &warp;
+      if (fair && !from && at < count) from = &warp;
+      if (fair && !from) at -= count;
+    }
+    int& taken = from->ready[at % from->ready.size()];
+    std::swap(taken, from->ready.back());
+    const int thread = from->ready.back();
+    from->ready.pop_back();
+    --ready;
+    return thread;
   }
 
   void draw_order() {
     fair = draw(2) == 0;
-    rank.resize(warps.size());
-    for (size_t warp = 0; warp < warps.size(); ++warp) rank[warp] = draw(1u << 30);
+    for (Warp& warp : warps) warp.rank = draw(1u << 30);
   }
 };
 
@@ -222,10 +235,13 @@ void make_stacks(size_t count) {
 
 void run_block(int threads) {
   machine.at_barrier.clear();
-  machine.ready.clear();
+  machine.ready = 0;
   machine.running = threads;
+  for (Warp& warp : machine.warps) {
+    warp.arrived = warp.generation = 0;
+    warp.ready.clear();
+  }
   machine.draw_order();
-  for (Warp& warp : machine.warps) warp = Warp{};
   for (int index = 0; index < threads; ++index) {
     Thread& thread = machine.threads[static_cast<size_t>(index)];
     thread.finished = false;
@@ -237,12 +253,10 @@ void run_block(int threads) {
     ASAN_UNPOISON_MEMORY_REGION(stack, kStackBytes);
 #endif
     thread.context.start(stack, enter);
-    machine.ready.push_back(index);
+    machine.make_ready(index);
   }
-  while (!machine.ready.empty() && machine.error.empty()) {
-    std::swap(machine.ready[machine.pick()], machine.ready.back());
-    machine.current = machine.ready.back();
-    machine.ready.pop_back();
+  while (machine.ready > 0 && machine.error.empty()) {
+    machine.current = machine.take_ready();
     machine.scheduler.switch_to(machine.threads[static_cast<size_t>(machine.current)].context);
   }
   if (machine.error.empty() && machine.running > 0)
@@ -261,7 +275,7 @@ void sync_block() {
   if (machine.fault == kSkipBarrier && thread.barriers++ == machine.fault_index) return;
   machine.at_barrier.push_back(machine.current);
   if (static_cast<int>(machine.at_barrier.size()) == static_cast<int>(machine.threads.size())) {
-    machine.ready.insert(machine.ready.end(), machine.at_barrier.begin(), machine.at_barrier.end());
+    for (const int thread : machine.at_barrier) machine.make_ready(thread);
     machine.at_barrier.clear();
   } else if (machine.running < static_cast<int>(machine.threads.size())) {
     fail("a barrier that some threads have already left behind");
@@ -279,7 +293,7 @@ const uint64_t* gather(Collective kind, uint64_t value) {
   if (++warp.arrived == kWarp) {
     warp.arrived = 0;
     ++warp.generation;
-    for (int other = 0; other < kWarp; ++other) machine.ready.push_back(first + other);
+    for (int other = 0; other < kWarp; ++other) machine.make_ready(first + other);
   }
   back_to_scheduler();
   return warp.values[generation % 2];
