@@ -7,10 +7,6 @@
 
 namespace ssd {
 
-// How far ahead of the computation memory is touched: enough lines in flight to cover DRAM latency on one core, few
-// enough to stay in the second-level cache.
-constexpr int64_t kPrefetchDistance = 16384;
-
 constexpr int kMaxHeadDim = 256;
 
 // Counts are padded to whole vectors of the widest instruction set.
@@ -26,15 +22,24 @@ struct Scratch {
   int64_t* ranks;  // [2, longest kept set]
 };
 
-// Steps the items [begin, end) of the layer; item i is row i % batch of the head of launch rank i / batch.
+// The items [begin, end) of a layer's (row, head) pairs. Row by row, heads in the order of their slots, a thread reads
+// the slabs from front to back, as hardware prefetchers like it: item i is head i % heads of row i / heads. Head by
+// head, longest first, few rows are shared out evenly: item i is row i % batch of the head of launch rank i / batch.
+struct Items {
+  int64_t begin;
+  int64_t end;
+  bool row_by_row;
+};
+
+// Steps the items.
 namespace portable {
-void decode_items(const CacheLayer&, const DecodeStep&, int64_t begin, int64_t end, const Scratch&);
+void decode_items(const CacheLayer&, const DecodeStep&, const Items&, const Scratch&);
 }
 namespace avx2 {
-void decode_items(const CacheLayer&, const DecodeStep&, int64_t begin, int64_t end, const Scratch&);
+void decode_items(const CacheLayer&, const DecodeStep&, const Items&, const Scratch&);
 }
 namespace avx512 {
-void decode_items(const CacheLayer&, const DecodeStep&, int64_t begin, int64_t end, const Scratch&);
+void decode_items(const CacheLayer&, const DecodeStep&, const Items&, const Scratch&);
 }
 
 // Why a call was refused; nothing has been written then.

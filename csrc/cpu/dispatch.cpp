@@ -8,7 +8,7 @@
 namespace ssd {
 namespace {
 
-using DecodeItems = void (*)(const CacheLayer&, const DecodeStep&, int64_t, int64_t, const Scratch&);
+using DecodeItems = void (*)(const CacheLayer&, const DecodeStep&, const Items&, const Scratch&);
 
 struct InstructionSet {
   const char* name;
@@ -126,8 +126,9 @@ Error decode(const CacheLayer& layer, const DecodeStep& step, int threads) {
   for (int32_t head = 0; head < shape.heads; ++head) longest = std::max<int64_t>(longest, layer.heads[head].capacity);
   const int64_t items = int64_t{shape.batch} * shape.heads;
   const int64_t group = step.query_heads / shape.heads;
-  // Chunks long enough for the prefetcher to run across items, short enough to even out unequal heads.
-  const int64_t chunk = std::max<int64_t>(1, items / (int64_t{threads} * 8));
+  // Chunks long enough for prefetching to run across items, short enough to even out unequal heads.
+  const int64_t chunk = std::max<int64_t>(1, items / (int64_t{threads} * 16));
+  const bool row_by_row = shape.batch >= 4 * int64_t{threads};
   const DecodeItems decode_items = current().decode_items;
 
 #pragma omp parallel num_threads(static_cast<int>(std::min<int64_t>(threads, items)))
@@ -135,7 +136,7 @@ Error decode(const CacheLayer& layer, const DecodeStep& step, int threads) {
     const Scratch scratch = workspace.scratch(group, shape.head_dim, longest);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t begin = 0; begin < items; begin += chunk)
-      decode_items(layer, step, begin, std::min(begin + chunk, items), scratch);
+      decode_items(layer, step, {begin, std::min(begin + chunk, items), row_by_row}, scratch);
   }
   for (int32_t row = 0; row < shape.batch; ++row) ++layer.cursors[row].step;
   return {Error::kNone, 0, 0};

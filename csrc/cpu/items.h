@@ -21,10 +21,15 @@ struct Item {
   int32_t num_segments;
 };
 
-SSD_INLINE Item item_at(const CacheLayer& layer, int64_t index) {
+SSD_INLINE Item item_at(const CacheLayer& layer, bool row_by_row, int64_t index) {
   Item item;
-  item.row = static_cast<int32_t>(index % layer.shape.batch);
-  item.head = layer.heads[index / layer.shape.batch].launch_order;
+  if (row_by_row) {
+    item.row = static_cast<int32_t>(index / layer.shape.heads);
+    item.head = static_cast<int32_t>(index % layer.shape.heads);
+  } else {
+    item.row = static_cast<int32_t>(index % layer.shape.batch);
+    item.head = layer.heads[index / layer.shape.batch].launch_order;
+  }
   item.range = layer.heads[item.head];
   item.view = row_view(layer.shape, item.range, layer.cursors[item.row]);
   item.num_segments = live_segments(item.range, item.view, item.segments);
@@ -44,23 +49,56 @@ SSD_INLINE int32_t* item_positions(const CacheLayer& layer, const Item& item) {
   return layer.positions + static_cast<int64_t>(item.row) * layer.shape.scored_slots + item.range.score_offset;
 }
 
-// Touches the bytes that the items [begin, end) will read, in the order in which they will be read.
+enum Use { kRead = 0, kWrite = 1 };
+
+template <Use kUse, class E>
+SSD_INLINE void touch(const E* from, int64_t count) {
+  const char* at = reinterpret_cast<const char*>(from);
+  for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(E)); byte += kLine)
+    __builtin_prefetch(at + byte, kUse, kTouchLevel);
+}
+
+// Touches what an item needs besides the keys and values it reads. The append comes first of all, and a store that
+// misses would hold up every store behind it.
+template <class T>
+SSD_INLINE void touch_bookkeeping(const CacheLayer& layer, const Item& item) {
+  const int64_t head_dim = layer.shape.head_dim;
+  const int64_t slot = next_slot(item.range, item.view);
+  touch<kWrite>(first_slot<T>(layer.keys, layer, item) + slot * head_dim, head_dim);
+  touch<kWrite>(first_slot<T>(layer.values, layer, item) + slot * head_dim, head_dim);
+  if (item.range.score_offset >= 0) touch<kWrite>(item_scores(layer, item), item.range.capacity);
+  if (item.range.kind == kHeavy && refresh_due(item.view))
+    touch<kRead>(item_positions(layer, item), item.range.capacity);
+}
+
+// Touches the keys and values that the items will read, in the order in which they will be read. Does nothing for types
+// that the instruction set reads faster without (kTouchesAhead).
 template <class T>
 class Prefetcher {
  public:
-  Prefetcher(const CacheLayer& layer, int64_t begin, int64_t end) : layer_(layer), next_item_(begin), end_(end) {}
+  Prefetcher(const CacheLayer& layer, const Items& items) : layer_(layer), items_(items), next_item_(items.begin) {
+    advance(kTouchDistance);
+  }
 
   SSD_ALWAYS_INLINE void advance(int64_t bytes) {
+    if (!kTouchesAhead<T>) return;
+    if (bytes > stop_ - at_) return cross_spans(bytes);
+    touch<kRead>(at_, bytes);
+    at_ += bytes;
+  }
+
+ private:
+  // Out of line, so that the loops over tiles stay short.
+  __attribute__((noinline)) void cross_spans(int64_t bytes) {
     while (bytes > 0) {
       if (at_ == stop_ && !next_span()) return;
       const int64_t run = bytes < stop_ - at_ ? bytes : stop_ - at_;
-      for (int64_t line = 0; line < run; line += kLine) prefetch(at_ + line);
+      touch<kRead>(at_, run);
       at_ += run;
       bytes -= run;
     }
   }
 
- private:
   bool next_span() {
     if (span_ == num_spans_ && !next_item()) return false;
     at_ = spans_[span_].at;
@@ -70,29 +108,12 @@ class Prefetcher {
   }
 
   bool next_item() {
-    if (next_item_ == end_) return false;
-    const Item item = item_at(layer_, next_item_++);
+    if (next_item_ == items_.end) return false;
+    const Item item = item_at(layer_, items_.row_by_row, next_item_++);
     span_ = num_spans_ = 0;
-    T* keys = first_slot<T>(layer_.keys, layer_, item);
-    T* values = first_slot<T>(layer_.values, layer_, item);
-    add_segments(keys, item);
-    add_segments(values, item);
-    // Small things, all at once, outside the count of bytes that paces the rest. The append comes first of all, and a
-    // store that misses would hold up every store behind it.
-    const int64_t head_dim = layer_.shape.head_dim;
-    const int64_t slot = next_slot(item.range, item.view);
-    touch(keys + slot * head_dim, head_dim, prefetch_for_writing);
-    touch(values + slot * head_dim, head_dim, prefetch_for_writing);
-    if (item.range.score_offset >= 0) touch(item_scores(layer_, item), item.range.capacity, prefetch_for_writing);
-    if (item.range.kind == kHeavy && refresh_due(item.view))
-      touch(item_positions(layer_, item), item.range.capacity, prefetch);
+    add_segments(first_slot<T>(layer_.keys, layer_, item), item);
+    add_segments(first_slot<T>(layer_.values, layer_, item), item);
     return true;
-  }
-
-  template <class E, class F>
-  SSD_ALWAYS_INLINE static void touch(const E* from, int64_t count, F f) {
-    const char* at = reinterpret_cast<const char*>(from);
-    for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(E)); byte += kLine) f(at + byte);
   }
 
   void add_segments(const T* first, const Item& item) {
@@ -110,8 +131,8 @@ class Prefetcher {
   };
 
   const CacheLayer& layer_;
+  const Items& items_;
   int64_t next_item_;
-  int64_t end_;
   Span spans_[2 * 3];
   int32_t num_spans_ = 0;
   int32_t span_ = 0;

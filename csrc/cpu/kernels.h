@@ -1,8 +1,8 @@
 // The decode step of SPEC section 3 for a run of (row, head) items, written once and compiled once per instruction
 // set: each kernels_*.cpp defines SSD_ISA and includes this file.
 //
-// An item's kept set is read exactly once, keys and then values, while a prefetcher walks the same bytes a fixed
-// distance ahead (items.h): on cold caches that, not the instruction set, decides the speed.
+// An item's kept set is read exactly once, keys and then values. On cold caches the order of reading and what is
+// touched ahead of its use (items.h) decide the speed, not the instruction set.
 #include <cstring>
 
 #include "cpu/decode.h"
@@ -18,12 +18,13 @@ template <class T>
 struct Decoder {
   const CacheLayer& layer;
   const DecodeStep& step;
+  const Items& items;
   Scratch scratch;
   Prefetcher<T> ahead;
   int32_t group;
 
-  // Calls f(tile, slots in it, slots before it) over an item's kept set in `slab`, while memory ahead is touched. When
-  // several query heads share the tile it is widened to floats once.
+  // Calls f(tile, slots in it, slots before it, pace) over an item's kept set in `slab`, while memory ahead is touched.
+  // When several query heads share the tile it is widened to floats once.
   template <class F>
   SSD_ALWAYS_INLINE void each_tile(const T* slab, const Item& item, F f) {
     const int dim = layer.shape.head_dim;
@@ -32,13 +33,13 @@ struct Decoder {
       const Segment segment = item.segments[s];
       for (int32_t first = 0; first < segment.count; first += kTile) {
         const int count = smaller(kTile, segment.count - first);
-        ahead.advance(static_cast<int64_t>(count) * dim * sizeof(T));
         const T* tile = slab + static_cast<int64_t>(segment.begin + first) * dim;
         if (group == 1) {
-          f(tile, count, done);
+          f(tile, count, done, [&](int64_t bytes) __attribute__((always_inline)) { ahead.advance(bytes); });
         } else {
+          ahead.advance(static_cast<int64_t>(count) * dim * sizeof(T));
           for (int i = 0; i < count; ++i) widen(tile + i * dim, dim, 1.0f, scratch.tile + i * dim);
-          f(static_cast<const float*>(scratch.tile), count, done);
+          f(static_cast<const float*>(scratch.tile), count, done, [](int64_t) {});
         }
         done += count;
       }
@@ -49,9 +50,9 @@ struct Decoder {
   template <int kDim>
   SSD_ALWAYS_INLINE void scores_of_keys(const T* keys, const Item& item, int32_t stride) {
     const int dim = layer.shape.head_dim;
-    each_tile(keys, item, [&](auto tile, int count, int32_t done) __attribute__((always_inline)) {
+    each_tile(keys, item, [&](auto tile, int count, int32_t done, auto pace) __attribute__((always_inline)) {
       for (int32_t g = 0; g < group; ++g)
-        score_tile<kDim>(scratch.q + g * dim, tile, count, dim, scratch.logits + g * stride + done);
+        score_tile<kDim>(scratch.q + g * dim, tile, count, dim, scratch.logits + g * stride + done, pace);
     });
   }
 
@@ -60,9 +61,9 @@ struct Decoder {
   SSD_ALWAYS_INLINE void weighted_values(const T* values, const Item& item, int32_t stride) {
     const int dim = layer.shape.head_dim;
     std::memset(scratch.acc, 0, sizeof(float) * group * dim);
-    each_tile(values, item, [&](auto tile, int count, int32_t done) __attribute__((always_inline)) {
+    each_tile(values, item, [&](auto tile, int count, int32_t done, auto pace) __attribute__((always_inline)) {
       for (int32_t g = 0; g < group; ++g)
-        accumulate_tile<kDim>(scratch.logits + g * stride + done, tile, count, dim, scratch.acc + g * dim);
+        accumulate_tile<kDim>(scratch.logits + g * stride + done, tile, count, dim, scratch.acc + g * dim, pace);
     });
   }
 
@@ -174,8 +175,10 @@ struct Decoder {
       positions[loser] = positions[winner];
     };
     if (count == keep + 1) {
-      int32_t loser = 0;
-      while (loser < keep && ranks[loser] != lowest) ++loser;
+      // Ranks end in the token's position, and positions are distinct.
+      const int32_t position = static_cast<int32_t>(lowest);
+      int32_t loser = keep;
+      for (int32_t i = 0; i < keep; ++i) loser = positions[i] == position ? i : loser;
       if (loser < keep) overwrite(loser, keep);
       return;
     }
@@ -198,7 +201,7 @@ struct Decoder {
   template <int kDim>
   void run(int64_t index) {
     const int dim = layer.shape.head_dim;
-    const Item item = item_at(layer, index);
+    const Item item = item_at(layer, items.row_by_row, index);
     T* keys = first_slot<T>(layer.keys, layer, item);
     T* values = first_slot<T>(layer.values, layer, item);
     append(keys, values, item);
@@ -221,6 +224,7 @@ struct Decoder {
     float* inverse = scratch.inverse;
     for (int32_t g = 0; g < group; ++g) inverse[g] = softmax_numerators(scratch.logits + g * stride, count, stride);
     if (item.range.score_offset >= 0) add_scores(item, stride, inverse);
+    if (index + 1 < items.end) touch_bookkeeping<T>(layer, item_at(layer, items.row_by_row, index + 1));
     weighted_values<kDim>(values, item, stride);
 
     const int64_t head = static_cast<int64_t>(item.row) * step.query_heads + item.head * group;
@@ -232,18 +236,18 @@ struct Decoder {
 };
 
 template <class T>
-void decode_as(const CacheLayer& layer, const DecodeStep& step, int64_t begin, int64_t end, const Scratch& scratch) {
-  Decoder<T> decoder{layer, step, scratch, Prefetcher<T>(layer, begin, end), step.query_heads / layer.shape.heads};
-  decoder.ahead.advance(kPrefetchDistance);
+void decode_as(const CacheLayer& layer, const DecodeStep& step, const Items& items, const Scratch& scratch) {
+  Decoder<T> decoder{layer, step, items, scratch, Prefetcher<T>(layer, items), step.query_heads / layer.shape.heads};
+  touch_bookkeeping<T>(layer, item_at(layer, items.row_by_row, items.begin));
   switch (layer.shape.head_dim) {
     case 64:
-      for (int64_t index = begin; index < end; ++index) decoder.template run<64>(index);
+      for (int64_t index = items.begin; index < items.end; ++index) decoder.template run<64>(index);
       break;
     case 128:
-      for (int64_t index = begin; index < end; ++index) decoder.template run<128>(index);
+      for (int64_t index = items.begin; index < items.end; ++index) decoder.template run<128>(index);
       break;
     default:
-      for (int64_t index = begin; index < end; ++index) decoder.template run<0>(index);
+      for (int64_t index = items.begin; index < items.end; ++index) decoder.template run<0>(index);
   }
 }
 
@@ -251,14 +255,14 @@ void decode_as(const CacheLayer& layer, const DecodeStep& step, int64_t begin, i
 
 namespace SSD_ISA {
 
-void decode_items(const CacheLayer& layer, const DecodeStep& step, int64_t begin, int64_t end, const Scratch& scratch) {
+void decode_items(const CacheLayer& layer, const DecodeStep& step, const Items& items, const Scratch& scratch) {
   switch (layer.dtype) {
     case kFloat32:
-      return decode_as<float>(layer, step, begin, end, scratch);
+      return decode_as<float>(layer, step, items, scratch);
     case kBFloat16:
-      return decode_as<BFloat16>(layer, step, begin, end, scratch);
+      return decode_as<BFloat16>(layer, step, items, scratch);
     case kFloat16:
-      return decode_as<Float16>(layer, step, begin, end, scratch);
+      return decode_as<Float16>(layer, step, items, scratch);
   }
 }
 

@@ -51,7 +51,14 @@ SSD_INLINE void from_float(float x, Float16* to) {
   std::memcpy(to, &value, sizeof value);
 }
 
+// Memory is touched kTouchDistance bytes ahead of its use, into the first- (3) or second-level cache (2), for types T
+// with kTouchesAhead<T>. What is best was measured (docs/benchmarks.md).
 #if defined(__AVX512F__)
+
+constexpr int64_t kTouchDistance = 16384;
+constexpr int kTouchLevel = 2;
+template <class T>
+constexpr bool kTouchesAhead = true;
 
 struct Vec {
   static constexpr int kWidth = 16;
@@ -114,6 +121,12 @@ SSD_INLINE void sum_four(const Vec v[4], float* to) {
 SSD_INLINE float highest(Vec a) { return _mm512_reduce_max_ps(a.x); }
 
 #elif defined(__AVX2__)
+
+constexpr int64_t kTouchDistance = 2048;
+constexpr int kTouchLevel = 3;
+// Float32 needs no conversion, so the loads of many slots are under way by themselves.
+template <class T>
+constexpr bool kTouchesAhead = sizeof(T) < 4;
 
 struct Vec {
   static constexpr int kWidth = 8;
@@ -178,6 +191,11 @@ SSD_INLINE float highest(Vec a) {
 }
 
 #else
+
+constexpr int64_t kTouchDistance = 16384;
+constexpr int kTouchLevel = 2;
+template <class T>
+constexpr bool kTouchesAhead = true;
 
 struct Vec {
   static constexpr int kWidth = 8;
@@ -286,9 +304,6 @@ SSD_INLINE Vec exp_of_negative(Vec given) {
   p = fma(p, mul(r, r), add(r, broadcast(1.0f)));
   return zero_where_below(scale_by_power_of_two(p, n), given, lowest);
 }
-
-SSD_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-SSD_INLINE void prefetch_for_writing(const void* p) { __builtin_prefetch(p, 1, 2); }
 
 }  // namespace
 }  // namespace ssd

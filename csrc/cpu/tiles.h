@@ -1,4 +1,5 @@
-// The inner loops: a few slots at a time, in vectors.
+// The inner loops: a few slots at a time, in vectors. They call pace(bytes) as they read, so that memory ahead is
+// touched a little at a time: a burst would fill the processor's queue of misses and hold up everything else.
 #pragma once
 
 #include <cmath>
@@ -12,10 +13,11 @@ namespace {
 constexpr int kTile = 8;  // slots scored or accumulated together
 
 // dot[u] += q . keys[u] over head_dim elements, for kSlots slots `dim` apart.
-template <int kSlots, class T>
-SSD_INLINE void dot_slots(const float* q, const T* keys, int dim, Vec dot[kSlots]) {
+template <int kSlots, class T, class Pace>
+SSD_INLINE void dot_slots(const float* q, const T* keys, int dim, Vec dot[kSlots], Pace pace) {
   int d = 0;
   for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth) {
+    pace(kSlots * 2 * Vec::kWidth * sizeof(T));
     const Vec qa = load(q + d), qb = load(q + d + Vec::kWidth);
     for (int u = 0; u < kSlots; ++u) {
       Vec a, b;
@@ -23,6 +25,7 @@ SSD_INLINE void dot_slots(const float* q, const T* keys, int dim, Vec dot[kSlots
       dot[u] = fma(qb, b, fma(qa, a, dot[u]));
     }
   }
+  if (d < dim) pace(kSlots * (dim - d) * sizeof(T));
   for (; d + Vec::kWidth <= dim; d += Vec::kWidth)
     for (int u = 0; u < kSlots; ++u) dot[u] = fma(load(q + d), load(keys + u * dim + d), dot[u]);
   if (d < dim)
@@ -30,28 +33,29 @@ SSD_INLINE void dot_slots(const float* q, const T* keys, int dim, Vec dot[kSlots
 }
 
 // logits[0, count) = q . k for `count` consecutive slots. kDim 0 takes the head_dim at run time.
-template <int kDim, class T>
-SSD_INLINE void score_tile(const float* q, const T* keys, int count, int head_dim, float* logits) {
+template <int kDim, class T, class Pace>
+SSD_INLINE void score_tile(const float* q, const T* keys, int count, int head_dim, float* logits, Pace pace) {
   const int dim = kDim ? kDim : head_dim;
   int slot = 0;
   for (; slot + 4 <= count; slot += 4) {
     Vec dot[4] = {zero(), zero(), zero(), zero()};
-    dot_slots<4>(q, keys + static_cast<int64_t>(slot) * dim, dim, dot);
+    dot_slots<4>(q, keys + static_cast<int64_t>(slot) * dim, dim, dot, pace);
     sum_four(dot, logits + slot);
   }
   for (; slot < count; ++slot) {
     Vec dot[1] = {zero()};
-    dot_slots<1>(q, keys + static_cast<int64_t>(slot) * dim, dim, dot);
+    dot_slots<1>(q, keys + static_cast<int64_t>(slot) * dim, dim, dot, pace);
     logits[slot] = sum(dot[0]);
   }
 }
 
 // acc[0, 2 * kPairs * width) += sum over slots of p[slot] * value[slot].
-template <int kPairs, class T>
-SSD_INLINE void accumulate_block(const float* p, const T* values, int count, int dim, float* acc) {
+template <int kPairs, class T, class Pace>
+SSD_INLINE void accumulate_block(const float* p, const T* values, int count, int dim, float* acc, Pace pace) {
   Vec total[2 * kPairs];
   for (int i = 0; i < 2 * kPairs; ++i) total[i] = load(acc + i * Vec::kWidth);
   for (int slot = 0; slot < count; ++slot) {
+    pace(2 * kPairs * Vec::kWidth * sizeof(T));
     const Vec weight = broadcast(p[slot]);
     const T* value = values + static_cast<int64_t>(slot) * dim;
     for (int i = 0; i < kPairs; ++i) {
@@ -64,14 +68,16 @@ SSD_INLINE void accumulate_block(const float* p, const T* values, int count, int
   for (int i = 0; i < 2 * kPairs; ++i) store(acc + i * Vec::kWidth, total[i]);
 }
 
-template <int kDim, class T>
-SSD_INLINE void accumulate_tile(const float* p, const T* values, int count, int head_dim, float* acc) {
+template <int kDim, class T, class Pace>
+SSD_INLINE void accumulate_tile(const float* p, const T* values, int count, int head_dim, float* acc, Pace pace) {
   const int dim = kDim ? kDim : head_dim;
   constexpr int kPairs = 4;  // 8 accumulators fit the registers of every instruction set
   int d = 0;
   for (; d + 2 * kPairs * Vec::kWidth <= dim; d += 2 * kPairs * Vec::kWidth)
-    accumulate_block<kPairs>(p, values + d, count, dim, acc + d);
-  for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth) accumulate_block<1>(p, values + d, count, dim, acc + d);
+    accumulate_block<kPairs>(p, values + d, count, dim, acc + d, pace);
+  for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth)
+    accumulate_block<1>(p, values + d, count, dim, acc + d, pace);
+  if (d < dim) pace(count * (dim - d) * sizeof(T));
   for (; d < dim; d += Vec::kWidth) {
     const bool half = d + Vec::kWidth > dim;
     Vec total = half ? load_half(acc + d) : load(acc + d);

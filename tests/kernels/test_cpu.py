@@ -49,6 +49,19 @@ def test_every_head_dim(instruction_set: str) -> None:
         pair.run(4)
 
 
+@pytest.mark.parametrize("threads", [2, 3], ids=["row-by-row", "head-by-head"])
+def test_both_orders_of_items(instruction_set: str, threads: int) -> None:
+    """From 4 rows per thread on, threads go through the slabs row by row; fewer rows are shared out by heads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        pair = Pair(mixed(8), CASE, head_dim=64, max_prompt=3, steps=8, dtype=BF16, batch=9)
+        pair.prefill([row % 4 for row in range(9)])
+        pair.run(8)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_unknown_instruction_set_is_refused() -> None:
     """Bad input names the argument."""
     with pytest.raises(ValueError, match="name must be an instruction set.*sse9"):
