@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_evaluate import FIDELITY_PROMPTS, SuiteName, _prompts
+from .cli_evaluate import FIDELITY_PROMPTS, SuiteName, suite_prompts
 from .options import (
     Backend,
     Device,
@@ -85,8 +85,8 @@ def compare(
     parts = list(dict.fromkeys(part or PartName))
     names = [name for name in PolicyName if name in (policy or PolicyName)]
     judged = PartName.quality in parts or sensitivity_quality
-    scenes = _prompts(SuiteName.shapes if judged else SuiteName.fidelity, prompts_file, prompts)
-    texts = [scene["prompt"] for scene in _prompts(SuiteName.fidelity, prompts_file, fidelity_prompts)]
+    scenes = suite_prompts(SuiteName.shapes if judged else SuiteName.fidelity, prompts_file, prompts)
+    texts = [scene["prompt"] for scene in suite_prompts(SuiteName.fidelity, prompts_file, fidelity_prompts)]
     from .evaluation import comparison, report
     from .evaluation.comparison_page import SECTIONS, goal_lines, sections
 

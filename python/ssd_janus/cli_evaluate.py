@@ -80,7 +80,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure what plans do to pictures; writes results.json and table.md."""
-    prompts = _prompts(suite, prompts_file, limit)
+    prompts = suite_prompts(suite, prompts_file, limit)
     pipe = load(model, device, dtype, backend)
     heads = load_profile(profile, model, policy or [])
     plans = choose_plans(pipe.shape, plan or [], policy or [], budget or [], row_buffer, heads)
@@ -212,7 +212,7 @@ def profile_heads(
     messages.print(f"{len(texts)} prompts in {measured.meta['seconds']} s")
 
 
-def _prompts(suite: SuiteName, file: Path | None, limit: int | None) -> list[dict[str, Any]]:
+def suite_prompts(suite: SuiteName, file: Path | None, limit: int | None) -> list[dict[str, Any]]:
     """GenEval metadata of the prompts to draw; the shapes suite can only judge what says what to include."""
     from .prompts import read, shapes_suite
 

@@ -157,7 +157,7 @@ def save_comparison(entries: Iterable[Mapping[str, Any]], out: Path, order: Sequ
 
     - ``policy-fidelity.png``: mean KL against the budget, a panel per row buffer;
     - ``policy-quality.png``: likewise the overall score with its 95% interval, and the full cache's as a line;
-    - ``policy-prediction.png``: predicted error against mean KL, a mark per plan.
+    - ``policy-prediction.png``: predicted cost against mean KL, a mark per plan.
 
     Args:
         entries: of the grid of a `Comparison`'s record.
@@ -175,7 +175,7 @@ def save_comparison(entries: Iterable[Mapping[str, Any]], out: Path, order: Sequ
     styles = {name: _style(number) for number, name in enumerate(order)}
     rows = sorted(entries, key=lambda entry: (order.index(entry["policy"]), entry["row_buffer"], entry["budget"]))
     measured = {name: [row for row in rows if name in row] for name in ("fidelity", "quality")}
-    measured["prediction"] = [row for row in measured["fidelity"] if row.get("predicted_error", 0) > 0
+    measured["prediction"] = [row for row in measured["fidelity"] if row.get("predicted_cost", 0) > 0
                               and row["fidelity"]["kl_mean"] > 0]
     files = {}
     for name, draw in (("fidelity", _kl_panels), ("quality", _score_panels), ("prediction", _scatter)):
@@ -241,11 +241,11 @@ def _scatter(figure: Any, rows: Sequence[Mapping[str, Any]], styles: Mapping[str
         for row_buffer in buffers:
             found = [row for row in rows if (row["policy"], row["row_buffer"]) == (name, row_buffer)]
             if found:
-                axes.plot([row["predicted_error"] for row in found], [row["fidelity"]["kl_mean"] for row in found],
+                axes.plot([row["predicted_cost"] for row in found], [row["fidelity"]["kl_mean"] for row in found],
                           label=f"{name}, row buffer {row_buffer}", alpha=0.8,
                           fillstyle=("none", "full", "left", "top")[buffers.index(row_buffer) % 4],
                           **{**style, "linestyle": "none", "color": "black"})
-    axes.set(xscale="log", yscale="log", xlabel="predicted error, sum over heads",
+    axes.set(xscale="log", yscale="log", xlabel="predicted cost, nats per token",
              ylabel="mean KL to the full cache, nats per token")
     axes.grid(alpha=0.3)
     _legend(figure)

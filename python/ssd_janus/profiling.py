@@ -8,14 +8,27 @@ from collections.abc import Sequence
 import torch
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
-from ssd_kernels.policies import HeadProfile
+from ssd_kernels.policies import KINDS, HeadProfile
 
+from .evaluation.fidelity import Recorder, compare
 from .pipeline import Pipeline
 from .progress import ProgressCallback
 
-KINDS = {"window": HeadSpec.window, "heavy": lambda size: HeadSpec.heavy(size, recent=size // 2, score="mean"),
-         "sum": HeadSpec.heavy}
 SIZE_SHARES = (1 / 144, 1 / 72, 1 / 36, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 3 / 8, 1 / 2)  # of all tokens
+PROBED_SHARE = 1 / 12
+
+
+class _Weights(Recorder):
+    """Tells the statistics, after every step, how much it counts."""
+
+    def __init__(self, guidance_scale: float, statistics: HeadStatistics) -> None:
+        super().__init__(guidance_scale)
+        self.statistics = statistics
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = super().__call__(input_ids, scores)
+        self.statistics.weigh(self.steps.pop())
+        return scores
 
 
 class HeadStatistics:
@@ -33,9 +46,10 @@ class HeadStatistics:
         """
         shape = pipe.shape
         self.shape, self.sizes = shape, tuple(sizes)
-        self.plan = CachePlan(
+        # Every kind and size is a head of its own in one cache per row buffer, so that all take one call per step.
+        self.plans = [CachePlan(
             [[make(size) for make in KINDS.values() for size in sizes for _ in range(shape.num_heads)]]
-            * shape.num_layers, shape.columns)
+            * shape.num_layers, row_buffer) for row_buffer in (0, shape.columns)]
         self.backend = pipe.backend
         self.projections = [layer.self_attn.o_proj.weight.detach().float()
                             for layer in pipe.model.model.language_model.layers]  # [C, Hq D]
@@ -52,7 +66,7 @@ class HeadStatistics:
         self.first = zeros(*head, columns)
         self.offset = zeros(*head, tokens // columns * (2 * columns - 1))
         self.guidance = zeros(shape.num_layers, tokens)
-        self.error = zeros(*head, len(KINDS) * len(self.sizes))
+        self.error = zeros(*head, len(self.plans), len(KINDS) * len(self.sizes))
         self.norm = zeros(shape.num_layers)
         self.steps = torch.zeros(shape.num_layers, dtype=torch.long)
         token = torch.arange(tokens, device=pipe.model.device)
@@ -64,17 +78,18 @@ class HeadStatistics:
         self.keys: list[torch.Tensor] = []
         self.masks: list[torch.Tensor] = []
         self.step = [0] * self.shape.num_layers
-        self.shadow: CompressedCache | None = None
+        self.shadows: list[CompressedCache] = []
+        self.pending: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def prefill(self, cache: CompressedCache, layer: int, keys: torch.Tensor, values: torch.Tensor,
                 prompt_lens: list[int]) -> None:
         kinds = len(KINDS) * len(self.sizes)
-        if self.shadow is None:
-            # Every kind and size is a head of its own in one cache, so that all take one call per step.
-            self.shadow = CompressedCache(
-                self.plan, cache.batch_size, cache.num_query_heads * kinds, cache.head_dim, cache.max_prompt,
-                cache.num_visual_tokens, cache.dtype, cache.device, self.backend)
-        self.shadow.prefill(layer, keys.repeat(1, kinds, 1, 1), values.repeat(1, kinds, 1, 1), prompt_lens)
+        if not self.shadows:
+            self.shadows = [CompressedCache(
+                plan, cache.batch_size, cache.num_query_heads * kinds, cache.head_dim, cache.max_prompt,
+                cache.num_visual_tokens, cache.dtype, cache.device, self.backend) for plan in self.plans]
+        for shadow in self.shadows:
+            shadow.prefill(layer, keys.repeat(1, kinds, 1, 1), values.repeat(1, kinds, 1, 1), prompt_lens)
         rows, heads, longest, channels = keys.shape
         store = keys.new_empty(rows, heads, longest + self.shape.num_visual_tokens, channels)
         store[:, :, :longest] = keys
@@ -115,38 +130,101 @@ class HeadStatistics:
     def _costs(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None,
                out: torch.Tensor) -> None:
         """What every kind and size of every head would have added to the residual stream."""
-        assert self.shadow is not None
         kinds, (rows, heads) = len(KINDS) * len(self.sizes), keys.shape[:2]
-        got = self.shadow.decode(layer, query.repeat(1, kinds, 1), keys.repeat(1, kinds, 1),
-                                 values.repeat(1, kinds, 1), scale)
-        difference = got.view(rows, kinds, heads, -1).float() - out.view(rows, 1, heads, -1).float()  # [B, KS, H, G D]
-        added = torch.einsum("bkhi,hij->bkhj", difference, self.grams[layer]) * difference
-        self.error[layer] += added.sum((0, 3)).T
-        self.norm[layer] += (out.flatten(1).float() @ self.projections[layer].T).square().sum()
+        costs = out.new_empty(rows, *self.error.shape[1:], dtype=torch.float32)  # [B, H, R, K S]
+        repeated = [tensor.repeat(1, kinds, 1) for tensor in (query, keys, values)]
+        for index, shadow in enumerate(self.shadows):
+            got = shadow.decode(layer, *repeated, scale)
+            difference = got.view(rows, kinds, heads, -1).float() - out.view(rows, 1, heads, -1).float()
+            # [B, K S, H, G D]
+            added = torch.einsum("bkhi,hij->bkhj", difference, self.grams[layer]) * difference
+            costs[:, :, index] = added.sum(-1).transpose(1, 2)
+        self.pending[layer] = costs, (out.flatten(1).float() @ self.projections[layer].T).square().sum(1)
 
-    def profile(self, radius: int, pictures: int, meta: dict) -> HeadProfile:
+    def weigh(self, logits: torch.Tensor) -> None:
+        """Count the last step's errors by how much its distribution can change: 1 - sum of p^2.
+
+        A small change of logits changes a distribution by about as much as their variance under it, and tokens that
+        are certain, as background is, do not change at all.
+
+        Args:
+            logits: guided log-probabilities [pictures, codes].
+        """
+        weight = 1 - logits.exp().square().sum(-1)
+        for layer, (costs, norm) in self.pending.items():
+            rows = weight.repeat(len(norm) // len(weight))
+            self.error[layer] += torch.einsum("b,bhrk->hrk", rows, costs)
+            self.norm[layer] += rows @ norm
+
+    def relative_error(self) -> torch.Tensor:
+        """[L, H, R, K, S], as in `HeadProfile`."""
+        error = self.error / self.norm.clamp_min(1e-30)[:, None, None, None]
+        return error.unflatten(-1, (len(KINDS), len(self.sizes)))
+
+    def profile(self, radius: int, pictures: int, sensitivity: torch.Tensor, meta: dict) -> HeadProfile:
         """Sum up.
 
         Args:
             radius: of the neighbourhood, tokens.
             pictures: drawn in all.
+            sensitivity: [L] of `measure_sensitivity`.
             meta: to keep with the figures.
         """
         shape = self.shape
         count = self.steps.to(self.age.device).view(-1, 1).clamp_min(1)
         offset = (self.offset / count[..., None]).view(shape.num_layers, shape.num_heads, -1, 2 * shape.columns - 1)
         near = offset[..., :radius + 1, max(0, shape.columns - 1 - radius):shape.columns + radius].sum((2, 3))
-        error = self.error / self.norm.clamp_min(1e-30)[:, None, None]
         profile = HeadProfile(
             sparsity=1 - near, prompt_mass=self.prompt / count, age_mass=self.age / count[..., None],
             offset_mass=offset, column_mass=self.column / count[..., None], first_mass=self.first / count[..., None],
             guidance_difference=self.guidance / pictures,
-            error=error.view(*error.shape[:2], len(KINDS), len(self.sizes)), sizes=self.sizes, kinds=tuple(KINDS),
-            columns=shape.columns, radius=radius, row_buffer=shape.columns, meta=meta)
+            error=self.relative_error(), sensitivity=sensitivity, sizes=self.sizes, kinds=tuple(KINDS),
+            row_buffers=tuple(plan.row_buffer for plan in self.plans), columns=shape.columns, radius=radius, meta=meta)
         for name, value in vars(profile).items():
             if isinstance(value, torch.Tensor):
                 object.__setattr__(profile, name, value.float().cpu())
         return profile
+
+
+def measure_sensitivity(pipe: Pipeline, prompts: Sequence[str], statistics: HeadStatistics, *,
+                        guidance_scale: float, seed: int, progress: ProgressCallback) -> torch.Tensor:
+    """[L] nats per token of KL(full || compressed) per unit of relative error, one layer compressed at a time.
+
+    Every head of that layer keeps ``PROBED_SHARE`` of the tokens as "heavy", without a row buffer; the tokens of a
+    full-cache picture are forced. A layer in which that costs nothing gets the mean of the others.
+
+    Args:
+        pipe: the model.
+        prompts: one picture each, drawn at once.
+        statistics: of the same model; its errors are what the KL is divided by.
+        guidance_scale, seed: of the pictures.
+        progress: ``progress(done_steps, all_steps)``.
+    """
+    shape = pipe.shape
+    index = min(range(len(statistics.sizes)),
+                key=lambda i: abs(statistics.sizes[i] - PROBED_SHARE * shape.num_visual_tokens))
+    error = statistics.relative_error()[:, :, 0, list(KINDS).index("heavy"), index].sum(1).double().cpu()
+    probe, full = KINDS["heavy"](statistics.sizes[index]), [HeadSpec.full()] * shape.num_heads
+    total = (1 + shape.num_layers) * shape.num_visual_tokens
+
+    def draw(plan: CachePlan, recorder: Recorder, done: int) -> torch.Tensor:
+        return pipe.generate_tokens(
+            list(prompts), guidance_scale=guidance_scale, seed=seed, plan=plan, logits_processor=[recorder],
+            progress=lambda step, _: progress(done * shape.num_visual_tokens + step, total))
+
+    intact = Recorder(guidance_scale)
+    tokens, cost = draw(shape.full_plan(), intact, 0), []
+    for layer in range(shape.num_layers):
+        forced = Recorder(guidance_scale, tokens)
+        draw(CachePlan([[probe] * shape.num_heads if layer == other else full for other in range(shape.num_layers)], 0),
+             forced, 1 + layer)
+        found = [compare(p, q)[0].double().mean() for p, q in zip(intact.steps, forced.steps, strict=True)]
+        cost.append(float(torch.stack(found).mean()))
+    known = (error > 1e-12) & (torch.tensor(cost) > 0)
+    if not known.any():
+        return torch.ones(shape.num_layers)
+    sensitivity = torch.tensor(cost, dtype=torch.float64) / error.clamp_min(1e-12)
+    return torch.where(known, sensitivity, sensitivity[known].mean())
 
 
 def measure(pipe: Pipeline, prompts: Sequence[str], *, guidance_scale: float | None = None, seed: int = 0,
@@ -175,13 +253,18 @@ def measure(pipe: Pipeline, prompts: Sequence[str], *, guidance_scale: float | N
     sizes = sorted({max(2, round(share * shape.num_visual_tokens)) for share in SIZE_SHARES})
     statistics = HeadStatistics(pipe, sizes)
     began = time.perf_counter()
-    for first in range(0, len(prompts), batch_size):
-        texts = list(prompts[first:first + batch_size])
+    steps, batches = shape.num_visual_tokens, range(0, len(prompts), batch_size)
+    every = (len(batches) + 1 + shape.num_layers) * steps
+    for first in batches:
         statistics.begin(guided=scale > 1)
-        pipe.generate_tokens(texts, guidance_scale=scale, seed=seed + first, plan=shape.full_plan(),
-                             observer=statistics, progress=lambda done, total: progress(  # noqa: B023
-                                 first // batch_size * total + done, -(-len(prompts) // batch_size) * total))  # noqa: B023
+        pipe.generate_tokens(list(prompts[first:first + batch_size]), guidance_scale=scale, seed=seed + first,
+                             plan=shape.full_plan(), observer=statistics,
+                             logits_processor=[_Weights(scale, statistics)],
+                             progress=lambda done, _: progress(first // batch_size * steps + done, every))  # noqa: B023
+    sensitivity = measure_sensitivity(
+        pipe, prompts[:batch_size], statistics, guidance_scale=scale, seed=seed,
+        progress=lambda done, _: progress(len(batches) * steps + done, every))
     meta = {"prompts": list(prompts), "guidance_scale": scale, "seed": seed,
             "seconds": round(time.perf_counter() - began, 1), "device": pipe.model.device.type,
             "dtype": str(pipe.model.dtype).removeprefix("torch."), "model": pipe.model.name_or_path.rsplit("/", 1)[-1]}
-    return statistics.profile(radius, len(prompts), meta)
+    return statistics.profile(radius, len(prompts), sensitivity, meta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 from dataclasses import dataclass, field, fields
@@ -14,7 +15,7 @@ from ..files import write_atomically
 
 __all__ = ["HeadProfile"]
 
-FORMAT, VERSION = "ssd_kernels.profile", 1
+FORMAT, VERSION = "ssd_kernels.profile", 2
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,16 @@ class HeadProfile:
         first_mass: [L, H, C] share of the visual mass on each token of the first row.
         guidance_difference: [L, T] mean squared difference of the guided and the blank branch's keys plus that of
             their values, per channel (SSD's evidence for margin columns); zeros without guidance.
-        error: [L, H, K, S] squared error that head adds to the residual stream, relative to the squared length of the
-            attention block's output, when it keeps ``sizes[s]`` tokens as ``kinds[k]``.
+        error: [L, H, R, K, S] squared error that a head adds to the residual stream, relative to the squared length of
+            the attention block's output, when it keeps ``sizes[s]`` tokens as ``kinds[k]`` with a row buffer of
+            ``row_buffers[r]``. Steps count by how much their next-token distribution can change (1 - sum of p^2).
+        sensitivity: [L] nats per token of KL(full || compressed), of the guided next-token distribution, for each unit
+            of ``error`` in a layer, measured with that layer alone compressed; ones if it was not measured.
         sizes: S numbers of slots, ascending, without the row buffer.
-        kinds: K of "window", "heavy" (means, half of the slots recent) and "sum" (sums, no recent ones).
+        kinds: K of `policies.KINDS`.
+        row_buffers: R row buffers, steps, ascending.
         columns: C.
         radius: of the neighbourhood, tokens.
-        row_buffer: R that ``error`` was measured with.
         meta: how it was measured: model, prompts, seconds, versions; JSON values.
     """
 
@@ -53,11 +57,12 @@ class HeadProfile:
     first_mass: torch.Tensor
     guidance_difference: torch.Tensor
     error: torch.Tensor
+    sensitivity: torch.Tensor
     sizes: tuple[int, ...]
     kinds: tuple[str, ...]
+    row_buffers: tuple[int, ...]
     columns: int
     radius: int
-    row_buffer: int
     meta: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -75,6 +80,18 @@ class HeadProfile:
     def window_loss(self, size: int) -> torch.Tensor:
         """[L, H] share of the visual mass that a window of the newest ``size`` tokens misses."""
         return 1 - self.age_mass[..., :size].sum(-1)
+
+    def cost(self, row_buffer: int) -> torch.Tensor:
+        """[L, H, K, S] predicted cost of a head's kind and size, nats per token: ``sensitivity`` times ``error``.
+
+        Between measured row buffers linear in the steps, outside of them as at the nearest.
+        """
+        measured, errors = self.row_buffers, self.error.double().unbind(2)
+        upper = min(bisect.bisect_left(measured, row_buffer), len(measured) - 1)
+        lower = max(upper - 1, 0) if measured[upper] > row_buffer else upper
+        share = (row_buffer - measured[lower]) / (measured[upper] - measured[lower]) if lower < upper else 0.0
+        error = errors[lower].lerp(errors[upper], share)
+        return error * self.sensitivity.double()[:, None, None, None]
 
     def check(self, shape: Any) -> HeadProfile:
         """The profile itself when it is of a model of this shape.
@@ -119,7 +136,7 @@ class HeadProfile:
                     raise ValueError(f"must be of format {FORMAT}, version {VERSION}, got {found}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             rest = json.loads(head["profile"])
-            rest["sizes"], rest["kinds"] = tuple(rest["sizes"]), tuple(rest["kinds"])
+            rest.update({name: tuple(rest[name]) for name in ("sizes", "kinds", "row_buffers")})
             return cls(**tensors, **rest)._checked()
         except (SafetensorError, TypeError, ValueError, KeyError) as error:
             raise ValueError(f"profile {os.fspath(path)}: {error}") from error
@@ -131,12 +148,15 @@ class HeadProfile:
                   "column_mass": (layers, heads, columns), "first_mass": (layers, heads, columns),
                   "guidance_difference": (layers, tokens),
                   "offset_mass": (layers, heads, tokens // columns, 2 * columns - 1),
-                  "error": (layers, heads, len(self.kinds), len(self.sizes))}
+                  "error": (layers, heads, len(self.row_buffers), len(self.kinds), len(self.sizes)),
+                  "sensitivity": (layers,)}
         for name, shape in shapes.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(f"{name} must be {list(shape)}, got {list(getattr(self, name).shape)}")
             if not getattr(self, name).isfinite().all():
                 raise ValueError(f"{name} must be finite")
-        if list(self.sizes) != sorted(set(self.sizes)):
-            raise ValueError(f"sizes must ascend, got {self.sizes}")
+        for name in ("sizes", "row_buffers"):
+            values = getattr(self, name)
+            if not values or list(values) != sorted(set(values)):
+                raise ValueError(f"{name} must ascend, got {values}")
         return self

@@ -97,13 +97,13 @@ def margin(shape: Shape, budget: float, row_buffer: int | None = None, *, profil
 def adaptive(shape: Shape, budget: float, row_buffer: int | None = None, *, profile: HeadProfile) -> CachePlan:
     """Give every head the kind and the slots that lose least in total.
 
-    The objective is the sum over heads of ``profile.error``: the squared error that a head's own eviction adds to the
-    residual stream, relative to the attention block's output, measured per head with everything below it intact. It is
-    minimised over kinds and numbers of slots under the budget. Per head, the least error at each measured size is
-    taken and its lower convex hull, with 0 when everything is kept; slots then go one measured size at a time to the
-    head whose error falls most per slot, which is optimal on hulls (Fox 1966). The last step is cut to
-    what the budget leaves. Errors of different heads are added as if independent, and what errors in
-    one layer do to the layers above is not modelled.
+    The objective is the sum over heads of ``profile.cost``: the squared error that a head's own eviction adds to the
+    residual stream, relative to the attention block's output and measured with everything below it intact, times
+    what such an error in this layer costs the next-token distribution in nats. It is minimised over kinds and numbers
+    of slots under the budget. Per head, the least cost at each measured size is taken and its lower convex hull, with
+    0 when everything is kept; slots then go one measured size at a time to the head whose cost falls most per slot,
+    which is optimal on hulls (Fox 1966). The last step is cut to what the budget leaves. Costs of different heads are
+    added as if independent.
 
     Raises:
         ValueError: as every policy; the smallest possible budget gives every head the profile's smallest size.
@@ -111,28 +111,28 @@ def adaptive(shape: Shape, budget: float, row_buffer: int | None = None, *, prof
     profile.check(shape)
     buffer = check(shape, budget, row_buffer)
     tokens = shape.num_visual_tokens
-    costs = [peak_tokens(min(size, tokens), 0, tokens, buffer) for size in profile.sizes]
-    least = profile.error.double().amin(2).numpy()  # [L, H, S]
-    kind = profile.error.argmin(2).numpy()
+    slots_of = [peak_tokens(min(size, tokens), 0, tokens, buffer) for size in profile.sizes]
+    cost = profile.cost(buffer)
+    least, kind = cost.amin(2).numpy(), cost.argmin(2).numpy()  # [L, H, S]
     heads = [(layer, head) for layer in range(shape.num_layers) for head in range(shape.num_heads)]
-    points = [*costs, tokens]
+    points = [*slots_of, tokens]
     hulls = {key: _hull(points, [*least[key], 0.0]) for key in heads}
 
-    left = int(budget * tokens * len(heads) + 1e-6) - costs[0] * len(heads)
+    left = int(budget * tokens * len(heads) + 1e-6) - slots_of[0] * len(heads)
     if left < 0:
-        smallest = np.ceil(costs[0] / tokens * 1e4) / 1e4
+        smallest = np.ceil(slots_of[0] / tokens * 1e4) / 1e4
         raise ValueError(f"budget must be at least {smallest} with row_buffer={buffer} and a profile whose smallest "
                          f"size is {profile.sizes[0]}, got {budget}")
     steps = sorted(
         ((before[1] - after[1]) / (after[0] - before[0]), key, after[0] - before[0])
         for key, hull in hulls.items() for before, after in zip(hull, hull[1:], strict=False))
-    slots = dict.fromkeys(heads, costs[0])
+    slots = dict.fromkeys(heads, slots_of[0])
     for gain, key, step in reversed(steps):
         taken = min(step, left)
         if taken and gain > 0:
             slots[key] += taken
             left -= taken
-    # What no error curve asks for is spread evenly, so that bytes are equal across policies.
+    # What no cost curve asks for is spread evenly, so that bytes are equal across policies.
     while left > 0 and (short := [key for key in heads if slots[key] < tokens]):
         for key in short[:left]:
             slots[key] += 1
@@ -142,38 +142,50 @@ def adaptive(shape: Shape, budget: float, row_buffer: int | None = None, *, prof
         peak = slots[layer, head]
         if peak >= tokens:
             return HeadSpec.full()
-        nearest = int(np.argmin(np.abs(np.array(costs) - peak)))
-        return _SPECS[profile.kinds[kind[layer, head, nearest]]](_size(peak, tokens, buffer))
+        nearest = int(np.argmin(np.abs(np.array(slots_of) - peak)))
+        return KINDS[profile.kinds[kind[layer, head, nearest]]](_size(peak, tokens, buffer))
 
     return make(shape, buffer, spec)
 
 
-def predicted_error(plan: CachePlan, profile: HeadProfile) -> float:
-    """What `adaptive` minimises, for any plan: the total of the heads' errors, relative to the attention outputs.
+def predicted_cost(plan: CachePlan, profile: HeadProfile) -> float:
+    """What `adaptive` minimises, for any plan: the total of ``profile.cost`` over heads, in nats per token.
 
-    Errors between measured sizes are interpolated linearly in the number of slots, those below the smallest size count
+    Costs between measured sizes are interpolated linearly in the number of slots, those below the smallest size count
     as at the smallest, and keeping everything costs nothing. Each head counts by its own kind: windows as "window",
-    heavy heads as "heavy" when they go by means or positions or protect recent tokens, else as "sum".
+    heavy heads that go by positions as "first", those that go by means or protect recent tokens as "heavy", else as
+    "sum".
     """
     tokens = profile.num_visual_tokens
-    points = np.array([*profile.sizes, tokens])
+    points, cost = np.array([*profile.sizes, tokens]), profile.cost(plan.row_buffer)
     total = 0.0
     for layer, heads in enumerate(plan.layers):
         for head, spec in enumerate(heads):
             if spec.size is None or spec.size >= tokens:
                 continue
-            literal = spec.kind == "heavy" and spec.score == "sum" and not spec.recent
-            kind = "window" if spec.kind == "window" else "sum" if literal else "heavy"
-            errors = [*profile.error[layer, head, profile.kinds.index(kind)].tolist(), 0.0]
-            total += float(np.interp(spec.size, points, errors))
+            costs = [*cost[layer, head, profile.kinds.index(_kind(spec))].tolist(), 0.0]
+            total += float(np.interp(spec.size, points, costs))
     return total
 
 
-_SPECS: dict[str, Callable[[int], HeadSpec]] = {
+def _kind(spec: HeadSpec) -> str:
+    if spec.kind == "window":
+        return "window"
+    if spec.score == "position":
+        return "first"
+    return "sum" if spec.score == "sum" and not spec.recent else "heavy"
+
+
+SINKS = 4  # StreamingLLM's own number of first tokens
+
+KINDS: dict[str, Callable[[int], HeadSpec]] = {
     "window": HeadSpec.window,
+    "first": lambda size: HeadSpec.heavy(size, score="position", pinned=range(min(SINKS, size - 1))),
     "heavy": lambda size: HeadSpec.heavy(size, recent=size // 2, score="mean"),
     "sum": HeadSpec.heavy,
 }
+"""What a head may keep in a number of slots, as `HeadProfile` measures it and `adaptive` chooses: a window, the first
+tokens and a window, half recent and half by mean attention, and the largest attention sums."""
 
 
 def _size(peak: int, tokens: int, buffer: int) -> int:

@@ -89,16 +89,38 @@ def test_shares_add_up(profile: HeadProfile) -> None:
 
 
 def test_errors_fall_with_size_and_match_fidelity(pipe: Pipeline, profile: HeadProfile, tmp_path: Path) -> None:
-    assert profile.error.shape == (tiny.LAYERS, 4, 3, len(profile.sizes))
+    assert profile.error.shape == (tiny.LAYERS, 4, 2, len(policies.KINDS), len(profile.sizes))
     mean = profile.error.mean((0, 1))
-    assert (mean[:, :-1] > mean[:, 1:]).all()
+    assert (mean[..., :-1] > mean[..., 1:]).all()
+    # A row buffer only adds tokens.
+    assert (mean[0] > mean[1]).all() and profile.row_buffers == (0, tiny.GRID)
     # Windows: the relative output error of one head, through its own projection, as `fidelity` measures it.
     size = profile.sizes[2]
-    plan = CachePlan([[profiling.KINDS["window"](size)] * 4] * tiny.LAYERS, tiny.GRID)
+    plan = CachePlan([[policies.KINDS["window"](size)] * 4] * tiny.LAYERS, tiny.GRID)
     found = torch.tensor(fidelity.evaluate(pipe, {"a": plan}, tmp_path, prompts=TEXTS[:2])["a"].head_error)
-    order = profile.error[:, :, 0, 2].sqrt().flatten().argsort()
-    assert torch.corrcoef(torch.stack([found.flatten()[order], profile.error[:, :, 0, 2].sqrt().flatten()[order]]))[
+    order = profile.error[:, :, 1, 0, 2].sqrt().flatten().argsort()
+    assert torch.corrcoef(torch.stack([found.flatten()[order], profile.error[:, :, 1, 0, 2].sqrt().flatten()[order]]))[
         0, 1] > 0.5
+
+
+def test_steps_count_by_what_they_can_change(pipe: Pipeline) -> None:
+    statistics = profiling.HeadStatistics(pipe, [4])
+    statistics.begin(guided=True)
+    costs, norm = torch.rand(4, *statistics.error.shape[1:]), torch.rand(4)  # two pictures, two branches
+    statistics.pending = {1: (costs, norm)}
+    even = torch.tensor([0.5, 0.5, 0.0, 0.0])
+    statistics.weigh(torch.stack([even, torch.tensor([1.0, 0.0, 0.0, 0.0])]).log())  # the second is certain
+    assert torch.allclose(statistics.error[1], (costs[0] + costs[2]) / 2) and not statistics.error[0].any()
+    assert torch.allclose(statistics.norm[1], (norm[0] + norm[2]) / 2)
+
+
+def test_a_layer_that_matters_more_is_more_sensitive(folder: Path) -> None:
+    pipe = Pipeline.from_pretrained(folder)
+    plain = profiling.measure(pipe, TEXTS[:2]).sensitivity
+    assert (plain > 0).all()
+    with torch.no_grad():  # nothing of what attention in this layer does reaches the rest
+        pipe.model.model.language_model.layers[0].self_attn.o_proj.weight *= 1e-3
+    assert profiling.measure(pipe, TEXTS[:2]).sensitivity[0] < 0.1 * plain[0]
 
 
 def test_profiling_changes_nothing_and_repeats(pipe: Pipeline, profile: HeadProfile) -> None:

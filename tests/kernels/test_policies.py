@@ -22,7 +22,7 @@ class Shape:
 
 JANUS, SMALL = Shape(24, 16, 576, 24), Shape(3, 2, 36, 6)
 SIZES = {576: (4, 16, 48, 96, 192, 288), 36: (1, 3, 6, 12, 20)}
-KINDS = ("window", "heavy", "sum")
+KINDS = tuple(policies.KINDS)
 
 
 def profile_of(shape: Shape, seed: int = 0) -> HeadProfile:
@@ -33,14 +33,17 @@ def profile_of(shape: Shape, seed: int = 0) -> HeadProfile:
     age = (-rate[..., None] * torch.arange(tokens) / 8).softmax(-1)
     sizes = SIZES[tokens]
     fall = 1 / torch.tensor(sizes) ** 0.7
-    error = rate.flip(0)[..., None, None] ** 3 * (0.5 + torch.rand(*head, 3, 1, generator=generator)) * fall
+    noise = 0.5 + torch.rand(*head, 1, len(KINDS), 1, generator=generator)
+    # Without a row buffer fewer tokens are there, and more is lost.
+    error = rate.flip(0)[..., None, None, None] ** 3 * noise * fall * torch.tensor([1.5, 1.0])[:, None, None]
     offset = torch.rand(*head, tokens // columns, 2 * columns - 1, generator=generator)
     return HeadProfile(
         sparsity=torch.rand(head, generator=generator), prompt_mass=torch.rand(head, generator=generator),
         age_mass=age, offset_mass=offset / offset.sum((2, 3), keepdim=True),
         column_mass=torch.full((*head, columns), 1 / columns), first_mass=torch.full((*head, columns), 1e-3),
-        guidance_difference=torch.rand(shape.num_layers, tokens, generator=generator), error=error, sizes=sizes,
-        kinds=KINDS, columns=columns, radius=1, row_buffer=columns, meta={"prompts": ["a", "b"]})
+        guidance_difference=torch.rand(shape.num_layers, tokens, generator=generator), error=error,
+        sensitivity=0.5 + torch.rand(shape.num_layers, generator=generator), sizes=sizes, kinds=KINDS,
+        row_buffers=(0, columns), columns=columns, radius=1, meta={"prompts": ["a", "b"]})
 
 
 PROFILES = {JANUS: profile_of(JANUS), SMALL: profile_of(SMALL)}
@@ -126,13 +129,14 @@ def test_margin_pins_the_margins_of_semantic_heads() -> None:
 
 
 def predicted(plan: CachePlan, profile: HeadProfile) -> float:
-    """The total error of a plan of windows and heavy heads by linear interpolation, computed head by head."""
-    total = 0.0
+    """The total cost of a plan of the cheapest kinds by linear interpolation, computed head by head."""
+    total, index = 0.0, profile.row_buffers.index(plan.row_buffer)
     for layer, heads in enumerate(plan.layers):
         for head, spec in enumerate(heads):
             sizes = [*profile.sizes, profile.num_visual_tokens]
             size = sizes[-1] if spec.size is None else spec.size
-            errors = [*profile.error[layer, head].amin(0).tolist(), 0.0]
+            least = profile.error[layer, head, index].amin(0) * profile.sensitivity[layer]
+            errors = [*least.tolist(), 0.0]
             for (a, e), (b, f) in zip(zip(sizes, errors, strict=True), zip(sizes[1:], errors[1:], strict=True),
                                       strict=False):
                 if a <= size <= b:
@@ -146,7 +150,7 @@ def test_adaptive_predicts_less_error_than_equal_shares(shape: Shape) -> None:
     profile = PROFILES[shape]
     for budget in (0.25, 0.4):
         ours, even = build("adaptive", shape, budget), build("window", shape, budget)
-        assert policies.predicted_error(ours, profile) < policies.predicted_error(even, profile)
+        assert policies.predicted_cost(ours, profile) < policies.predicted_cost(even, profile)
         assert predicted(ours, profile) < predicted(even, profile)
         sizes = {spec.size for spec in specs(ours)}
         assert len(sizes) > 1
@@ -157,7 +161,7 @@ def test_adaptive_is_optimal_on_a_small_problem() -> None:
     shape = Shape(1, 2, 36, 6)
     sizes = (1, 2, 3, 4, 5, 6, 7)
     curves = torch.tensor([[8.0, 4, 2, 1, 0.5, 0.3, 0.2], [9.0, 8, 7, 6, 5.5, 5.2, 5.1]])
-    profile = replace(profile_of(Shape(1, 2, 36, 6)), error=curves[None, :, None].repeat(1, 1, 3, 1), sizes=sizes)
+    profile = replace(profile_of(shape), error=curves[None, :, None, None].repeat(1, 1, 2, len(KINDS), 1), sizes=sizes)
     plan = policies.adaptive(shape, 10 / 72, 0, profile=profile)
     got = [spec.size for spec in plan.layers[0]]
     total = [(curves[0, a] + curves[1, b], a, b) for a in range(7) for b in range(7)
@@ -171,26 +175,52 @@ def test_adaptive_takes_the_kind_with_the_least_error() -> None:
     error = torch.ones_like(profile.error)
     for layer in range(3):
         for head in range(2):
-            error[layer, head, (layer + head) % 3] = 0.5
+            error[layer, head, :, (layer + head) % 4] = 0.5
     error = error / torch.tensor(profile.sizes)
     plan = policies.adaptive(SMALL, 0.4, 6, profile=replace(profile, error=error))
     for layer, heads in enumerate(plan.layers):
         for head, spec in enumerate(heads):
-            kind = KINDS[(layer + head) % 3]
+            kind = KINDS[(layer + head) % 4]
             assert spec.kind == ("window" if kind == "window" else "heavy")
-            assert kind == "window" or (spec.score == "mean") == (kind == "heavy")
+            scores = {"first": "position", "heavy": "mean", "sum": "sum"}
+            assert kind == "window" or spec.score == scores[kind]
 
 
-def test_predicted_error_adds_up_heads() -> None:
+def test_adaptive_goes_by_the_row_buffer_and_by_what_layers_cost() -> None:
+    """Two heads in two layers: whoever's error costs more gets more."""
+    shape = Shape(2, 1, 36, 6)
+    profile = profile_of(shape)
+    curve = 1 / torch.tensor(profile.sizes)
+    error = curve.expand(2, 1, 2, len(KINDS), -1).clone()
+    error[0, :, 1] *= 9  # with a row buffer of 6, layer 0 loses more ...
+    error[1, :, 0] *= 9  # ... and without one layer 1
+    profile = replace(profile, error=error, sensitivity=torch.ones(2))
+
+    def sizes(row_buffer: int, profile: HeadProfile) -> list[int]:
+        return [heads[0].size or 36 for heads in policies.adaptive(shape, 0.4, row_buffer, profile=profile).layers]
+
+    assert sizes(6, profile)[0] > sizes(6, profile)[1] and sizes(0, profile)[0] < sizes(0, profile)[1]
+    costly = replace(profile, sensitivity=torch.tensor([1.0, 100.0]))
+    assert sizes(6, costly)[0] < sizes(6, costly)[1]
+
+
+def test_cost_between_and_outside_of_measured_row_buffers() -> None:
     profile = PROFILES[SMALL]
-    plans = {kind: CachePlan.uniform(spec, 3, 2) for kind, spec in (
-        (0, HeadSpec.window(3)), (1, HeadSpec.heavy(3, recent=1, score="mean")), (2, HeadSpec.heavy(3)))}
-    for kind, plan in plans.items():
-        expected = float(profile.error[:, :, kind, 1].sum())
-        assert policies.predicted_error(plan, profile) == pytest.approx(expected)
-    between = policies.predicted_error(CachePlan.uniform(HeadSpec.window(28), 3, 2), profile)
-    assert between == pytest.approx(float(profile.error[:, :, 0, 4].sum()) / 2)
-    assert policies.predicted_error(CachePlan.uniform(HeadSpec.full(), 3, 2), profile) == 0
+    weight = profile.sensitivity.double()[:, None, None, None]
+    none, row = profile.error[:, :, 0].double() * weight, profile.error[:, :, 1].double() * weight
+    for row_buffer, expected in ((0, none), (6, row), (2, (2 * none + row) / 3), (48, row)):
+        assert torch.allclose(profile.cost(row_buffer), expected)
+
+
+def test_predicted_cost_adds_up_heads() -> None:
+    profile = PROFILES[SMALL]
+    cost = profile.cost(0)
+    for kind, make in enumerate(policies.KINDS.values()):
+        plan = CachePlan.uniform(make(3), 3, 2)
+        assert policies.predicted_cost(plan, profile) == pytest.approx(float(cost[:, :, kind, 1].sum()))
+    between = policies.predicted_cost(CachePlan.uniform(HeadSpec.window(28), 3, 2), profile)
+    assert between == pytest.approx(float(cost[:, :, 0, 4].sum()) / 2)
+    assert policies.predicted_cost(CachePlan.uniform(HeadSpec.full(), 3, 2), profile) == 0
 
 
 def test_full_keeps_everything() -> None:
@@ -216,13 +246,13 @@ def test_profiles_are_saved_and_checked(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, path, {"format": "other"})
-    with pytest.raises(ValueError, match="format ssd_kernels.profile, version 1, got other"):
+    with pytest.raises(ValueError, match="format ssd_kernels.profile, version 2, got other"):
         HeadProfile.load(path)
     replace(profile, age_mass=profile.age_mass * float("nan")).save(path)
     with pytest.raises(ValueError, match="age_mass must be finite"):
         HeadProfile.load(path)
     replace(profile, error=profile.error[..., :-1]).save(path)
-    with pytest.raises(ValueError, match=r"error must be \[3, 2, 3, 5\]"):
+    with pytest.raises(ValueError, match=r"error must be \[3, 2, 2, 4, 5\]"):
         HeadProfile.load(path)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ssd_kernels import CachePlan, HeadSpec, policies
-from ssd_kernels.policies import HeadProfile, predicted_error
+from ssd_kernels.policies import HeadProfile, predicted_cost
 
 from ..files import write_text
 from ..online import OnlinePlan
@@ -213,8 +213,8 @@ class Comparison:
         empty: dict[str, Any] = {"parts": {}, "grid": {}, "sensitivity": {}, "prediction": None, "goals": []}
         self.record = json.loads(file.read_text()) if file.exists() else empty
         self.record["profile"] = None if self.profile is None else self._cost_of(self.profile)
-        masks = self.pipe._tokenise(self.pipe._texts(self.texts))["attention_mask"]
-        self.prompt_tokens = round(float(masks.sum(1).float().mean()))
+        lengths = [len(tokens) for tokens in self.pipe.prompt_tokens(self.texts)]
+        self.prompt_tokens = round(sum(lengths) / len(lengths))
 
     def run(self, steps: Sequence[Step], facts: Mapping[str, Any], *,
             progress: ProgressCallback = lambda done, total: None,
@@ -270,8 +270,8 @@ class Comparison:
         overall = {key: Interval(**result["overall"]) for key, result in figures("quality").items()}
         impossible = {findings.key(entry) for entry in entries if "reason" in entry}
         self.record["goals"] = [goal.as_json() for goal in findings.goals(overall, kl, impossible)]
-        pairs = {key: (entry["predicted_error"], kl[key]) for entry in entries
-                 if "predicted_error" in entry and (key := findings.key(entry)) in kl}
+        pairs = {key: (entry["predicted_cost"], kl[key]) for entry in entries
+                 if "predicted_cost" in entry and (key := findings.key(entry)) in kl}
         self.record["prediction"] = findings.prediction(pairs)
         write_text(self.out / "results.json", json.dumps(self.record, indent=1) + "\n")
 
@@ -320,7 +320,7 @@ class Comparison:
         entry["reached"] = plan.budget(self.pipe.shape.num_visual_tokens)
         # What an online plan keeps is not known before it has drawn, and keeping everything has nothing to predict.
         if self.profile is not None and case.policy not in ("full", "online"):
-            entry["predicted_error"] = predicted_error(plan, self.profile)
+            entry["predicted_cost"] = predicted_cost(plan, self.profile)
         return plan
 
     def _fidelity(self, plans: Mapping[str, CachePlan], scale: float,

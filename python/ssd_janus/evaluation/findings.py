@@ -1,4 +1,4 @@
-"""What a comparison of policies says: its goals, and whether predicted errors rank plans as measured ones do."""
+"""What a comparison of policies says: its goals, and whether predicted costs rank plans as measured ones do."""
 
 from __future__ import annotations
 
@@ -184,12 +184,12 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def prediction(pairs: Mapping[Key, tuple[float, float]]) -> dict[str, Any]:
-    """How predicted errors rank plans against measured mean KL.
+    """How predicted costs rank plans against measured mean KL.
 
     Over all plans, where larger budgets alone bring a correlation, and over the plans of each budget and row buffer.
 
     Args:
-        pairs: (predicted error, mean KL) of every plan that has both.
+        pairs: (predicted cost, mean KL) of every plan that has both.
 
     Returns:
         "plans" (their number), "spearman" (over all) and "groups": budget, row_buffer, plans and spearman each.
