@@ -61,6 +61,18 @@ def trained_state(model: JanusForConditionalGeneration) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name.startswith(names)}
 
 
+def average(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of weights of the same names and shapes, in float32 (Wortsman et al., "Model soups", 2022).
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    for state in states[1:]:
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in states[0].items()}:
+            raise ValueError("weights to average must have the same names and shapes")
+    return {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}
+
+
 def orthogonalize(grad: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """The Newton-Schulz iteration of torch's Muon, [m, n] to [m, n], in float32 instead of bfloat16.
 
@@ -152,7 +164,8 @@ def train(
         int, typer.Option(help="All steps, past ones included. The last half decays.")
     ] = 3000,
     init: Annotated[
-        Path | None, typer.Option(help="Start a new run from the weights of an exported folder.")
+        list[Path] | None, typer.Option(help="Start a new run from the weights of an exported folder; of several, from "
+                                             "their mean.")
     ] = None,
     until: Annotated[
         int | None, typer.Option(help="Stop at this step, with the schedule of --steps; resume with other options.")
@@ -197,10 +210,10 @@ def train(
     initialise(model, book)
     head = losses.SceneHead()
     opts = optimizers(model, head, lr, adam_lr)
-    if init is not None:
-        weights = load_file(init / "model.safetensors")
+    if init:
+        weights = average([load_file(folder / "model.safetensors") for folder in init])
         model.load_state_dict({name: weights[name] for name in trained_state(model)}, strict=False)
-        head.start_from(load_file(init / "scene_head.safetensors")["weight"])
+        head.start_from(average([load_file(folder / "scene_head.safetensors") for folder in init])["weight"])
     progress = resume(run, model, head, opts)
     run.mkdir(parents=True, exist_ok=True)
     if compiled:

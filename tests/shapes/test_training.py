@@ -237,3 +237,11 @@ def test_orthogonalize_is_torchs_iteration():
         assert (mine - _zeropower_via_newtonschulz(grad, coefficients, 5, 1e-7).float()).norm() < 0.03 * mine.norm()
         assert torch.linalg.svdvals(mine).max() < 1.3
 
+
+
+def test_weights_are_averaged():
+    a, b = {"x": torch.tensor([1.0, 3.0], dtype=torch.bfloat16)}, {"x": torch.tensor([2.0, -1.0])}
+    assert torch.equal(train.average([a, b])["x"], torch.tensor([1.5, 1.0])) and train.average([b])["x"].tolist() == [2, -1]
+    for other in ({"y": torch.zeros(2)}, {"x": torch.zeros(3)}):
+        with pytest.raises(ValueError, match="same names and shapes"):
+            train.average([a, other])
