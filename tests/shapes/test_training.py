@@ -241,7 +241,8 @@ def test_orthogonalize_is_torchs_iteration():
 
 def test_weights_are_averaged():
     a, b = {"x": torch.tensor([1.0, 3.0], dtype=torch.bfloat16)}, {"x": torch.tensor([2.0, -1.0])}
-    assert torch.equal(train.average([a, b])["x"], torch.tensor([1.5, 1.0])) and train.average([b])["x"].tolist() == [2, -1]
+    assert torch.equal(train.average([a, b])["x"], torch.tensor([1.5, 1.0]))
+    assert torch.equal(train.average([b])["x"], b["x"])
     for other in ({"y": torch.zeros(2)}, {"x": torch.zeros(3)}):
         with pytest.raises(ValueError, match="same names and shapes"):
             train.average([a, other])
