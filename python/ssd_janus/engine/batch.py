@@ -18,8 +18,9 @@ from .timing import StepTiming
 from .weights import Layer, Weights
 
 # torch's float32 products on a CPU give a row the same bits in every batch whose size is a multiple of this, and other
-# bits in some smaller ones (docs/engine.md, "Seeds").
-ROW_MULTIPLE = 8
+# bits in some smaller ones (docs/engine.md, "Seeds"). oneDNN's from packed weights have other bits for one row alone on
+# some processors.
+ROW_MULTIPLE, PACKED_ROW_MULTIPLE = 8, 2
 PREFILL_TOKENS = 4096  # of prompts that go through the layers together
 
 LogitsProcessor = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -39,7 +40,7 @@ class Batch:
     """
 
     def __init__(self, weights: Weights, cache: CompressedCache, guidance: Sequence[float], steps: int,
-                 sampling: Sampling, noise: Noise | None, *, exact: bool = False, compiled: bool = False,
+                 sampling: Sampling, noise: Noise | None, *, row_multiple: int = 1, compiled: bool = False,
                  observer: Observer | None = None, logits_processor: Sequence[LogitsProcessor] = (),
                  timing: StepTiming | None = None) -> None:
         """
@@ -49,7 +50,7 @@ class Batch:
             guidance: scale of each picture, those above 1 first.
             steps: tokens per picture.
             sampling, noise: how tokens are chosen; no noise if greedy.
-            exact: pad the rows of every product so that its bits do not depend on the batch (`ROW_MULTIPLE`).
+            row_multiple: pad the rows of every product to a multiple of this.
             compiled: run what lies between two attentions through torch.compile.
             observer: watches the attention.
             logits_processor: called with the logits before guidance [rows, codes], the conditional rows first.
@@ -62,8 +63,8 @@ class Batch:
         self.pictures, self.guided = len(guidance), sum(scale > 1 for scale in guidance)
         self.rows = self.pictures + self.guided
         device, dtype = weights.device, weights.dtype
-        padded = _padded(self.rows) if exact else self.rows
-        self.exact = exact
+        self.row_multiple = row_multiple
+        padded = self._padded(self.rows)
         self.scale = torch.tensor(guidance[:self.guided], device=device)[:, None]
         pictures = [*range(self.pictures), *range(self.guided)] + [0] * (padded - self.rows)
         self.picture_of_row = torch.tensor(pictures, device=device)
@@ -138,6 +139,9 @@ class Batch:
             hidden = self._mix(hidden, attended, layer)
         self._choose(hidden)
 
+    def _padded(self, rows: int) -> int:
+        return -(-rows // self.row_multiple) * self.row_multiple
+
     def _heads(self, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries [N, Hq, D], keys and values [N, H, D] of [N, (Hq + 2 H) D]."""
         weights = self.weights
@@ -182,8 +186,7 @@ class Batch:
         weights, count, length = self.weights, len(prompts), len(prompts[0])
         tokens = torch.tensor(prompts, device=weights.device).flatten()
         positions = [*range(length)] * count
-        if self.exact:
-            tokens = functional.pad(tokens, (0, _padded(len(tokens)) - len(tokens)))
+        tokens = functional.pad(tokens, (0, self._padded(len(tokens)) - len(tokens)))
         hidden = functional.embedding(tokens, weights.embed).to(weights.dtype)
         for index, layer in enumerate(weights.layers):
             query, keys, values = self._heads(self._project(hidden, layer)[:count * length])
@@ -238,7 +241,3 @@ def mix(hidden: torch.Tensor, attended: torch.Tensor, layer: Layer) -> torch.Ten
 @functools.cache
 def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return torch.compile(function, dynamic=False)
-
-
-def _padded(rows: int) -> int:
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE

@@ -18,7 +18,7 @@ from ..online import OnlinePlan
 from ..progress import ProgressCallback
 from ..shape import ModelShape
 from . import capture, memory
-from .batch import Batch, LogitsProcessor
+from .batch import PACKED_ROW_MULTIPLE, ROW_MULTIPLE, Batch, LogitsProcessor
 from .decoding import DECODE_CHUNK, decode
 from .memory import MemoryReport
 from .sampling import Noise, Sampling
@@ -291,7 +291,8 @@ class Engine:
         seeds = None if request.seeds is None else [request.seeds[i] for i in order]
         noise = None if request.sampling.greedy else Noise(len(order), weights.codes, seeds, weights.device)
         observer = self.plan.observer() if isinstance(self.plan, OnlinePlan) else request.observer
-        batch = Batch(weights, cache, guidance, request.steps, request.sampling, noise, exact=self.exact,
+        multiple = (PACKED_ROW_MULTIPLE if self.packed else ROW_MULTIPLE) if self.exact else 1
+        batch = Batch(weights, cache, guidance, request.steps, request.sampling, noise, row_multiple=multiple,
                       compiled=self.compile, observer=observer, logits_processor=request.logits_processor,
                       timing=request.timing)
         batch.start(prompts)

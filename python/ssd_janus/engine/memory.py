@@ -19,8 +19,9 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 from ssd_kernels import CachePlan
 
 from ..shape import ModelShape
-from .batch import PREFILL_TOKENS
+from .batch import PREFILL_TOKENS, ROW_MULTIPLE
 from .linear import can_pack
+from .weights import TABLE_CODES
 
 PACKED_SHARE = 0.25
 USABLE_SHARE = 0.9  # of what is free: allocators round up, and convolutions need room of their own
@@ -84,21 +85,30 @@ def packs(model: Any, packed: bool | None = None) -> bool:
 
 
 def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int) -> int:
-    """What a batch needs beside weights and cache: the widest layer of the prompt or of a step, and the logits.
+    """What a batch needs beside weights and cache, at most: prompts that all differ, and sampling with every filter.
+
+    That is the rotary table and the table of next inputs, and the larger of two moments: the prompts in a layer, or the
+    logits of a step. Temporary memory of libraries is not in it.
 
     Args:
         pictures, rows: of the batch.
         max_prompt: longest prompt, tokens.
     """
     shape, config = ModelShape.of(model), model.model.language_model.config
-    heads = shape.num_query_heads + 2 * shape.num_heads
-    wide = 4 * config.hidden_size + 2 * heads * shape.head_dim + 3 * config.intermediate_size
-    tokens = max(rows, min(rows * max_prompt, PREFILL_TOKENS))
-    prompt_copies = 2 * rows * max_prompt * shape.num_heads * shape.head_dim
+    size = 4 if packs(model) else model.dtype.itemsize
     codes = model.model.generation_head.vision_head.out_features
-    # Noise, probabilities and their filtered copies are float32; logits exist in the model's dtype and in float32.
-    return (model.dtype.itemsize * (tokens * wide + prompt_copies + rows * codes)
-            + 4 * codes * (2 * rows + 6 * pictures))
+    widths = (shape.num_query_heads + 2 * shape.num_heads) * shape.head_dim
+    tables = 2 * 4 * (max_prompt + shape.num_visual_tokens) * shape.head_dim
+    if codes <= TABLE_CODES:
+        tables += size * codes * config.hidden_size
+    tokens = max(min(rows * max_prompt, max(PREFILL_TOKENS, max_prompt)), rows) + ROW_MULTIPLE
+    # Keys and values: as projected, rotated, and once more for every row of the cache.
+    copies = 2 * rows * max_prompt * shape.num_heads * shape.head_dim
+    layer = tokens * (3 * config.hidden_size + 3 * widths + 4 * config.intermediate_size) + copies
+    buffers = (rows + ROW_MULTIPLE) * (2 * config.hidden_size + shape.num_query_heads * shape.head_dim)
+    # Logits in both dtypes; noise, guided logits and what filters make of them, with 8-byte numbers of codes.
+    logits = rows * codes * (size + 4) + pictures * codes * (4 * 8 + 2 * 8)
+    return tables + size * buffers + max(size * layer, logits) + 4 * pictures * codes
 
 
 def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, max_prompt: int = 64,
