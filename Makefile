@@ -56,15 +56,19 @@ gpu:
 	done; else echo "compute-sanitizer is not installed: not run"; fi
 	$(PYTHON) -m bench.gpu --out $(OUT)
 
-# Every parameter of the contract tests on the simulation of the CUDA kernels: three orders of threads, then sanitizers.
+# Every parameter of the contract tests on the simulation of the CUDA kernels: two orders of threads, and a third one
+# under sanitizers. `make simulation SEEDS_OF_THREADS=` runs the sanitizers only.
+SEEDS_OF_THREADS ?= 1 2
 simulation: export OMP_WAIT_POLICY := passive
+simulation: export OMP_NUM_THREADS := 1
 simulation: $(VENV)/.built
-	for seed in 1 2 3; do SSD_SIMULATION_SEED=$$seed OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels \
-		-k simulated_cuda -m 'not gpu' || exit 1; done
+	$(BIN)/python -m tests.kernels.simulation
 	SSD_SIMULATION_SANITIZED=1 $(BIN)/python -m tests.kernels.simulation
-	LD_PRELOAD=$$(realpath $$($(or $(CXX),g++) -print-file-name=libasan.so)) SSD_SIMULATION_SANITIZED=1 OMP_NUM_THREADS=1 \
-		ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 $(BIN)/python -m pytest -q tests/kernels \
-		-k 'simulated_cuda and not inductor' -m 'not gpu'
+	for seed in $(SEEDS_OF_THREADS); do SSD_SIMULATION_SEED=$$seed $(BIN)/python -m pytest -q -n auto tests/kernels \
+		-k simulated_cuda -m 'not gpu' || exit 1; done
+	LD_PRELOAD=$$(realpath $$($(or $(CXX),g++) -print-file-name=libasan.so)) SSD_SIMULATION_SANITIZED=1 \
+		SSD_SIMULATION_SEED=3 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 $(BIN)/python -m pytest -q \
+		-n auto tests/kernels -k 'simulated_cuda and not inductor' -m 'not gpu'
 
 bench: $(VENV)/.built
 	$(BIN)/ssd-bench suite --readme README.md

@@ -34,49 +34,54 @@ def compiler() -> str | None:
     return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
 
-def build(sources: Path = ROOT / "csrc", sanitized: bool = SANITIZED, only: str = "", cached: bool = True) -> Path:
+def build(sources: Path = ROOT / "csrc", sanitized: bool = SANITIZED, optimized: bool = True) -> Path:
     """Compile the module and return its path.
 
     Args:
         sources: csrc, or a changed copy of it.
         sanitized: with AddressSanitizer and UndefinedBehaviorSanitizer.
-        only: part of the names of the decode_*.cu files to compile; the others' kernels cannot be called then.
-        cached: keep what was built, under a name that depends on every source's content.
+        optimized: slower to build, and faster to run.
     """
     cuda = [path for path in sorted((sources / "cuda").glob("*.c*")) if path.suffix in (".cu", ".cpp")
-            and path.name != SKIPPED and (only in path.name or not path.name.startswith("decode_"))]
+            and path.name != SKIPPED]
     files = [*cuda, Path(__file__).with_suffix(".cpp")]
     flags = ["-std=c++17", "-fPIC", "-DSSD_SIMULATE", f"-I{sources}", f"-I{pybind11.get_include()}",
              f"-I{sysconfig.get_paths()['include']}", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
-             "-O0" if only else "-O1", *(SANITIZERS if sanitized else ())]
+             "-O1" if optimized else "-O0", *(SANITIZERS if sanitized else ())]
     read = [path for path in sorted(sources.rglob("*")) if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
-    text = "\0".join([*flags, only, sys.version, *(path.read_text() for path in [*read, files[-1]])])
+    text = "\0".join([*flags, sys.version, *(path.read_text() for path in [*read, files[-1]])])
     folder = ROOT / "build" / f"simulation-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     module = folder / f"_simulation{sysconfig.get_config_var('EXT_SUFFIX')}"
     with (folder / "lock").open("w") as lock:  # one process builds, the others wait for it
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not cached or not module.exists():
+        if not module.exists():
             _compile(files, flags, folder, module)
     return module
 
 
 def _compile(files: list[Path], flags: list[str], folder: Path, module: Path) -> None:
-    work = folder / f"objects.{os.getpid()}"
-    work.mkdir(exist_ok=True)
-    objects = [work / f"{path.name}.o" for path in files]
-
-    def compile_one(pair: tuple[Path, Path]) -> None:
-        source, target = pair
-        subprocess.run([str(compiler()), *flags, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, zip(files, objects, strict=True)))
+        objects = list(pool.map(lambda source: _object(source, flags), files))
     sanitizers = [flag for flag in flags if flag.startswith("-fsanitize")]
-    subprocess.run([str(compiler()), "-shared", *sanitizers, *map(str, objects), "-o", str(work / module.name)],
-                   check=True)
-    os.replace(work / module.name, module)
-    shutil.rmtree(work)
+    partial = folder / f"{module.name}.{os.getpid()}"
+    subprocess.run([str(compiler()), "-shared", *sanitizers, *map(str, objects), "-o", str(partial)], check=True)
+    os.replace(partial, module)
+
+
+def _object(source: Path, flags: list[str]) -> Path:
+    """The object file of a source, compiled unless one with the same text, all headers included, is there."""
+    command = [str(compiler()), *flags, "-x", "c++", str(source)]
+    text = subprocess.run([*command, "-E", "-P"], check=True, capture_output=True).stdout
+    options = " ".join(flag for flag in flags if not flag.startswith("-I"))
+    name = hashlib.sha256(options.encode() + text).hexdigest()[:16]
+    target = ROOT / "build" / "simulation-objects" / f"{source.name}.{name}.o"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}")
+        subprocess.run([*command, "-c", "-o", str(partial)], check=True)
+        os.replace(partial, target)
+    return target
 
 
 def load(path: Path) -> ModuleType:
@@ -95,12 +100,12 @@ class SimulatedCUDABackend(CUDABackend):
     device_type = "cpu"
 
     def __init__(self, path: Path | None = None) -> None:
-        self._path = path
+        self.path = path
         self._module: ModuleType | None = None
 
     def extension(self) -> ModuleType:
         if self._module is None:
-            self._module = load(self._path or build())
+            self._module = load(self.path or build())
             self._module.set_seed(int(os.environ.get("SSD_SIMULATION_SEED", "0")))
         return self._module
 

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not simulation.is_supported(), reason="needs Lin
 BARRIERS = 13  # that a block of the runs below meets
 WAITS = 8
 
+
 @pytest.fixture
 def module():
     """The simulation, without faults before and after."""
