@@ -14,8 +14,9 @@ class StepTiming:
     """Seconds of every step, in three parts. Steps are then run one operation at a time, without a CUDA graph.
 
     Attributes:
-        steps: one dict per step: ``total``, ``linear`` (all matrix products of the layers, the head and the embedding
-            of the next token), ``attention`` (the cache's decode) and ``rest``.
+        steps: one dict per step: ``total``, ``linear`` (all matrix products of the layers, the head and the input of
+            the next step, with the activations and sums that follow them), ``attention`` (the cache's decode) and
+            ``rest``.
     """
 
     def __init__(self) -> None:
