@@ -15,17 +15,19 @@ SAME_MACHINE = ("processor", "cores", "threads", "instruction_set", "gpu", "driv
 
 @dataclass(frozen=True)
 class Pair:
-    """One measurement in both sets. Seconds; ``noise`` is relative, ``ratio`` B / A."""
+    """One measurement in both sets. Seconds; ``noise`` is relative, None if unknown; ``ratio`` B / A."""
 
     name: str
     point: str
     a: float
     b: float
     ratio: float
-    noise: float
+    noise: float | None
 
     @property
     def verdict(self) -> str:
+        if self.noise is None:
+            return "one trial: unknown"
         if abs(self.ratio - 1) <= self.noise:
             return "within the noise"
         return "faster" if self.ratio < 1 else "slower"
@@ -42,18 +44,19 @@ class Comparison:
     warnings: list[str]
 
 
-def noise(line: Record) -> float:
-    """Relative noise of one measurement: half the spread of its trials' medians."""
+def noise(line: Record) -> float | None:
+    """Relative noise of one measurement: half the spread of its trials' medians; None after a single trial."""
     seconds = line["seconds"]
-    return float(seconds["spread"] / 2 / seconds["median"])
+    return None if len(seconds["trials"]) < 2 else float(seconds["spread"] / 2 / seconds["median"])
 
 
 def pair(a: Record, b: Record) -> Pair:
     """Both records of one measurement; their noises add like independent errors."""
     point = a["point"]
     label = ", ".join([f"batch {point['batch']}", *(str(point[name]) for name in ("label", "dtype") if name in point)])
+    noises = [known for known in (noise(a), noise(b)) if known is not None]
     return Pair(a["contender"]["name"], label, a["seconds"]["median"], b["seconds"]["median"],
-                b["seconds"]["median"] / a["seconds"]["median"], math.hypot(noise(a), noise(b)))
+                b["seconds"]["median"] / a["seconds"]["median"], math.hypot(*noises) if len(noises) == 2 else None)
 
 
 def comparison(a: Sequence[Record], b: Sequence[Record]) -> Comparison:
@@ -80,5 +83,5 @@ def comparison(a: Sequence[Record], b: Sequence[Record]) -> Comparison:
 
 def rows(found: Comparison) -> list[list[str]]:
     """A row per pair under `COLUMNS`."""
-    return [[one.name, one.point, f"{1e6 * one.a:.1f}", f"{1e6 * one.b:.1f}", f"{one.ratio:.3f}", f"{one.noise:.1%}",
-             one.verdict] for one in found.pairs]
+    return [[one.name, one.point, f"{1e6 * one.a:.1f}", f"{1e6 * one.b:.1f}", f"{one.ratio:.3f}",
+             "" if one.noise is None else f"{one.noise:.1%}", one.verdict] for one in found.pairs]

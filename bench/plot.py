@@ -178,6 +178,8 @@ def _sweep(lines: Sequence[Record], axis: str, xlabel: str, value: Callable[[Rec
         for contender in _names(group):
             points = sorted({line["point"][axis]: value(line) for line in group
                              if line["contender"]["name"] == contender}.items())
+            if len(points) == 1:  # no line to draw
+                continue
             panel.plot(*zip(*points, strict=True), label=contender, **styles[contender])
         ticks = sorted({line["point"][axis] for line in group})
         point = group[0]["point"]
@@ -207,9 +209,11 @@ def _place(lines: Sequence[Record]) -> Any:
     figure, axes = _figure(len(groups))
     styles = _styles(lines)
     for panel, (title, group) in zip(axes, groups.items(), strict=True):
-        for line in group:
+        for number, line in enumerate(group):
+            # A marker at every fourth row, each contender at other ones: close lines stay apart.
             panel.plot(range(1, len(line["by_row"]) + 1), [1e3 * seconds for seconds in line["by_row"]],
-                       label=line["contender"]["name"], **styles[line["contender"]["name"]])
+                       label=line["contender"]["name"], markevery=(number % 4, 4),
+                       **{**styles[line["contender"]["name"]], "linewidth": 1.2})
         panel.set(xlabel="row of the picture", ylabel="ms per decoder step", ylim=(0, None))
         panel.set_title(title.replace(", model", "\nmodel"), fontsize="medium")
         panel.grid(alpha=0.3)

@@ -49,7 +49,7 @@ def page(lines: Sequence[Record]) -> str:
     """
     if not lines:
         raise ValueError("there are no results to report")
-    groups = points(lines)
+    groups = sorted(points(lines), key=lambda group: group[0]["kind"] != "kernel")
     notes = COLUMN_NOTES | (DECODER_NOTES if any(line["kind"] != "kernel" for line in lines) else {})
     machines = dict.fromkeys(_machine(line) for line in lines)
     parts = ["<h1>ssd-bench</h1>",

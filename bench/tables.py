@@ -25,7 +25,8 @@ KERNEL_COLUMNS = ("", "does", "us", "+-", "best", "GB/s", "of ceiling", "MB held
 COLUMN_NOTES = {
     "does": "what of the step it does; the rivals leave out appending, scores and eviction",
     "us": "microseconds per layer and step: the median of three trials' medians of 50 repetitions each",
-    "+-": "slowest trial's median less the fastest's, relative: differences below half of it mean nothing",
+    "+-": "slowest trial's median less the fastest's, relative: differences below half of it mean nothing; "
+          "empty after a single trial",
     "best": "the fastest repetition, in microseconds",
     "GB/s": "bytes that have to move for what it does, on kept tokens only, per second; padding does not count",
     "of ceiling": "GB/s over the highest rate at which the same run could read or copy memory",
@@ -58,7 +59,7 @@ def kernel_rows(lines: Sequence[Record]) -> list[list[str]]:
         size, median = line["bytes"], seconds["median"]
         rows.append([
             contender["name"], contender["does"], f"{1e6 * median:.0f}" if median > 1e-4 else f"{1e6 * median:.1f}",
-            f"{seconds['spread'] / median:.0%}", f"{1e6 * seconds['best']:.0f}", f"{size['useful'] / median / 1e9:.1f}",
+            _spread(line), f"{1e6 * seconds['best']:.0f}", f"{size['useful'] / median / 1e9:.1f}",
             f"{share(line):.0%}", f"{size['allocated'] / 1e6:.1f}", str(line["launches"]),
             f"{median / reference['seconds']['median']:.2f}" if reference else ""])
     return rows
@@ -104,6 +105,12 @@ def goals(lines: Sequence[Record]) -> list[str]:
     return found
 
 
+def _spread(line: Record) -> str:
+    """Of the trials' medians, relative; nothing for a single trial, which has none."""
+    seconds = line["seconds"]
+    return f"{seconds['spread'] / seconds['median']:.0%}" if len(seconds["trials"]) > 1 else ""
+
+
 def _verdict(met: bool) -> str:
     return "met" if met else "missed"
 
@@ -111,7 +118,8 @@ def _verdict(met: bool) -> str:
 def decoder_title(line: Record) -> str:
     point = line["point"]
     what = "whole pictures" if point["start"] is None else f"a step at {point['start']} visual tokens"
-    return (f"{what}, model {point['label']}, {point['batch']} pictures ({point['rows']} rows), {point['dtype']}, "
+    count = f"{point['batch']} picture{'s' if point['batch'] > 1 else ''}"
+    return (f"{what}, model {point['label']}, {count} ({point['rows']} rows), {point['dtype']}, "
             f"batch: {point['batch_is']}")
 
 
@@ -128,7 +136,7 @@ def decoder_rows(lines: Sequence[Record]) -> list[list[str]]:
         median, point, size = line["seconds"]["median"], line["point"], line["bytes"]
         split, by_row = line.get("split"), line.get("by_row")
         rows.append([
-            line["contender"]["name"], f"{1e3 * median:.1f}", f"{line['seconds']['spread'] / median:.0%}",
+            line["contender"]["name"], f"{1e3 * median:.1f}", _spread(line),
             *(f"{1e3 * split[part]:.1f}" if split else "" for part in ("linear", "attention", "rest")),
             f"{point['batch'] / median:.1f}",
             f"{point['batch'] / line['loop_seconds']:.2f}" if "loop_seconds" in line else "",

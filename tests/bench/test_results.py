@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from ssd_bench import machine
 from ssd_bench.cli import app
-from ssd_bench.compare import comparison
+from ssd_bench.compare import comparison, rows
 from ssd_bench.records import read, write
+from ssd_bench.tables import kernel_rows
 
 OURS, RIVAL = "ssd_kernels cpu: heavy", "SDPA full cache"  # as in conftest.py
 
@@ -48,6 +49,14 @@ def test_differences_count_beyond_the_noise(make, after: tuple[float, ...], verd
     [pair] = comparison([make()], [make(trials=after)]).pairs
     assert pair.verdict == verdict and pair.ratio == pytest.approx(after[1] / 100)
     assert pair.noise == pytest.approx(((10 / 100) ** 2 + ((after[2] - after[0]) / 2 / after[1]) ** 2) ** 0.5)
+
+
+def test_a_single_trial_has_no_noise_to_judge_by(make):
+    """Its spread of 0 must not pass for certainty, neither in a verdict nor in a table."""
+    [pair] = comparison([make()], [make(trials=(200,))]).pairs
+    assert (pair.noise, pair.verdict) == (None, "one trial: unknown")
+    assert rows(comparison([make()], [make(trials=(200,))]))[0][-2] == ""
+    assert kernel_rows([make(trials=(200,))])[0][3] == "" and kernel_rows([make()])[0][3] == "20%"
 
 
 def test_only_the_same_measurement_is_compared(make):
