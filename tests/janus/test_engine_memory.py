@@ -75,13 +75,16 @@ def test_decoding_takes_what_was_predicted(fresh: Any, pictures: int) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("pictures, length, guidance", [(1, 10, 5.0), (8, 20, 1.0), (24, 3, 5.0), (200, 20, 1.0)])
+@pytest.mark.parametrize("pictures, length, guidance, codes", [
+    (1, 10, 5.0, 64), (8, 20, 1.0, 64), (24, 3, 5.0, 64), (200, 20, 1.0, 64), (1, 10, 5.0, 4096), (32, 3, 5.0, 4097)])
 def test_a_batch_takes_at_most_what_was_predicted(fresh: Any, packed: bool, pictures: int, length: int,
-                                                  guidance: float) -> None:
+                                                  guidance: float, codes: int) -> None:
     """From the prompt on, with prompts that all differ and every filter of sampling."""
     if packed and not can_pack(torch.float32):
         pytest.skip("torch without oneDNN")
     torch.manual_seed(0)
+    fresh.model.generation_embeddings = torch.nn.Embedding(codes, 8)
+    fresh.model.generation_head.vision_head = torch.nn.Linear(fresh.config.text_config.hidden_size, codes)
     prompts = [[0, *torch.randint(5, 250, (length - 2,)).tolist(), 3] for _ in range(pictures)]
     engine = Engine(fresh, packed=packed)
     with Peak() as peak:

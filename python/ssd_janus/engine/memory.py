@@ -87,8 +87,8 @@ def packs(model: Any, packed: bool | None = None) -> bool:
 def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int) -> int:
     """What a batch needs beside weights and cache, at most: prompts that all differ, and sampling with every filter.
 
-    That is the rotary table and the table of next inputs, and the larger of two moments: the prompts in a layer, or the
-    logits of a step. Temporary memory of libraries is not in it.
+    That is the rotary table and the table of next inputs, and the largest of three moments: the table is made, the
+    prompts are in a layer, a token is chosen from logits. Temporary memory of libraries is not in it.
 
     Args:
         pictures, rows: of the batch.
@@ -98,9 +98,8 @@ def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int) -> int:
     size = 4 if packs(model) else model.dtype.itemsize
     codes = model.model.generation_head.vision_head.out_features
     widths = (shape.num_query_heads + 2 * shape.num_heads) * shape.head_dim
-    tables = 2 * 4 * (max_prompt + shape.num_visual_tokens) * shape.head_dim
-    if codes <= TABLE_CODES:
-        tables += size * codes * config.hidden_size
+    rotary = 2 * 4 * (max_prompt + shape.num_visual_tokens) * shape.head_dim
+    table = size * codes * config.hidden_size if codes <= TABLE_CODES else 0
     tokens = max(min(rows * max_prompt, max(PREFILL_TOKENS, max_prompt)), rows) + ROW_MULTIPLE
     # Keys and values: as projected, rotated, and once more for every row of the cache.
     copies = 2 * rows * max_prompt * shape.num_heads * shape.head_dim
@@ -108,7 +107,8 @@ def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int) -> int:
     buffers = (rows + ROW_MULTIPLE) * (2 * config.hidden_size + shape.num_query_heads * shape.head_dim)
     # Logits in both dtypes; noise, guided logits and what filters make of them, with 8-byte numbers of codes.
     logits = rows * codes * (size + 4) + pictures * codes * (4 * 8 + 2 * 8)
-    return tables + size * buffers + max(size * layer, logits) + 4 * pictures * codes
+    # While the table is made, the aligner holds as much again.
+    return rotary + table + size * buffers + max(table, size * layer, logits) + 4 * pictures * codes
 
 
 def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, max_prompt: int = 64,
