@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,19 @@ def test_a_profile_is_asked_for_before_drawing(folder: Path, tmp_path: Path, mon
     result = run("compare", "--out", tmp_path, "--model", folder, "--part", "fidelity", "--prompts-file",
                  tmp_path / "prompts.txt", "--policy", "h2o", "--policy", "adaptive")
     assert result.exit_code == 2 and "policy adaptive needs a profile" in " ".join(result.stderr.split())
+
+
+def test_calls_that_need_no_profile_go_on_in_the_same_folder(folder: Path, profile: Any, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(folder)
+
+    def compare(heads: Any) -> comparison.Comparison:
+        return comparison.Comparison(pipe, tmp_path, heads, tiny.PROMPTS[:1], [])
+
+    first = compare(profile)
+    first.save()
+    assert compare(None).record["profile"] == first.record["profile"] and first.record["profile"]["prompts"] == 1
+    with pytest.raises(ValueError, match="made with another profile"):
+        compare(replace(profile, sensitivity=2 * profile.sensitivity))
 
 
 def test_the_page_has_all_sections() -> None:

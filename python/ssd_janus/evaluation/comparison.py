@@ -208,11 +208,15 @@ class Comparison:
         facts = settings(self.pipe, "comparison", self.pipe.shape.full_plan(), self.guidance, self.batch_size)
         self.guidance = facts["guidance_scale"]
         self.out.mkdir(parents=True, exist_ok=True)
-        keep_settings(self.out, facts | {"profile": _digest(self.profile)})
+        keep_settings(self.out, facts)
+        if self.profile is not None:  # calls whose policies need none may come between
+            (self.out / "profile").mkdir(exist_ok=True)
+            keep_settings(self.out / "profile", {"profile": _digest(self.profile)})
         file = self.out / "results.json"
         empty: dict[str, Any] = {"parts": {}, "grid": {}, "sensitivity": {}, "prediction": None, "goals": []}
         self.record = json.loads(file.read_text()) if file.exists() else empty
-        self.record["profile"] = None if self.profile is None else self._cost_of(self.profile)
+        known = self.record.get("profile")
+        self.record["profile"] = known if self.profile is None else self._cost_of(self.profile)
         lengths = [len(tokens) for tokens in self.pipe.prompt_tokens(self.texts)]
         self.prompt_tokens = round(sum(lengths) / len(lengths))
 
@@ -336,9 +340,7 @@ class Comparison:
                 for name, plan in plans.items()}
 
 
-def _digest(profile: HeadProfile | None) -> str | None:
+def _digest(profile: HeadProfile) -> str:
     """Tells profiles apart."""
-    if profile is None:
-        return None
-    return hashlib.blake2b(profile.error.numpy().tobytes() + profile.age_mass.numpy().tobytes(),
-                           digest_size=8).hexdigest()
+    parts = (profile.error, profile.sensitivity, profile.age_mass)
+    return hashlib.blake2b(b"".join(part.numpy().tobytes() for part in parts), digest_size=8).hexdigest()
