@@ -57,7 +57,8 @@ gpu:
 	$(PYTHON) -m bench.gpu --out $(OUT)
 
 # Every parameter of the contract tests on the simulation of the CUDA kernels: two orders of threads, and a third one
-# under sanitizers. `make simulation SEEDS_OF_THREADS=` runs the sanitizers only.
+# under sanitizers. `make simulation SEEDS_OF_THREADS=` runs the sanitizers only. Python links no libstdc++, and
+# AddressSanitizer must find it when it starts, or C++ exceptions end the process.
 SEEDS_OF_THREADS ?= 1 2
 simulation: export OMP_WAIT_POLICY := passive
 simulation: export OMP_NUM_THREADS := 1
@@ -66,7 +67,8 @@ simulation: $(VENV)/.built
 	SSD_SIMULATION_SANITIZED=1 $(BIN)/python -m tests.kernels.simulation
 	for seed in $(SEEDS_OF_THREADS); do SSD_SIMULATION_SEED=$$seed $(BIN)/python -m pytest -q -n auto tests/kernels \
 		-k simulated_cuda -m 'not gpu' || exit 1; done
-	LD_PRELOAD=$$(realpath $$($(or $(CXX),g++) -print-file-name=libasan.so)) SSD_SIMULATION_SANITIZED=1 \
+	LD_PRELOAD="$$(for name in asan stdc++; do realpath $$($(or $(CXX),g++) -print-file-name=lib$$name.so); done | xargs)" \
+		SSD_SIMULATION_SANITIZED=1 \
 		SSD_SIMULATION_SEED=3 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 $(BIN)/python -m pytest -q \
 		-n auto tests/kernels -k 'simulated_cuda and not inductor' -m 'not gpu'
 
