@@ -2,11 +2,14 @@
 
 from typing import Any
 
-class Layer:
+# What both layers share; no class of the module.
+class _BoundLayer:
     def __init__(self, keys: int, values: int, scores: int, positions: int, cursors: int, table: int, pinned: int,
                  dtype: int,
                  batch: int, heads: int, head_dim: int, slots: int, scored_slots: int, max_prompt: int,
                  num_visual_tokens: int, row_buffer: int, keep_prompt: bool) -> None: ...
+
+class Layer(_BoundLayer):
     def decode(self, q: int, k: int, v: int, out: int, query_heads: int, q_row_stride: int, q_head_stride: int,
                k_row_stride: int, k_head_stride: int, v_row_stride: int, v_head_stride: int, scale: float,
                cos: int, sin: int, threads: int) -> None: ...
@@ -22,11 +25,7 @@ CUDA_PART_SLOTS: int
 CUDA_MAX_PARTS: int
 CUDA_MAX_STEPS: int
 
-class CUDALayer:
-    def __init__(self, keys: int, values: int, scores: int, positions: int, cursors: int, table: int, pinned: int,
-                 dtype: int,
-                 batch: int, heads: int, head_dim: int, slots: int, scored_slots: int, max_prompt: int,
-                 num_visual_tokens: int, row_buffer: int, keep_prompt: bool) -> None: ...
+class CUDALayer(_BoundLayer):
     def decode(self, q: int, k: int, v: int, out: int, query_heads: int, q_row_stride: int, q_head_stride: int,
                k_row_stride: int, k_head_stride: int, v_row_stride: int, v_head_stride: int, scale: float,
                cos: int, sin: int, partials: int, logits: int, arrivals: int, parts: int, largest: int,

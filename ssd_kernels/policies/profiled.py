@@ -10,6 +10,7 @@ import torch
 from ..plan import CachePlan, HeadSpec, ScoreRule, peak_tokens
 from .profile import HeadProfile
 from .solve import Shape, Specs, check, check_share, largest, make
+from .uniform import first_and_newest
 
 
 def ssd(shape: Shape, budget: float, row_buffer: int | None = None, *, profile: HeadProfile, tau: float | None = None,
@@ -176,11 +177,9 @@ def _kind(spec: HeadSpec) -> str:
     return "sum" if spec.score == "sum" and not spec.recent else "heavy"
 
 
-SINKS = 4  # StreamingLLM's own number of first tokens
-
 KINDS: dict[str, Callable[[int], HeadSpec]] = {
     "window": HeadSpec.window,
-    "first": lambda size: HeadSpec.heavy(size, score="position", pinned=range(min(SINKS, size - 1))),
+    "first": first_and_newest,
     "heavy": lambda size: HeadSpec.heavy(size, recent=size // 2, score="mean"),
     "sum": HeadSpec.heavy,
 }

@@ -47,21 +47,26 @@ def heavy(shape: Shape, budget: float, row_buffer: int | None = None, *, recent:
     return h2o(shape, budget, row_buffer, recent=recent, score="mean")
 
 
-def streaming_llm(shape: Shape, budget: float, row_buffer: int | None = None, *, first: int = 4) -> CachePlan:
+SINKS = 4  # StreamingLLM's own number of first tokens
+
+
+def first_and_newest(size: int, first: int = SINKS) -> HeadSpec:
+    """The ``first`` tokens of the picture and the newest, ``size`` in all; the newest one always."""
+    return HeadSpec.heavy(size, score="position", pinned=range(min(first, size - 1)))
+
+
+def streaming_llm(shape: Shape, budget: float, row_buffer: int | None = None, *, first: int = SINKS) -> CachePlan:
     """The first tokens and a window of recent ones (StreamingLLM, arXiv 2309.17453).
 
     The paper's sinks are the first tokens of the sequence, which here is the prompt and kept anyway; the first tokens
     of the picture are kept besides.
 
     Args:
-        first: visual tokens kept from the start; StreamingLLM's own is 4.
+        first: visual tokens kept from the start.
     """
     check_int("first", first, 0)
-    sinks = range(first)
-    return largest(
-        shape, budget, row_buffer,
-        lambda size: lambda layer, head: HeadSpec.heavy(size, score="position", pinned=sinks[:max(size - 1, 0)]),
-        shape.num_visual_tokens)
+    return largest(shape, budget, row_buffer, lambda size: lambda layer, head: first_and_newest(size, first),
+                   shape.num_visual_tokens)
 
 
 def rows(shape: Shape, budget: float, row_buffer: int | None = None, *, first_rows: int = 1) -> CachePlan:
