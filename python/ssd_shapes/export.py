@@ -20,6 +20,7 @@ from ssd_shapes.janus import build_model
 MODEL = Path(__file__).parent / "model"
 RECORD = "training.json"
 GUIDANCE = 1.5
+TOP_K = 0
 
 # The model knows bare prompts: a chat is its text.
 CHAT_TEMPLATE = (
@@ -47,7 +48,7 @@ and test ways of generating pictures within seconds and without a download.
 - Colours: {colors}.
 - Counts: one to four. Relations: {relations}.
 - Pictures: {size} x {size} pixels, {codes} codes of {patch} x {patch} pixels.
-- Weights: bfloat16, {megabytes:.1f} MB. Default guidance scale {guidance:g}, full softmax (`top_k=0`), temperature 1.
+- Weights: bfloat16, {megabytes:.1f} MB. Default guidance scale {guidance:g}, {candidates}, temperature 1.
 
 ## Training
 
@@ -98,7 +99,11 @@ def newest(run: Path) -> Path:
 
 
 def assemble(
-    tokenizer: PreTrainedTokenizerFast, language: dict[str, Tensor], vq: dict[str, Tensor], guidance: float
+    tokenizer: PreTrainedTokenizerFast,
+    language: dict[str, Tensor],
+    vq: dict[str, Tensor],
+    guidance: float,
+    top_k: int = TOP_K,
 ) -> JanusForConditionalGeneration:
     """The complete model in bfloat16 from the weights of its two trained parts."""
     torch.manual_seed(0)  # for the vision tower
@@ -117,7 +122,7 @@ def assemble(
         pad_token_id=tokenizer.pad_token_id,
         do_sample=True,
         temperature=1.0,
-        top_k=0,  # transformers' own default of 50 would cut the distribution
+        top_k=top_k,  # always written: transformers' own default is 50
         guidance_scale=guidance,
         generation_kwargs={"boi_token_id": text.token_id(tokenizer, text.BOI)},
         _from_model_config=False,  # or from_pretrained drops these values
@@ -151,6 +156,7 @@ def card(model: JanusForConditionalGeneration, record: dict[str, Any]) -> str:
         lm_held_out=lm["held_out_loss"],
         lm_read=" / ".join(f"{lm['held_out_scene'][name]:.0%}" for name in ("shape", "color", "number")),
         guidance=record["guidance_scale"],
+        candidates=f"the {top_k} most probable codes" if (top_k := record["top_k"]) else "full softmax (`top_k=0`)",
         megabytes=record["bytes"] / 1e6,
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         shapes=", ".join(world.SHAPES),
@@ -191,6 +197,9 @@ def export(
     vq: Annotated[Path, typer.Argument(help="Finished run folder of ssd_shapes.vq.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; replaced whole if it exists.")] = MODEL,
     guidance: Annotated[float, typer.Option(help="The model's default guidance scale, above 1.")] = GUIDANCE,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="The model's default: sample among so many most probable codes; 0 for all.")
+    ] = TOP_K,
     history: Annotated[str, typer.Option(help="For the model card: which commands trained the model.")] = "",
     results: Annotated[
         Path | None, typer.Option(help="For the model card: results.json of `ssd-janus evaluate --suite shapes`.")
@@ -203,7 +212,7 @@ def export(
     checkpoint = newest(run)
     tokenizer = text.build_tokenizer()
     model = assemble(
-        tokenizer, load_file(checkpoint / "model.safetensors"), load_file(vq / "model.safetensors"), guidance
+        tokenizer, load_file(checkpoint / "model.safetensors"), load_file(vq / "model.safetensors"), guidance, top_k
     )
     partial, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("partial", "old"))
     for folder in (partial, old):
@@ -215,6 +224,7 @@ def export(
         "language_model": json.loads((checkpoint / "progress.json").read_text()),
         "vq_model": json.loads((vq / "progress.json").read_text()),
         "guidance_scale": guidance,
+        "top_k": top_k,
         "history": history,
         "bytes": (partial / "model.safetensors").stat().st_size,
         "scores": None if results is None else json.loads(results.read_text()),

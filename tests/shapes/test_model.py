@@ -47,7 +47,7 @@ def exported(tmp_path_factory, start):
                 "code_accuracy_at_edges": 0.9}
     record = asdict(vq.Progress(step=5, crops=40, seconds=60.0, held_out=held_out))
     (root / "vq" / "progress.json").write_text(json.dumps(record))
-    export.export(root / "lm", root / "vq", root / "model", guidance=1.5)
+    export.export(root / "lm", root / "vq", root / "model", guidance=1.5, top_k=5)
     return root / "model", train.trained_state(model)
 
 
@@ -126,7 +126,7 @@ def test_export_round_trip(exported):
         assert torch.equal(model.state_dict()[name], value.to(torch.bfloat16)), name
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     settings = model.generation_config
-    assert settings.guidance_scale == 1.5 and settings.top_k == 0 and settings.do_sample
+    assert settings.guidance_scale == 1.5 and settings.top_k == 5 and settings.do_sample
     assert not list(folder.parent.glob("model.*"))
 
 
@@ -134,7 +134,7 @@ def test_the_card_states_what_was_recorded(exported):
     card = (exported[0] / "README.md").read_text()
     record = json.loads((exported[0] / export.RECORD).read_text())
     assert record["language_model"]["held_out_loss"] == 2.5
-    for figure in ("| 7 |", "| 56 |", "2.5000", "12.3 dB", "98.70%", "scale 1.5"):
+    for figure in ("| 7 |", "| 56 |", "2.5000", "12.3 dB", "98.70%", "scale 1.5", "5 most probable"):
         assert figure in card, figure
 
 
