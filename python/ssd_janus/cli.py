@@ -93,13 +93,13 @@ def generate(
     out.mkdir(parents=True, exist_ok=True)
     from . import drawing
 
-    scale = pipe.model.generation_config.guidance_scale if guidance is None else guidance
+    scale = pipe.guidance(guidance)
     run, count = None, 0
     for drawn in drawing.draw(pipe, None if layout is None else layout.value, out, chosen, images_per_prompt, guidance,
                               seed, cache_plan, batch_size):
         run, count = drawn.run, count + 1
         if as_json:
-            record = {"file": str(drawn.file), "prompt": drawn.prompt, "image": drawn.image, "seed": seed,
+            record = {"file": str(drawn.file), "prompt": drawn.prompt, "image": drawn.image, "seed": drawn.seed,
                       "width": drawn.size[0], "height": drawn.size[1], "plan_budget": round(run.budget, 4),
                       "guidance_scale": scale, "cache_bytes": run.cache_bytes,
                       "full_cache_bytes": run.full_cache_bytes,

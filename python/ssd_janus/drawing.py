@@ -24,12 +24,13 @@ Layout = Literal["geneval", "dpg"]
 
 @dataclass(frozen=True)
 class Drawn:
-    """One picture: where it is (``file``), its ``prompt``, number among the prompt's (``image``), (width, height) and
-    the statistics of the run that drew it."""
+    """One picture: where it is (``file``), its ``prompt``, number among the prompt's (``image``), ``seed``, (width,
+    height) and the statistics of the run that drew it."""
 
     file: Path
     prompt: str
     image: int
+    seed: int
     size: tuple[int, int]
     run: RunStats
 
@@ -72,7 +73,8 @@ def draw(pipe: Pipeline, layout: Layout | None, out: Path, prompts: Sequence[Fil
                     for file, picture in zip(files, pictures[own], strict=True):
                         save_picture(picture, file)
                 for image, (file, picture) in enumerate(zip(files, pictures[own], strict=True)):
-                    yield Drawn(file, prompts[index].text, image, picture.size, pipe.last_run)
+                    own_seed = seed + index * images_per_prompt + image
+                    yield Drawn(file, prompts[index].text, image, own_seed, picture.size, pipe.last_run)
 
 
 def _last_file(layout: Layout, out: Path, index: int, prompt: FilePrompt) -> Path:

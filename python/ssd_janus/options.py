@@ -130,12 +130,13 @@ def choose_plans(shape: ModelShape, files: Sequence[Path], policies: Sequence[Po
         if file.stem in plans:
             raise ValueError(f"--plan files must have different names, got {file.stem} twice")
         plans[file.stem] = choose_plan(shape, file, None, None, None, None)
-    for policy in policies:
-        if policy is PolicyName.full:
-            plans["full"] = shape.full_plan()
-            continue
-        for budget in budgets or [DEFAULT_BUDGET]:
-            plans[f"{policy.value}-{budget:g}"] = choose_plan(shape, None, policy, budget, row_buffer, profile)
+    for policy in dict.fromkeys(policies):
+        for budget in [None] if policy is PolicyName.full else dict.fromkeys(budgets or [DEFAULT_BUDGET]):
+            name = "full" if budget is None else f"{policy.value}-{budget:g}"
+            if name in plans:
+                raise ValueError(f"--plan must not be a file named like a policy's plan, got {name}.json")
+            plans[name] = (shape.full_plan() if budget is None
+                           else choose_plan(shape, None, policy, budget, row_buffer, profile))
     return plans or {"full": shape.full_plan()}
 
 

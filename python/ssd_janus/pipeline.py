@@ -183,7 +183,7 @@ class Pipeline:
                                                logits_processor, observer)
             self._engine = engine = Engine(self.model, plan, backend=backend)
             tokens = engine.generate(
-                self._token_lists(texts), guidance=self._guidance(guidance_scale), seeds=seed, sampling=sampling,
+                self._token_lists(texts), guidance=self.guidance(guidance_scale), seeds=seed, sampling=sampling,
                 batch_size=batch_size, progress=report, observer=observer, logits_processor=logits_processor,
                 on_row=None if preview is None else lambda numbers, part: preview(numbers, self.decode(part)))
         run = engine.last_run
@@ -191,6 +191,12 @@ class Pipeline:
         self.last_run = self._stats(plan, backend=run.backend, pictures=run.pictures, rows=run.rows,
                                     seconds=run.seconds, cache_bytes=run.cache_bytes, max_prompt=run.max_prompt)
         return tokens
+
+    def guidance(self, guidance_scale: float | None = None) -> float:
+        """The guidance scale that a call with this argument draws with: None is the model's default."""
+        if guidance_scale is None:
+            guidance_scale = self.model.generation_config.guidance_scale
+        return 5.0 if guidance_scale is None else float(guidance_scale)  # transformers' own default
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token numbers of every prompt as the model reads it, begin-of-image included, without padding."""
@@ -205,10 +211,10 @@ class Pipeline:
         """What the last run took: weights, cache, decoding.
 
         Raises:
-            RuntimeError: nothing has been drawn, or not by the engine.
+            RuntimeError: nothing has been drawn, or the last run was not the engine's.
         """
         if self._engine is None:
-            raise RuntimeError("the pipeline has drawn nothing with the engine")
+            raise RuntimeError("the pipeline has drawn nothing, or not with the engine, the last time")
         return self._engine.memory_report()
 
     def _plan(self, plan: CachePlan | None) -> tuple[CachePlan, str]:
@@ -217,16 +223,13 @@ class Pipeline:
             return self.shape.check(plan), self.backend
         return hooks.in_force(self.model) or (self.shape.full_plan(), self.backend)
 
-    def _guidance(self, guidance_scale: float | None) -> float:
-        if guidance_scale is None:
-            guidance_scale = self.model.generation_config.guidance_scale
-        return 5.0 if guidance_scale is None else guidance_scale  # transformers' own default
 
     def _with_transformers(self, texts: list[str], guidance_scale: float | None, seed: int, plan: CachePlan,
                            backend: str, options: dict[str, Any], batch_size: int | None, report: ProgressCallback,
                            logits_processor: Sequence[LogitsProcessor], observer: Observer | None) -> torch.Tensor:
         """As `generate_tokens`, for models that the engine cannot run. A batch then has the seed of its first
         picture."""
+        self._engine = None
         size = batch_size or len(texts)
         batches = [texts[first:first + size] for first in range(0, len(texts), size)]
         step = _Step(report, self.shape.num_visual_tokens * len(batches))

@@ -249,7 +249,7 @@ def measure(pipe: Pipeline, prompts: Sequence[str], *, guidance_scale: float | N
     if radius < 0:
         raise ValueError(f"radius must be at least 0, got {radius}")
     shape = pipe.shape
-    scale = pipe.model.generation_config.guidance_scale if guidance_scale is None else guidance_scale
+    scale = pipe.guidance(guidance_scale)
     sizes = sorted({max(2, round(share * shape.num_visual_tokens)) for share in SIZE_SHARES})
     statistics = HeadStatistics(pipe, sizes)
     began = time.perf_counter()

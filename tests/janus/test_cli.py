@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 import ssd_janus.cli
 from ssd_janus import ModelShape
 from ssd_janus.images import contact_sheet, file_names
+from ssd_janus.options import PolicyName, choose_plans
 from ssd_kernels import policies
 
 SHAPE = ModelShape(tiny.LAYERS, 4, 4, tiny.HEAD_DIM, tiny.TOKENS, tiny.GRID)
@@ -38,10 +39,10 @@ def test_generate_writes_pictures_and_json(folder: Path, tmp_path: Path) -> None
     assert [record["file"] for record in records] == [str(out / name) for name in names]
     assert sorted(path.name for path in out.iterdir()) == names
     assert [record["prompt"] for record in records] == ["a red circle"] * 2 + ["A heart!"] * 2
-    for record in records:
+    for number, record in enumerate(records):
         with Image.open(record["file"]) as picture:
             assert (picture.width, picture.height) == (record["width"], record["height"]) == (24, 24)
-        assert (record["seed"], record["plan_budget"], record["guidance_scale"]) == (1, 0.5, 2.0)
+        assert (record["seed"], record["plan_budget"], record["guidance_scale"]) == (1 + number, 0.5, 2.0)
         assert 0 < record["cache_bytes"] < record["full_cache_bytes"]
     assert "of the full cache's" in result.stderr and "pictures/s" in result.stderr
     assert "weights" not in result.stderr
@@ -125,3 +126,15 @@ def test_help_needs_no_heavy_imports() -> None:
 def test_contact_sheets_need_a_picture_per_caption() -> None:
     with pytest.raises(ValueError, match="column 'full' must have 2 pictures, got 1"):
         contact_sheet({"full": [Image.new("RGB", (4, 4))]}, ["a", "b"])
+
+
+def test_plan_files_and_policies_have_different_names(tmp_path: Path) -> None:
+    file = tmp_path / "window-0.5.json"
+    policies.window(SHAPE, 0.3).save(file)
+    window, full = PolicyName.window, PolicyName.full
+    plans = choose_plans(SHAPE, [file], [full, window], [0.4, 0.4], None, None)
+    assert list(plans) == ["window-0.5", "full", "window-0.4"] and plans["full"] == SHAPE.full_plan()
+    with pytest.raises(ValueError, match="--plan.*window-0.5"):
+        choose_plans(SHAPE, [file], [window], [0.5], None, None)
+    with pytest.raises(ValueError, match="--plan.*got a twice"):
+        choose_plans(SHAPE, [file.rename(tmp_path / "a.json")] * 2, [], [], None, None)

@@ -157,6 +157,34 @@ def test_a_folder_of_other_settings_is_refused(pipe: Pipeline, tmp_path: Path) -
         RunFolder(tmp_path, settings(other, "shapes", plan, None, 8), TEXTS, ".json")
 
 
+def test_settings_hold_what_the_model_samples_with_and_weights_all_over(fresh: Any) -> None:
+    pipe = Pipeline(fresh, tiny.build_processor())
+
+    def seen() -> dict[str, Any]:
+        return settings(pipe, "shapes", pipe.shape.full_plan(), None, 8)
+
+    before = seen()
+    assert before == seen()
+    for name, value in {"do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.5}.items():
+        old = getattr(fresh.generation_config, name)
+        setattr(fresh.generation_config, name, value)
+        assert seen() != before, name
+        setattr(fresh.generation_config, name, old)
+    assert seen() == before
+    with torch.no_grad():
+        fresh.model.language_model.embed_tokens.weight[-1] += 1
+    assert seen()["weights"] != before["weights"]
+
+
+def test_a_model_without_a_default_guidance_is_guided_by_transformers_own(fresh: Any, tmp_path: Path) -> None:
+    pipe = Pipeline(fresh, tiny.build_processor())
+    fresh.generation_config.guidance_scale = None
+    assert pipe.guidance() == 5.0 and pipe.guidance(2) == 2.0
+    found = fidelity.evaluate(pipe, {"full": pipe.shape.full_plan()}, tmp_path, prompts=TEXTS, pictures=False)
+    assert found["full"].kl_mean == 0
+    assert json.loads((tmp_path / "full" / "settings.json").read_text())["guidance_scale"] == 5.0
+
+
 def test_every_batch_has_its_own_seed(pipe: Pipeline, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, settings(pipe, "shapes", pipe.shape.full_plan(), None, 2), TEXTS, ".json")
     batches = folder.batches(3)

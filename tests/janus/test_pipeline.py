@@ -83,6 +83,8 @@ def test_models_beyond_the_engine_are_drawn_by_transformers(fresh: Any, caplog: 
     assert seen[-1] == (2 * tiny.TOKENS, 2 * tiny.TOKENS)
     assert len([record for record in caplog.records if "layers.1.mlp has hooks" in record.message]) == 1
     assert pipe.last_run is not None and pipe.last_run.rows == 6
+    with pytest.raises(RuntimeError, match="not with the engine"):
+        pipe.memory_report()
 
 
 def test_run_statistics(pipe: Pipeline) -> None:

@@ -289,7 +289,7 @@ class Comparison:
         plans: dict[float, dict[str, CachePlan]] = {}
         labels: dict[tuple[float, str], list[str]] = {}
         for case in step.cases:
-            scale = float(self.guidance or 0.0) if case.guidance is None else case.guidance
+            scale = self.pipe.guidance(self.guidance if case.guidance is None else case.guidance)
             plan = self._enter(step.table, case, scale)
             if plan is not None:
                 plans.setdefault(scale, {})[case.plan_name] = plan

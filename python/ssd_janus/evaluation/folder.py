@@ -17,6 +17,8 @@ from ..files import write_text
 from ..pipeline import Pipeline
 
 SETTINGS = "settings.json"
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p")  # of the model's generation config
+SAMPLED = 4096  # values of every weight that tell checkpoints apart
 
 
 @dataclass(frozen=True)
@@ -102,18 +104,20 @@ def keep_settings(path: Path, wanted: Mapping[str, Any]) -> None:
 def settings(pipe: Pipeline, suite: str, plan: CachePlan, guidance_scale: float | None,
              batch_size: int) -> dict[str, Any]:
     """What the results of a suite depend on, besides its prompts."""
-    default = pipe.model.generation_config.guidance_scale
+    config = pipe.model.generation_config
     return {"suite": suite, "weights": _fingerprint(pipe.model), "plan": plan.to_dict(),
-            "guidance_scale": default if guidance_scale is None else guidance_scale, "batch_size": batch_size,
+            "guidance_scale": pipe.guidance(guidance_scale),
+            "sampling": {name: getattr(config, name) for name in SAMPLING}, "batch_size": batch_size,
             "dtype": str(pipe.model.dtype).removeprefix("torch."), "device": pipe.model.device.type,
             "backend": pipe.backend}
 
 
 def _fingerprint(model: torch.nn.Module) -> str:
-    """Tells checkpoints apart by the first few values of every weight."""
+    """Tells checkpoints apart by values from all over every weight."""
     digest = hashlib.blake2b(digest_size=8)
     for name, value in model.named_parameters():
-        digest.update(name.encode() + value.detach().flatten()[:16].float().cpu().numpy().tobytes())
+        values = value.detach().flatten()[::max(1, value.numel() // SAMPLED)]
+        digest.update(name.encode() + values.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
