@@ -19,7 +19,7 @@ import ssd_kernels
 from ssd_kernels import CachePlan
 
 from .cache import ATTENTION, JanusCache, Observer
-from .engine import call
+from .engine import call, unfuse
 from .online import OnlinePlan
 from .shape import ModelShape
 
@@ -75,12 +75,13 @@ def _enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str,
     current = vars(model).get(_ENABLED)
     inner = current.inner if current else vars(model).get("generate")
     setattr(model, _ENABLED, _Enabled(plan, backend, shape, inner, observer, engine))
-    # A bound method, so that copy.deepcopy(model) yields a model that drives itself.
-    model.generate = types.MethodType(_generate, model)
+    # Copies and pickles of the model must drive themselves. A bound method would be pickled as the name of its function
+    # and come back as transformers' own.
+    model.generate = functools.partial(_generate, model)
 
 
 def disable(model: JanusForConditionalGeneration) -> None:
-    """Undo `enable`. A model that is not enabled stays as it is.
+    """Undo `enable`, and the engine's fusing of weights (`unfuse`). A model that is not enabled stays as it is.
 
     Raises:
         TypeError: another kind of model.
@@ -92,6 +93,7 @@ def disable(model: JanusForConditionalGeneration) -> None:
     del model.generate
     if enabled.inner is not None:
         model.generate = enabled.inner
+    unfuse(model)
 
 
 def is_enabled(model: JanusForConditionalGeneration) -> bool:
@@ -117,11 +119,12 @@ def applied(model: JanusForConditionalGeneration, plan: CachePlan, backend: str 
     try:
         yield
     finally:
-        disable(model)
+        for name in (_ENABLED, "generate"):
+            vars(model).pop(name, None)
         vars(model).update(before)
 
 
-@functools.wraps(JanusForConditionalGeneration.generate)
+@functools.wraps(JanusForConditionalGeneration.generate, assigned=("__doc__",))
 def _generate(self: JanusForConditionalGeneration, *args: Any, **kwargs: Any) -> Any:
     enabled: _Enabled = vars(self)[_ENABLED]
     inner = enabled.inner or types.MethodType(type(self).generate, self)

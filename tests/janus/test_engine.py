@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_model
 from test_generate import RAGGED, conditional_tokens
 from transformers import GenerationConfig
 from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from ssd_janus.engine import Engine, Sampling, unsupported, weights
+from ssd_janus import enable
+from ssd_janus.engine import Engine, Sampling, unfuse, unsupported, weights
 from ssd_janus.engine.linear import Gated, Linear, PackedGated, PackedLinear, can_pack
 from ssd_kernels import CachePlan, HeadSpec
 
@@ -141,6 +145,36 @@ def test_the_fused_weights_are_the_models_own(fresh: Any) -> None:
     assert torch.equal(engine.generate(prompts, guidance=2.0, sampling=greedy), before)
 
 
+def test_a_model_that_drew_in_inference_mode_can_be_trained(fresh: Any) -> None:
+    with torch.inference_mode():
+        Engine(fresh).generate([[0, 7, 3]], steps=2)
+    assert not any(parameter.is_inference() for parameter in fresh.parameters())
+    fresh.train().model.language_model(input_ids=torch.tensor([[0, 7]]))[0].sum().backward()
+    assert fresh.model.language_model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_a_model_made_in_inference_mode_draws() -> None:
+    with torch.inference_mode():
+        model = tiny.build_model()
+    expected = tiny.draw(tiny.build_model())
+    assert torch.equal(Engine(model).generate(prompts_of(tiny.image_inputs()), guidance=2.0,
+                                              sampling=Sampling(greedy=True)), expected)
+
+
+def test_weights_are_unfused(fresh: Any, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no suitable name to keep"):
+        Engine(fresh)
+        save_model(fresh, tmp_path / "fused.safetensors")
+    expected = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    with torch.inference_mode():
+        unfuse(fresh)
+    save_model(fresh, tmp_path / "model.safetensors")
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert len(loaded) == len(expected) - 1, "text embedding and text head are one"
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
+    assert not any(parameter.is_inference() for parameter in fresh.parameters())
+
+
 def test_biases_are_used() -> None:
     config = tiny.build_model().config
     config.text_config.attention_bias = config.text_config.mlp_bias = True
@@ -245,7 +279,31 @@ def test_models_that_the_engine_cannot_run_are_named(fresh: Any) -> None:
     fresh.model.language_model.layers[2].self_attn.q_proj = torch.nn.Identity()
     assert "layers.2.self_attn.q_proj is a Identity" in (unsupported(fresh) or "")
     fresh.model.generation_head = torch.nn.Sequential(fresh.model.generation_head)
-    assert "its generation_head is a Sequential, not a JanusVQVAEHead" in (unsupported(fresh) or "")
+    fresh.model.language_model.layers[2].self_attn.q_proj = torch.nn.Linear(128, 128)
+    assert "generation_head is a Sequential, whose forward" in (unsupported(fresh) or "")
+
+
+class OtherEmbedding(torch.nn.Embedding):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return -super().forward(input)
+
+
+class OtherNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return -super().forward(hidden_states)
+
+
+@pytest.mark.parametrize("place, kind", [
+    ("language_model.embed_tokens", OtherEmbedding), ("generation_embeddings", OtherEmbedding),
+    ("language_model.norm", OtherNorm), ("language_model.layers.1.input_layernorm", OtherNorm),
+    ("language_model.layers.2.post_attention_layernorm", OtherNorm)])
+def test_replaced_modules_are_left_to_transformers(fresh: Any, place: str, kind: type) -> None:
+    usual = tiny.draw(fresh)
+    fresh.model.get_submodule(place).__class__ = kind
+    expected = tiny.draw(fresh)
+    assert unsupported(fresh) == f"{place} is a {kind.__name__}, whose forward the engine would not call"
+    enable(fresh, plan_of_budget(fresh, 1))
+    assert torch.equal(tiny.draw(fresh), expected) and not torch.equal(usual, expected)
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,31 @@ def test_what_the_engine_draws(fresh: Any, drawn: list[str], options: dict[str, 
     result = tiny.draw(fresh, **options)
     assert torch.equal(result, expected) and result.dtype == expected.dtype
     assert drawn == ["engine"]
+
+
+@pytest.mark.parametrize("options", [
+    {"pad_token_id": 9}, {"bos_token_id": 9}, {"generation_kwargs": {"boi_token_id": 9}},
+    {"generation_config": GenerationConfig(guidance_scale=2.0, bos_token_id=0, pad_token_id=9,
+                                           generation_kwargs={"boi_token_id": 7})},
+], ids=lambda options: next(iter(options)))
+def test_tokens_of_the_unconditional_prompt_are_the_calls(fresh: Any, drawn: list[str],
+                                                          options: dict[str, Any]) -> None:
+    usual, expected = tiny.draw(fresh), tiny.draw(fresh, **copy.deepcopy(options))
+    assert not torch.equal(usual, expected)
+    enable(fresh, FULL)
+    assert torch.equal(tiny.draw(fresh, **copy.deepcopy(options)), expected)
+    assert drawn == ["engine"]
+
+
+def test_a_model_that_names_no_tokens_takes_the_calls(fresh: Any, drawn: list[str]) -> None:
+    expected = tiny.draw(fresh)
+    fresh.generation_config = GenerationConfig(guidance_scale=2.0)
+    enable(fresh, FULL)
+    tokens = GenerationConfig(bos_token_id=0, pad_token_id=2, generation_kwargs={"boi_token_id": 3})
+    assert torch.equal(tiny.draw(fresh, generation_config=tokens), expected) and drawn == ["engine"]
+    with pytest.raises(AttributeError, match="generation_kwargs"):  # transformers' own error
+        tiny.draw(fresh, bos_token_id=0, pad_token_id=2)
+    assert drawn[1] == "generation_config must name a boi_token_id for guidance, got None"
 
 
 @pytest.mark.parametrize("options, reason", [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,7 +132,7 @@ def test_packing_is_decided_by_the_size_of_the_machine(fresh: Any, monkeypatch: 
 
 
 def test_requests_that_do_not_fit_are_split(fresh: Any, prompts: list[list[int]],
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+                                            monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     engine, seen = Engine(fresh), []
     expected = engine.generate(prompts, guidance=2.0)
     monkeypatch.setattr(memory, "available_memory", lambda device: 10**9)
@@ -139,6 +140,8 @@ def test_requests_that_do_not_fit_are_split(fresh: Any, prompts: list[list[int]]
     drawn = engine.generate(prompts, guidance=2.0, progress=lambda done, total: seen.append((done, total)))
     assert torch.equal(drawn, expected)
     assert engine.last_run is not None and engine.last_run.batches == (3, 1)
+    assert [record.message for record in caplog.records] == [
+        "4 pictures do not fit into memory at once; drawing 3 at once"]
     assert seen == [(step, 2 * tiny.TOKENS) for step in range(1, 2 * tiny.TOKENS + 1)]
     monkeypatch.setattr(memory, "max_batch", lambda *args, **kwargs: 0)
     engine.generate(prompts[:2], guidance=2.0, steps=1)
@@ -179,6 +182,52 @@ def test_out_of_memory_halves_the_batch_once(fresh: Any, prompts: list[list[int]
     assert seen[-1] == (2 * tiny.TOKENS, 2 * tiny.TOKENS)
 
 
+class Watch:
+    """An observer that only knows how many rows it saw."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def prefill(self, cache: Any, layer: int, keys: torch.Tensor, *args: Any) -> None:
+        self.rows.append(len(keys))
+
+    def decode(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(params=["observer", "logits_processor"])
+def watching(request: pytest.FixtureRequest) -> tuple[dict[str, Any], list[int]]:
+    """What watches a call, and the rows that it saw."""
+    watch = Watch()
+
+    def processor(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        watch.rows.append(len(logits))
+        return logits
+
+    return {request.param: watch if request.param == "observer" else [processor]}, watch.rows
+
+
+def test_watched_requests_are_not_split(fresh: Any, prompts: list[list[int]], watching: tuple[dict[str, Any], list],
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """What watches keeps what it saw, and would take another batch for more steps of the first."""
+    (options, seen), engine = watching, Engine(fresh)
+    monkeypatch.setattr(memory, "max_batch", lambda *args, **kwargs: 3)
+    with pytest.raises(ValueError, match="batch_size must be at most 3 with an observer or logits processors, got 4"):
+        engine.generate(prompts, guidance=2.0, steps=2, **options)
+    assert not seen and engine.last_run is None
+    engine.generate(prompts[:3], guidance=2.0, steps=2, **options)
+    assert set(seen) == {6}
+
+
+def test_watched_requests_are_not_tried_again(fresh: Any, prompts: list[list[int]], short_of_memory: Any,
+                                              watching: tuple[dict[str, Any], list]) -> None:
+    (options, seen), engine = watching, Engine(fresh)
+    short_of_memory(4, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(MemoryError, match="with 4 pictures at once, .* choose a smaller batch_size"):
+        engine.generate(prompts, guidance=2.0, steps=2, **options)
+    assert not seen and engine.last_run is None
+
+
 def test_other_errors_and_a_second_time_are_raised(fresh: Any, prompts: list[list[int]], short_of_memory: Any) -> None:
     engine = Engine(fresh)
     short_of_memory(2, torch.OutOfMemoryError("still too much"))
@@ -208,6 +257,47 @@ def test_the_cache_is_gone_when_pictures_are_decoded(fresh: Any, prompts: list[l
         assert len(list(engine.decode(tokens, chunk=3))) == 2
     finally:
         gc.enable()
+
+
+def files(root: Path, contents: dict[str, str]) -> Path:
+    for name, text in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root
+
+
+MACHINE = {"proc/meminfo": "MemTotal:  2000 kB\nMemFree: 5 kB\nMemAvailable:    1000 kB"}
+
+
+@pytest.mark.parametrize("contents, expected", [
+    ({}, (2_048_000, 1_024_000)),
+    # Version 2: page cache that is idle counts as free; what is in use does not.
+    ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "9000", "sys/fs/cgroup/memory.current": "8000",
+      "sys/fs/cgroup/memory.stat": "anon 4000\nfile 4000\ninactive_file 3000\nactive_file 1000"}, (9000, 4000)),
+    # The tightest of nested groups need be neither the innermost nor the outermost.
+    ({"proc/self/cgroup": "0::/a/b/c", "sys/fs/cgroup/a/memory.max": "9000", "sys/fs/cgroup/a/memory.current": "8000",
+      "sys/fs/cgroup/a/b/memory.max": "500", "sys/fs/cgroup/a/b/memory.current": "100",
+      "sys/fs/cgroup/a/b/c/memory.max": "max", "sys/fs/cgroup/a/b/c/memory.current": "90"}, (500, 400)),
+    ({"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/memory.max": "9000", "sys/fs/cgroup/a/memory.current": "8999",
+      "sys/fs/cgroup/a/b/memory.max": "500", "sys/fs/cgroup/a/b/memory.current": "100"}, (500, 1)),
+    # Version 1, in a container that sees the host's path but has the group at the root of the mount; and unlimited.
+    ({"proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/docker/x\n0::/", "sys/fs/cgroup/memory/memory.limit_in_bytes":
+      "9000", "sys/fs/cgroup/memory/memory.usage_in_bytes": "8000",
+      "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 500"}, (9000, 1500)),
+    ({"proc/self/cgroup": "4:memory:/", "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+      "sys/fs/cgroup/memory/memory.usage_in_bytes": "8000"}, (2_048_000, 1_024_000)),
+    ({"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "9000", "sys/fs/cgroup/memory.current": "9001"},
+     (9000, 0)),
+], ids=["machine", "idle page cache", "tight in between", "full outside", "version 1", "version 1 unlimited", "over"])
+def test_limits_of_control_groups_are_found(tmp_path: Path, contents: dict[str, str],
+                                            expected: tuple[int, int]) -> None:
+    assert memory.host_memory(files(tmp_path, MACHINE | contents)) == expected
+
+
+def test_the_limits_of_this_machine(tmp_path: Path) -> None:
+    assert memory.host_memory(tmp_path) == (2**62, 2**62), "another system"
+    total, free = memory.host_memory()
+    assert (memory.total_memory(), total >= free) == (total, True)
 
 
 def test_rows_are_reported_and_decoded(fresh: Any, prompts: list[list[int]],

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,9 @@ import torch
 from tiny import draw
 from transformers import AttentionInterface, DynamicCache, JanusForConditionalGeneration, LlamaForCausalLM
 
-from ssd_janus import disable, enable
+from ssd_janus import disable, enable, hooks
 from ssd_janus.cache import attention
+from ssd_janus.hooks import is_enabled
 from ssd_kernels import CachePlan, HeadSpec
 
 FULL = CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4)
@@ -104,6 +108,36 @@ def test_copies_are_independent_and_saving_is_clean(fresh: Any, tmp_path: Path) 
     loaded = JanusForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.model.language_model.config._attn_implementation == "sdpa"
     assert torch.equal(draw(loaded), expected)
+
+
+def test_disable_gives_weights_back_their_storage(fresh: Any) -> None:
+    enable(fresh, FULL)
+    draw(fresh)
+    assert len({parameter.untyped_storage().data_ptr() for parameter in fresh.parameters()}) < len(
+        list(fresh.parameters()))
+    disable(fresh)
+    assert len({parameter.untyped_storage().data_ptr() for parameter in fresh.parameters()}) == len(
+        list(fresh.parameters()))
+
+
+@pytest.mark.parametrize("torch_save", [False, True])
+def test_an_enabled_model_survives_pickling(fresh: Any, torch_save: bool) -> None:
+    usual = draw(fresh)
+    enable(fresh, NARROW)
+    expected = draw(fresh)
+    file = io.BytesIO()
+    (torch.save if torch_save else pickle.dump)(fresh, file)
+    file.seek(0)
+    other = torch.load(file, weights_only=False) if torch_save else pickle.load(file)
+    assert is_enabled(other) and torch.equal(draw(other), expected) and not torch.equal(usual, expected)
+    disable(other)
+    assert torch.equal(draw(other), usual) and torch.equal(draw(fresh), expected)
+
+
+def test_generate_keeps_its_signature(fresh: Any) -> None:
+    before, text = inspect.signature(fresh.generate), fresh.generate.__doc__
+    enable(fresh, FULL)
+    assert inspect.signature(fresh.generate) == before and hooks._generate.__doc__ == text
 
 
 def test_used_caches_are_refused(fresh: Any) -> None:

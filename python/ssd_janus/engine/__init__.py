@@ -7,7 +7,7 @@ from .engine import Engine, unconditional_prompt
 from .memory import MemoryReport, available_memory, decode_bytes, max_batch
 from .sampling import Sampling
 from .timing import StepTiming
-from .weights import unsupported
+from .weights import unfuse, unsupported
 
 __all__ = ["Engine", "MemoryReport", "Sampling", "StepTiming", "available_memory", "decode", "decode_bytes",
-           "max_batch", "unconditional_prompt", "unsupported"]
+           "max_batch", "unconditional_prompt", "unfuse", "unsupported"]

@@ -11,7 +11,7 @@ from transformers.generation import GenerationMode
 
 from ssd_kernels import CachePlan
 
-from .engine import Engine
+from .engine import Engine, unconditional_prompt
 from .sampling import Sampling
 from .weights import unsupported
 
@@ -49,8 +49,11 @@ def draw(model: Any, plan: CachePlan, backend: str, arguments: Mapping[str, Any]
     if config.return_dict_in_generate:
         raise NotForTheEngine("return_dict_in_generate is set")
     config.validate()
+    scale = 5.0 if config.guidance_scale is None else config.guidance_scale
     try:
         sampling = Sampling.of_config(model, config)
+        if scale > 1:
+            unconditional_prompt(config, ())
     except ValueError as error:
         raise NotForTheEngine(str(error)) from None
     real = mask.bool()
@@ -62,8 +65,7 @@ def draw(model: Any, plan: CachePlan, backend: str, arguments: Mapping[str, Any]
         raise NotForTheEngine(f"a prompt is longer than {limit} tokens")
     prompts = [row[kept].tolist() for row, kept in zip(ids, real, strict=True)
                for _ in range(config.num_return_sequences or 1)]
-    scale = 5.0 if config.guidance_scale is None else config.guidance_scale
-    return engine.generate(prompts, guidance=scale, seeds=None, sampling=sampling).to(ids)
+    return engine.generate(prompts, guidance=scale, seeds=None, sampling=sampling, generation_config=config).to(ids)
 
 
 def say_once(reason: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from ssd_kernels import CachePlan, CompressedCache
 
@@ -64,11 +65,17 @@ class _Request:
     seeds: list[int] | None
     steps: int
     sampling: Sampling
+    config: GenerationConfig
     observer: Observer | None
     logits_processor: Sequence[LogitsProcessor]
     timing: StepTiming | None
     on_row: RowCallback | None
     step_done: Callable[[], None] = field(default=lambda: None)
+
+    @property
+    def watched(self) -> bool:
+        """By something that may remember earlier steps, and so must see one batch, once."""
+        return self.observer is not None or bool(self.logits_processor)
 
 
 class Engine:
@@ -113,7 +120,8 @@ class Engine:
                  seeds: int | Sequence[int] | None = 0, sampling: Sampling | None = None,
                  batch_size: int | None = None, steps: int | None = None, observer: Observer | None = None,
                  logits_processor: Sequence[LogitsProcessor] = (), timing: StepTiming | None = None,
-                 progress: ProgressCallback | None = None, on_row: RowCallback | None = None) -> torch.Tensor:
+                 progress: ProgressCallback | None = None, on_row: RowCallback | None = None,
+                 generation_config: GenerationConfig | None = None) -> torch.Tensor:
         """Draw one picture per prompt.
 
         Args:
@@ -123,7 +131,8 @@ class Engine:
             seeds: one per picture, or the first picture's, the others counting on; None draws from torch's own
                 generator, in transformers' order.
             sampling: None for the full distribution (`Sampling.make`).
-            batch_size: most pictures drawn at once; None for all. Where more do not fit into memory, fewer are.
+            batch_size: most pictures drawn at once; None for all. Where more do not fit into memory, fewer are, but
+                never with an observer or logits processors, which would mistake a second batch for more steps.
             steps: tokens per picture; None for whole pictures.
             observer: watches the attention.
             logits_processor: called at every step with (tokens, logits before guidance [rows, codes]), the conditional
@@ -132,19 +141,21 @@ class Engine:
             progress: ``progress(done_steps, all_steps)``.
             on_row: called when a row of the grid is complete, with the numbers of the batch's pictures and their tokens
                 so far [pictures, tokens] on the CPU.
+            generation_config: names the tokens of `unconditional_prompt`; None for the model's.
 
         Returns:
             long [pictures, steps] on the CPU.
 
         Raises:
             TypeError, ValueError: an argument is wrong; nothing has been drawn then.
+            MemoryError: with an observer or logits processors; without, the batch is halved once.
         """
-        request = self._request(prompts, guidance, seeds, steps, sampling)
+        request = self._request(prompts, guidance, seeds, steps, sampling, generation_config)
         request.observer, request.logits_processor = observer, logits_processor
         request.timing, request.on_row = timing, on_row
         count = len(request.prompts)
-        size = count if batch_size is None else _positive("batch_size", batch_size)
-        size = min(size, self._fitting(request))
+        size = count if batch_size is None else min(count, _positive("batch_size", batch_size))
+        size = self._fitting(request, size)
         if self.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.model.device)
         began, done, first, halved = time.perf_counter(), 0, 0, False
@@ -214,12 +225,13 @@ class Engine:
 
         Args: as `generate`. Pictures with guidance come first.
         """
-        request = self._request(prompts, guidance, seeds, steps, sampling)
+        request = self._request(prompts, guidance, seeds, steps, sampling, None)
         request.timing = timing
         return self._started(request, sorted(range(len(request.prompts)), key=lambda i: request.guidance[i] <= 1))
 
     def _request(self, prompts: Sequence[Sequence[int] | torch.Tensor], guidance: float | Sequence[float],
-                 seeds: int | Sequence[int] | None, steps: int | None, sampling: Sampling | None) -> _Request:
+                 seeds: int | Sequence[int] | None, steps: int | None, sampling: Sampling | None,
+                 generation_config: GenerationConfig | None) -> _Request:
         texts = [prompt.tolist() if isinstance(prompt, torch.Tensor) else [int(token) for token in prompt]
                  for prompt in prompts]
         if not texts:
@@ -237,6 +249,9 @@ class Engine:
         for scale in scales:
             if not math.isfinite(scale):
                 raise ValueError(f"guidance must be finite, got {scale}")
+        tokens = self.model.generation_config if generation_config is None else generation_config
+        if any(scale > 1 for scale in scales):
+            unconditional_prompt(tokens, ())
         numbers = [seeds + index for index in range(len(texts))] if isinstance(seeds, int) else seeds
         if numbers is not None and len(numbers) != len(texts):
             raise ValueError(f"seeds must be one number or {len(texts)}, got {len(numbers)}")
@@ -244,20 +259,31 @@ class Engine:
         if steps is not None and not 1 <= steps <= whole:
             raise ValueError(f"steps must be within 1 .. {whole}, got {steps}")
         return _Request(texts, [float(scale) for scale in scales], None if numbers is None else list(numbers),
-                        whole if steps is None else steps, sampling or Sampling(), None, (), None, None)
+                        whole if steps is None else steps, sampling or Sampling(), tokens, None, (), None, None)
 
-    def _fitting(self, request: _Request) -> int:
-        """Pictures at once that fit into what memory there is, at least 1."""
+    def _fitting(self, request: _Request, size: int) -> int:
+        """Pictures at once, up to ``size``, that fit into what memory there is, at least 1."""
         guided = any(scale > 1 for scale in request.guidance)
-        longest = max(map(len, request.prompts))
-        return max(1, min(len(request.prompts), self.max_batch(guided=guided, max_prompt=longest)))
+        room = max(1, self.max_batch(guided=guided, max_prompt=max(map(len, request.prompts))))
+        if room >= size:
+            return size
+        if request.watched:
+            raise ValueError(f"batch_size must be at most {room} with an observer or logits processors, got {size} "
+                             f"pictures at once: {room} fit into memory, and watched pictures are not split")
+        _logger.warning("%d pictures do not fit into memory at once; drawing %d at once", size, room)
+        return room
 
     def _draw_or_none(self, request: _Request, numbers: range, last_try: bool) -> tuple[torch.Tensor, EngineRun] | None:
         """The tokens of some pictures; None when memory ran out. By then, all that the attempt held is free."""
         try:
             return self._draw(request, numbers)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if last_try or not _out_of_memory(error):
+            if not _out_of_memory(error):
+                raise
+            if request.watched:
+                raise MemoryError(f"out of memory with {len(numbers)} pictures at once, which an observer or logits "
+                                  f"processors watch and which are not split; choose a smaller batch_size") from error
+            if last_try:
                 raise
             return None
 
@@ -282,7 +308,7 @@ class Engine:
         """A batch of the pictures ``order``, guided ones first, after its prompts."""
         prompts, guidance = [request.prompts[i] for i in order], [request.guidance[i] for i in order]
         guided = sum(scale > 1 for scale in guidance)
-        prompts += [unconditional_prompt(self.model, prompt) for prompt in prompts[:guided]]
+        prompts += [unconditional_prompt(request.config, prompt) for prompt in prompts[:guided]]
         longest = max(map(len, prompts))
         weights = Weights.of(self.model, longest + self.shape.num_visual_tokens).prepared(self.packed)
         cache = CompressedCache(self.plan, len(prompts), self.shape.num_query_heads, self.shape.head_dim, longest,
@@ -303,19 +329,18 @@ class Engine:
             request.on_row(numbers, batch.tokens[:, :batch.done].cpu()[back])
 
 
-def unconditional_prompt(model: Any, prompt: Sequence[int]) -> list[int]:
+def unconditional_prompt(config: GenerationConfig, prompt: Sequence[int]) -> list[int]:
     """The prompt that guidance steers away from: padding tokens, which are attended to, in the place of all but the
     begin-of-text and begin-of-image tokens (transformers' Janus).
 
     Raises:
-        ValueError: the model's generation config does not name these tokens.
+        ValueError: ``config`` does not name these tokens.
     """
-    config = model.generation_config
     begin = (getattr(config, "generation_kwargs", None) or {}).get("boi_token_id")
     named = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id, "boi_token_id": begin}
     for name, token in named.items():
         if not isinstance(token, int):
-            raise ValueError(f"the model's generation config must name a {name} for guidance, got {token!r}")
+            raise ValueError(f"generation_config must name a {name} for guidance, got {token!r}")
     return [token if token in (config.bos_token_id, begin) else config.pad_token_id for token in prompt]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -172,35 +173,64 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    limits = [_meminfo("MemAvailable")]
-    try:
-        limits.append(_group_limit("memory.max") - _group_limit("memory.current"))
-    except (OSError, ValueError):
-        pass  # no limit on this group
-    return min(limits)
+    return host_memory()[1]
 
 
 def total_memory() -> int:
     """Bytes of the host's memory, or of what this process may use of it."""
-    limits = [_meminfo("MemTotal")]
+    return host_memory()[0]
+
+
+def host_memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Bytes that this process may use in all, and bytes that are still free: the least that Linux reports for the
+    machine, for the process's control group and for every group around it. A large number on another system.
+
+    Page cache that a group has not used lately counts as free, as it does for the machine: Linux drops it first.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+    machine = {name: size * 1024 for name, size in _numbers(root / "proc/meminfo").items()}
+    limits, rooms = [machine.get("MemTotal:", 2**62)], [machine.get("MemAvailable:", 2**62)]
+    for folder, limit_file, used_file, cache in _control_groups(root):
+        limit, used = (_numbers(folder / name).get("") for name in (limit_file, used_file))
+        if limit is not None:
+            limits.append(limit)
+            rooms.append(limit - (used or 0) + _numbers(folder / "memory.stat").get(cache, 0))
+    return min(limits), max(0, min(rooms))
+
+
+def _control_groups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """Of this process, innermost first: folder, files of limit and use, and the name of idle page cache in
+    ``memory.stat``; of version 2 and version 1 of control groups. Some folders do not exist."""
     try:
-        limits.append(_group_limit("memory.max"))
-    except (OSError, ValueError):
-        pass  # no limit on this group
-    return min(limits)
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            mounts = ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
+            names = "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            mounts = ["sys/fs/cgroup/memory"]
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        inner = PurePosixPath(path.lstrip("/"))
+        for mount in mounts:
+            # In a container the path may be the host's, and the group itself the root of the mount.
+            for group in (inner, *inner.parents):
+                yield (root / mount / group, *names)
 
 
-def _meminfo(name: str) -> int:
-    """Bytes that Linux reports under a name; a large number on another system."""
+def _numbers(file: Path) -> dict[str, int]:
+    """Numbers at the start of the lines of a file by the word before them, "" where there is none; empty when there is
+    no such file."""
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines[name].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 2**62
-
-
-def _group_limit(name: str) -> int:
-    return int((Path("/sys/fs/cgroup") / name).read_text())
+        return {name: int(number) for name, number in re.findall(r"^(?:(\S+)[ \t]+)?(\d+)", file.read_text(), re.M)}
+    except OSError:
+        return {}
 
 
 class _Tracker(TorchDispatchMode):

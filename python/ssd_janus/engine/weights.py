@@ -10,6 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaModel,
+    LlamaRMSNorm,
+)
 
 from .linear import Chain, Gated, Linear, PackedGated, PackedLinear
 
@@ -44,7 +52,7 @@ class Weights:
     """Everything that drawing the tokens of a picture reads.
 
     The fused matrices are no copies: the projections of the model become views of them, so that no weight is stored
-    twice and changes in place are seen by both. `prepared` makes copies.
+    twice and changes in place are seen by both. `prepared` makes copies; `unfuse` undoes it.
 
     Attributes:
         layers: of the language model.
@@ -138,10 +146,12 @@ class Weights:
 
 # Stay on a model whose attention weights or hidden states were asked for once, and do nothing outside such calls.
 IDLE_HOOKS = "transformers.utils.output_capturing"
-# Modules whose forward the engine does itself.
-KINDS = {"language_model": "LlamaModel", "generation_aligner": "JanusVQVAEAlignerMLP",
-         "generation_head": "JanusVQVAEHead"}
-PRODUCTS = re.compile(r"(_proj|^fc1|^hidden_layers\.\d+|^proj_out|^vision_head)$")
+PARTS = ("language_model", "generation_embeddings", "generation_aligner", "generation_head")
+# Modules whose forward the engine does itself. Activations and rotary embeddings it calls, so they may be others.
+STOCK = (LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, JanusVQVAEAlignerMLP, JanusVQVAEHead,
+         nn.Linear, nn.Embedding, nn.ModuleList)
+CALLED = re.compile(r"(act_fn|activation_fn|rotary_emb)(\.|$)")
+IN_ONE_MATRIX = re.compile(r"\b(q|k|v|gate|up)_proj\.")
 # Tables of these kinds do not depend on how long the sequence has become.
 FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 
@@ -149,18 +159,15 @@ FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 def unsupported(model: Any) -> str | None:
     """Why the engine cannot run a ``JanusForConditionalGeneration``, or None when it can."""
     language_model = model.model.language_model
-    parts = {part: getattr(model.model, part) for part in (*KINDS, "generation_embeddings")}
-    for part, kind in KINDS.items():
-        if type(parts[part]).__name__ != kind:
-            return f"its {part} is a {type(parts[part]).__name__}, not a {kind}"
+    parts = {part: getattr(model.model, part) for part in PARTS}
     for part, root in parts.items():
         for name, module in root.named_modules():
             place = f"{part}.{name}".rstrip(".")
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
             if "forward" in vars(module) or any(getattr(hook, "__module__", "") != IDLE_HOOKS for hook in hooks):
                 return f"{place} has hooks, which the engine would not call"
-            if PRODUCTS.search(name) and type(module) is not nn.Linear:
-                return f"{place} is a {type(module).__name__}, not a plain Linear"
+            if type(module) not in STOCK and not CALLED.search(name):
+                return f"{place} is a {type(module).__name__}, whose forward the engine would not call"
     parameters = [parameter for root in parts.values() for parameter in root.parameters()]
     places = {(str(parameter.device), parameter.dtype) for parameter in parameters}
     if len(places) != 1:
@@ -194,6 +201,8 @@ def _fused(projections: Sequence[nn.Linear]) -> Linear:
                   None if biases[0] is None else _stacked(biases))
 
 
+@torch.inference_mode(False)  # the parameters outlive the call, and shall still be trained
+@torch.no_grad()
 def _stacked(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     """One tensor of which the parameters are consecutive rows; the parameters become views of it."""
     first, rows = parameters[0].detach(), [parameter.shape[0] for parameter in parameters]
@@ -203,6 +212,19 @@ def _stacked(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     for parameter, view in zip(parameters, stacked.split(rows), strict=True):
         parameter.data = view
     return stacked
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def unfuse(model: Any) -> None:
+    """Give the projections of a ``JanusForConditionalGeneration`` storage of their own again.
+
+    Who writes storages instead of tensors, as ``safetensors.torch.save_model``, refuses fused ones. The engine fuses
+    again when it draws next.
+    """
+    for name, parameter in model.model.language_model.named_parameters():
+        if IN_ONE_MATRIX.search(name) and parameter.untyped_storage().nbytes() > parameter.nbytes:
+            parameter.data = parameter.clone()
 
 
 def _consecutive(parameters: Sequence[nn.Parameter]) -> bool:
