@@ -5,6 +5,7 @@
 // under way. Every thread copies what it will read itself, so the stream needs no barriers.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "cuda/decode.h"
@@ -187,11 +188,12 @@ struct Attention {
   }
 
   // Maximum and sum of powers of the part's logits: by every warp for itself, which takes less than a barrier more.
+  // The maximum is never -inf, so that logits that are have powers of 0 and not NaN, even where there are no others.
   SSD_DEVICE void normalize(float highest[kGroup], float norm[kGroup]) const {
     const int32_t attended = count + appends;
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
-      highest[g] = -INFINITY;
+      highest[g] = -FLT_MAX;
 #pragma unroll 2
       for (int32_t j = port::lane_index(); j < attended; j += port::kWarp)
         highest[g] = fmaxf(highest[g], shared.logits[g][j]);

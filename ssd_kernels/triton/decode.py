@@ -41,6 +41,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
 PROTECTED = tl.constexpr(2**63 - 1)
+LEAST_FLOAT = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -152,6 +153,12 @@ def lose(rank, valid, losers, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def raised(highest, logit):
+    """The new maximum, never -inf: logits of -inf then weigh 0 and not NaN, even where there are no others."""
+    return tl.maximum(tl.maximum(highest, logit), LEAST_FLOAT)
+
+
+@triton.jit
 def attend_one(q, keys, values, logits, new_logit, new_value, total, base, begin, ring, keep_logits, scale,
                D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
                SCORED: tl.constexpr):
@@ -165,7 +172,7 @@ def attend_one(q, keys, values, logits, new_logit, new_value, total, base, begin
         if SCORED:
             tl.store(logits + slot, logit, mask=live & keep_logits)
         logit = tl.where(live, logit, -float("inf"))
-        new_highest = tl.maximum(highest, tl.max(logit, 0))
+        new_highest = raised(highest, tl.max(logit, 0))
         weight = tl.exp2(logit - new_highest)
         fade = tl.exp2(highest - new_highest)
         norm = norm * fade + tl.sum(weight, 0)
@@ -192,13 +199,14 @@ def attend_group(q, keys, values, logits, new_logit, new_value, total, base, beg
             tl.store(logits + member[:, None] * scored_slots + slot[None, :], logit,
                      mask=(member < GROUP)[:, None] & live[None, :] & keep_logits)
         logit = tl.where(live[None, :], logit, -float("inf"))
-        new_highest = tl.maximum(highest, tl.max(logit, 1))
+        new_highest = raised(highest, tl.max(logit, 1))
         weight = tl.exp2(logit - new_highest[:, None])
         fade = tl.exp2(highest - new_highest)
         norm = norm * fade + tl.sum(weight, 1)
         acc = acc * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         highest = new_highest
-    return highest, norm, acc
+    # Of queries that only pad the group: not NaN, whatever keys hold.
+    return tl.where(member < GROUP, highest, 0.0), norm, acc
 
 
 # Compiled once for all batches, pictures and strides.
@@ -293,6 +301,7 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
         highest, norm, acc = attend_one(query, keys, values, logits, tl.sum(new_logit, 0), new_value, total, base,
                                         begin, ring, keep_logits, to_log2, D, D_PAD, BLOCK, STAGES, SCORED)
     else:
+        new_logit = tl.where(in_group, new_logit, 0.0)
         highest, norm, acc = attend_group(queries, keys, values, logits, new_logit, new_value, total, base, begin,
                                           ring, keep_logits, to_log2, scored_slots, D, D_PAD, GROUP, GROUP_PAD, BLOCK,
                                           STAGES, SCORED, INTERPRETED)

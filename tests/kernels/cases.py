@@ -13,6 +13,7 @@ from ssd_kernels.backends.triton import interpreting
 from . import simulation
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+PART = 256  # kept tokens that a block attends to, csrc/cuda/decode.h kPartSlots: longer heads are split
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,12 @@ def poison(cache: CompressedCache) -> None:
         state.positions.fill_(POISONED_POSITION)
 
 
+def on_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor there, strides and offset too: `Tensor.to` gives them up where elements do not lie densely."""
+    whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
+    return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def snapshot(cache: CompressedCache) -> list[torch.Tensor]:
     """Every byte of the cache, to be compared with `assert_untouched`."""
     return [bits(tensor).clone() for state in cache._layers for tensor in state.tensors]
@@ -103,7 +109,8 @@ class Pair:
             inputs = [self.draw(self.batch, heads, self.head_dim, factor=factor) if given is None else given
                       for given, heads, factor in ((q, self.heads * self.group, 1.5), (k, self.heads, 1.0),
                                                    (v, self.heads, 1.0))]
-            out = self.cache.decode(layer, *(tensor.to(self.case.device) for tensor in inputs), scale=self.scale).cpu()
+            out = self.cache.decode(layer, *(on_device(tensor, self.case.device) for tensor in inputs),
+                                    scale=self.scale).cpu()
             exact, native = oracle.attend(*inputs)
             self.compare_outputs(layer, out, exact, native)
             for head in range(self.heads):

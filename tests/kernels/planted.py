@@ -20,11 +20,10 @@ import torch
 from ssd_kernels import CachePlan, HeadSpec, backends
 
 from . import simulation
-from .cases import F32, Case, uniform
+from .cases import F32, PART, Case, uniform
 from .pair import Pair
 
 CASE = Case("simulated_cuda")
-PART = 256  # csrc/cuda/decode.h kPartSlots
 PATIENCE = 60  # seconds; a run takes less than one
 
 LONG = (HeadSpec.full(), HeadSpec.heavy(PART + 20, recent=2), HeadSpec.window(PART + 9), HeadSpec.heavy(3),

@@ -12,7 +12,7 @@ import torch
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec, backends
 
 from .cases import Case, each_backend, mixed
-from .pair import assert_untouched, snapshot
+from .pair import assert_untouched, on_device, snapshot
 
 B, H, HQ, D, P, N = 3, 4, 8, 40, 6, 10
 
@@ -37,8 +37,8 @@ def _prefill(**changes: Any) -> Callable[[CompressedCache], object]:
 
 def _moved(cache: CompressedCache, arguments: dict[str, Any]) -> dict[str, Any]:
     """Tensors on the cache's device, except those meant to be elsewhere."""
-    return {name: value.to(cache.device) if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
-            for name, value in arguments.items()}
+    return {name: on_device(value, cache.device) if isinstance(value, torch.Tensor) and value.device.type == "cpu"
+            else value for name, value in arguments.items()}
 
 
 def _rows(rows: Any, count: int = 2) -> Callable[[CompressedCache], object]:
@@ -135,6 +135,17 @@ def test_bad_calls_are_refused_untouched(case: Case, name: str) -> None:
     assert_untouched(cache, before)
     for _ in range(N - 1):
         _decode()(cache)
+
+
+@pytest.mark.parametrize("view", [_t(B, HQ, 2 * D)[..., ::2], _t(B, H, 1).expand(B, H, D), _t(B, D, H).mT,
+                                  _t(B, H + 1, D)[:, 1:]], ids=["every-other", "expanded", "transposed", "shifted"])
+def test_strides_survive_the_way_to_a_device(view: torch.Tensor) -> None:
+    """Or the calls above would be good ones on a GPU."""
+    for device in ("cpu", "meta"):
+        moved = on_device(view, device)
+        assert moved.device.type == device and moved.stride() == view.stride()
+        assert moved.shape == view.shape and moved.storage_offset() == view.storage_offset()
+    assert torch.equal(on_device(view, "cpu"), view)
 
 
 BAD_CACHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

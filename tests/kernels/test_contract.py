@@ -9,7 +9,7 @@ import torch
 
 from ssd_kernels import CachePlan, HeadSpec
 
-from .cases import INTERPRETED, Case, each_backend, each_dtype, mixed, uniform
+from .cases import INTERPRETED, PART, Case, each_backend, each_dtype, mixed, uniform
 from .pair import Pair, bits
 
 STEPS = 16 if INTERPRETED else 20
@@ -176,6 +176,52 @@ def test_scale_argument(case: Case, scale: float) -> None:
     pair = Pair(mixed(4), case, steps=10, scale=scale)
     pair.prefill([5, 3])
     pair.run(10)
+
+
+def _channel_zero(keys: torch.Tensor, where: slice, value: float) -> torch.Tensor:
+    """Keys ``[B, H, P, D]`` whose first channel is 0, but ``value`` in tokens ``where``, and there nothing else."""
+    keys[..., 0] = 0
+    keys[:, :, where] = 0
+    keys[:, :, where, 0] = value
+    return keys
+
+
+@each_backend
+@pytest.mark.parametrize("group", [1, 2], ids="G{}".format)
+@pytest.mark.parametrize(("where", "new"), [(slice(PART, 2 * PART), False), (slice(2 * PART, None), False),
+                                            (slice(PART), True)], ids=["a-part", "the-last", "the-first-and-new"])
+def test_logits_of_minus_infinity(case: Case, where: slice, new: bool, group: int) -> None:
+    """Rule 2: such tokens have probability 0, also if they are all that one part of a split head has."""
+    length, dim = 2 * PART + 1, 32
+    plan = CachePlan([[HeadSpec.full(), HeadSpec.heavy(length)]], keep_prompt=False)
+    pair = Pair(plan, case, batch=1, group=group, head_dim=dim, max_prompt=length, steps=2, track_scores=True)
+    pair.prefill([length], k=_channel_zero(pair.draw(1, 2, length, dim), where, -math.inf))
+    for _ in range(2):
+        q = pair.draw(1, 2 * group, dim)
+        q[..., 0] = 1
+        pair.step(q=q, k=_channel_zero(pair.draw(1, 2, 1, dim), slice(int(new)), -math.inf)[:, :, 0])
+
+
+@each_backend
+@pytest.mark.parametrize("group", [1, 2], ids="G{}".format)
+@pytest.mark.parametrize("length", [3, 2 * PART + 1], ids="P{}".format)
+@pytest.mark.parametrize(("value", "where"), [(-math.inf, slice(None)), (math.nan, slice(1, 2)),
+                                              (math.nan, slice(-1, None))],
+                         ids=["all-minus-infinity", "nan-early", "nan-late"])
+def test_no_softmax_gives_nan(case: Case, value: float, where: slice, length: int, group: int) -> None:
+    """Where torch's softmax is NaN, outputs and scores are too: nothing is made up, and other heads do not notice."""
+    dim = 32
+    plan = CachePlan([[HeadSpec.full(), HeadSpec.full()]])
+    pair = Pair(plan, case, batch=1, group=group, head_dim=dim, max_prompt=length, steps=2, track_scores=True)
+    k, v = pair.draw(2, 1, 2, length, dim)
+    k[:, 1:] = _channel_zero(k[:, 1:], where, value)
+    pair.cache.prefill(0, k.to(case.device), v.to(case.device), [length])
+    q, new = torch.ones(1, 2 * group, dim), pair.draw(1, 2, dim)
+    if value == -math.inf:
+        new[:, 1] = k[:, 1, 0]
+    out = pair.cache.decode(0, *(x.to(case.device) for x in (q, new, v[:, :, 0])))
+    assert out[:, :group].isfinite().all() and out[:, group:].isnan().all()
+    assert pair.cache.scores(0, 0)[0].isfinite().all() and pair.cache.scores(0, 1)[0].isnan().all()
 
 
 @each_backend

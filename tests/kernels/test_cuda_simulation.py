@@ -16,9 +16,9 @@ import torch
 from ssd_kernels import CompressedCache, HeadSpec
 
 from . import simulation
-from .cases import BF16, F16, F32, mixed
+from .cases import BF16, F16, F32, PART, mixed
 from .pair import Pair, snapshot
-from .planted import CASE, LONG, PART, PLANTS, long_pair, simulated
+from .planted import CASE, LONG, PLANTS, long_pair, simulated
 
 pytestmark = pytest.mark.skipif(not simulation.is_supported(), reason="needs Linux and a C++ compiler")
 BARRIERS = 13  # that a block of the runs below meets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ssd_kernels import CompressedCache, ops
+from ssd_kernels import CompressedCache, backends, ops
+from ssd_kernels.layout import LayerLayout
 
 from .cases import BF16, F32, Case, each_backend, mixed
-from .pair import assert_untouched, bits, snapshot
+from .pair import assert_untouched, bits, on_device, snapshot
+from .test_memory import Guarded
 
 B, H, HQ, D, P, N = 2, 4, 8, 40, 5, 12
 OPS = torch.ops.ssd_kernels
@@ -146,7 +149,7 @@ BAD_ARGUMENTS: dict[str, tuple[int, Any, str]] = {
     "keys-1d": (3, torch.ones(B), "keys"),
     "values-shape": (4, torch.ones(B, 7, D), "values"),
     "scores-dtype": (5, torch.ones(B, 14).double(), "scores|table"),
-    "scores-none": (5, torch.ones(B, 0), "scores|table"),
+    "scores-none": (5, torch.ones(B, 0), "scores|table|positions"),
     "scores-1d": (5, torch.ones(B), "scores"),
     "positions-dtype": (6, torch.ones(B, 14), "positions"),
     "cursors-shape": (7, torch.ones(B, 3, dtype=torch.int32), "cursors"),
@@ -156,38 +159,106 @@ BAD_ARGUMENTS: dict[str, tuple[int, Any, str]] = {
     "table-strided": (8, lambda table: torch.stack([table, table], -1)[..., 0], "table"),
     "keys-strided": (3, lambda keys: keys.transpose(1, 2).contiguous().transpose(1, 2), "keys"),
     "keys-dtype": (3, lambda keys: keys.double(), "values"),
-    "table-huge": (8, torch.full((H, 8), 2**30, dtype=torch.int32), "table"),
-    "table-negative": (8, torch.full((H, 8), -1, dtype=torch.int32), "table"),
-    "table-rule": (8, lambda table: table.index_fill(1, torch.tensor(5), 3), "table"),
     "pinned-heads": (9, torch.zeros(H - 1, 1, dtype=torch.int32), "pinned"),
     "pinned-words": (9, torch.zeros(H, 0, dtype=torch.int32), "pinned"),
     "pinned-dtype": (9, torch.zeros(H, 1, dtype=torch.int64), "pinned"),
     "pinned-strided": (9, lambda pinned: torch.stack([pinned, pinned], -1)[..., 0], "pinned"),
-    "max_prompt-huge": (10, 10**6, "table|max_prompt"),
-    "num_visual_tokens-huge": (11, 10**6, "table|num_visual_tokens"),
-    "row_buffer-huge": (12, 10**6, "table|row_buffer"),
+    "num_visual_tokens-huge": (11, 10**6, "table|num_visual_tokens|pinned"),
     "row_buffer-negative": (12, -1, "row_buffer"),
-    "largest-small": (14, 0, "table"),
     "largest-negative": (14, -1, "largest"),
-    "longest-small": (15, 3, "table"),
     "longest-negative": (15, -1, "longest"),
     "backend": (17, "fast", "backend"),
 }
+
+
+def _filled(columns: slice, value: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def fill(table: torch.Tensor) -> torch.Tensor:
+        table = table.clone()
+        table[:, columns] = value
+        return table
+    return fill
+
+
+# What only the table shows: to the host where it lies on the CPU, else to the kernel. And whether no head at all can be
+# served then.
+BAD_TABLES: dict[str, tuple[int, Any, bool]] = {
+    "table-huge": (8, _filled(slice(7), 2**30), True),
+    "table-negative": (8, _filled(slice(7), -1), True),
+    "table-junk": (8, _filled(slice(8), 2**30), False),  # the order of heads too: some are not looked at
+    "table-rule": (8, _filled(slice(5, 6), 3), False),
+    "table-offset": (8, _filled(slice(1, 2), 50), False),
+    "max_prompt-huge": (10, 10**6, True),
+    "row_buffer-huge": (12, 10**6, False),
+    "largest-small": (14, 0, False),
+    "longest-small": (15, 3, False),
+}
+
+
+def _changed_arguments(cache: CompressedCache, case: Case, place: int, value: Any) -> list[Any]:
+    arguments = _decode_arguments(cache, case)
+    value = value(arguments[place]) if callable(value) else value
+    arguments[place] = on_device(value, case.device) if isinstance(value, torch.Tensor) else value
+    return arguments
+
+
+def _assert_refused(case: Case, place: int, value: Any, message: str) -> None:
+    cache = _started(case)
+    arguments = _changed_arguments(cache, case, place, value)
+    before = snapshot(cache)
+    with pytest.raises(ValueError, match=message):
+        OPS.decode(*arguments)
+    assert_untouched(cache, before)
 
 
 @each_backend
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
 def test_operators_refuse_what_does_not_fit(case: Case, name: str) -> None:
     """"No input may read or write outside the slab", and none does when the operator is called by hand."""
-    place, value, message = BAD_ARGUMENTS[name]
+    _assert_refused(case, *BAD_ARGUMENTS[name])
+
+
+@each_backend
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_operators_refuse_bad_tables(case: Case, name: str) -> None:
+    """The same for what only the table shows."""
+    if case.device != "cpu":
+        pytest.skip("the host does not read a table on a device; test_kernels_survive_bad_tables")
+    _assert_refused(case, *BAD_TABLES[name][:2], "table")
+
+
+@pytest.fixture
+def unread(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operators do not read the table on the CPU either, as on a GPU, where that would wait for the device."""
+    if backends.get(case.name).reads_table:
+        pytest.skip(f"{case.name} cannot do without the table on the host")
+    read = LayerLayout.from_table
+    monkeypatch.setattr(LayerLayout, "from_table", lambda *given, **named: read(*given, **{**named, "read": False}))
+
+
+@each_backend
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+@pytest.mark.usefixtures("unread")
+def test_operators_that_read_no_table_refuse_the_rest(case: Case, name: str) -> None:
+    """All that can be known without the table's values is refused before anything is launched."""
+    _assert_refused(case, *BAD_ARGUMENTS[name])
+
+
+@each_backend
+@pytest.mark.parametrize("name", BAD_TABLES)
+@pytest.mark.usefixtures("unread")
+def test_kernels_survive_bad_tables(case: Case, name: str) -> None:
+    """Nothing outside the tensors is written; heads that cannot be right stay as they are, their output is 0."""
+    place, value, nothing_fits = BAD_TABLES[name]
     cache = _started(case)
-    arguments = _decode_arguments(cache, case)
-    value = value(arguments[place]) if callable(value) else value
-    arguments[place] = value.to(case.device) if isinstance(value, torch.Tensor) else value
+    guarded = Guarded(cache)
+    arguments = _changed_arguments(cache, case, place, value)
     before = snapshot(cache)
-    with pytest.raises(ValueError, match=message):
-        OPS.decode(*arguments)
-    assert_untouched(cache, before)
+    out = OPS.decode(*arguments)
+    guarded.check()
+    if nothing_fits:
+        assert not out.any()
+        for old, new in zip(before[:4], snapshot(cache)[:4], strict=True):  # all but the cursors
+            assert torch.equal(old, new)
 
 
 BAD_PREFILLS: dict[str, tuple[int, Any, str]] = {
