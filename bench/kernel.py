@@ -68,6 +68,9 @@ def measure(point: Point, options: Options, progress: Callable[[str], None] = la
 
     Args:
         progress: called with what is being done.
+
+    Raises:
+        Exception: one of ours failed, and not for lack of memory.
     """
     torch.manual_seed(0)
     about = machine.facts(options.device)
@@ -85,11 +88,14 @@ def measure(point: Point, options: Options, progress: Callable[[str], None] = la
                 else count_launches(ready.work.calls[-1], options.device) for name, ready in built.items()}
     works = {name: ready.work for name, ready in built.items()} | ceilings(point, options.device)
     watches = {}
+    mine = {one.name for one in listed if one.backend is not None}
     for name, work in works.items():
         progress(f"preparing {name}")
         try:
             watches[name] = stopwatch(work, options.device), work
         except RuntimeError as error:  # torch's words for what a graph cannot hold
+            if name in mine and not isinstance(error, torch.OutOfMemoryError):
+                raise
             status[name] = f"failed: {first_line(error)}"
     timings = time_in_turn(watches, options.repetitions, options.trials, lambda name: progress(f"timing {name}"))
     about["load_after"] = machine.load()

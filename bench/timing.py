@@ -96,6 +96,7 @@ def cuda_stopwatch(work: Work) -> Stopwatch:
     """Times repetitions of ``work`` by CUDA events, replayed as one CUDA graph where it may be captured."""
     work.prepare()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # on which the work was prepared
     with torch.cuda.stream(stream):
         work.run()
     torch.cuda.synchronize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from ssd_bench import contender, kernel, ours, rivals, rivals_gpu, tables
 from ssd_bench.cli import app
 from ssd_bench.point import Point
+from ssd_bench.timing import Stopwatch, Work
 from ssd_kernels import CachePlan, CompressedCache
 
 CPU = torch.device("cpu")
@@ -115,6 +117,26 @@ def test_failing_rival_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rivals, "_bmm", explode)
     lines = kernel.measure(point(), options(only=("bmm", "SDPA full")))
     assert [line["status"] for line in lines[1:]] == ["failed: no such kernel"] * 2 + ["ok"]
+
+
+@pytest.mark.parametrize(("only", "error", "ends"), [
+    ("cpu: heavy", RuntimeError("no capture"), True), ("cpu: heavy", torch.OutOfMemoryError("no memory"), False),
+    ("SDPA full", RuntimeError("no capture"), False)], ids=["ours", "memory", "rival"])
+def test_a_step_of_ours_that_cannot_be_timed_ends_the_run(monkeypatch: pytest.MonkeyPatch, only: str,
+                                                          error: RuntimeError, ends: bool):
+    """It would else be one more contender without a number, and the command leave with 0."""
+    right, asked = kernel.stopwatch, []
+
+    def stopwatch(work: Work, device: torch.device) -> Stopwatch:
+        asked.append(work)
+        if len(asked) == 1:
+            raise error
+        return right(work, device)
+
+    monkeypatch.setattr(kernel, "stopwatch", stopwatch)
+    with pytest.raises(RuntimeError, match="no capture") if ends else nullcontext():
+        lines = kernel.measure(point(), options(only=(only,), row_buffers=(0,)))
+        assert [line["status"] for line in lines] == ["ok", f"failed: {error}"]
 
 
 def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
+import torch
 
-from ssd_bench.timing import Timing, Work, cpu_stopwatch, time_in_turn
+from ssd_bench.timing import Timing, Work, cpu_stopwatch, cuda_stopwatch, time_in_turn
 
 
 class Clock:
@@ -66,3 +68,19 @@ def test_warm_up_is_not_in_the_result(warm: int):
     clock = Clock(*[50.0] * 10, *[float(warm)] * 2)
     work = Work([clock.call()])
     assert time_in_turn({"one": (cpu_stopwatch(work, clock), work)}, repetitions=2, trials=1)["one"].trials == [warm]
+
+
+def test_the_first_run_on_a_gpu_waits_for_what_prepares_it(monkeypatch: pytest.MonkeyPatch):
+    """It runs on a stream of its own, which CUDA orders after nothing else by itself."""
+    order: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: str) -> None:
+            order.append(f"wait for {other}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the current stream")
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("synchronize"))
+    cuda_stopwatch(Work([lambda: order.append("call")], prepare=lambda: order.append("prepare"), capturable=False))
+    assert order == ["prepare", "wait for the current stream", "call", "synchronize"]
