@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ import torch
 from test_cli import run
 
 from ssd_janus import Pipeline, profiling
+from ssd_janus.engine import memory
 from ssd_janus.evaluation import fidelity
 from ssd_janus.prompts import calibration, shapes_suite
 from ssd_kernels import CachePlan, policies
@@ -101,6 +103,33 @@ def test_errors_fall_with_size_and_match_fidelity(pipe: Pipeline, profile: HeadP
     order = profile.error[:, :, 1, 0, 2].sqrt().flatten().argsort()
     assert torch.corrcoef(torch.stack([found.flatten()[order], profile.error[:, :, 1, 0, 2].sqrt().flatten()[order]]))[
         0, 1] > 0.5
+
+
+def test_batches_that_do_not_fit_are_refused(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for the full cache, which the engine counts, and not for what is measured beside it."""
+    sizes = sorted({max(2, round(share * tiny.TOKENS)) for share in profiling.SIZE_SHARES})
+    statistics = profiling.HeadStatistics(pipe, sizes)
+    longest = max(map(len, pipe.prompt_tokens(TEXTS)))
+    taken = sum(plan.nbytes(batch_size=6, head_dim=tiny.HEAD_DIM, max_prompt=longest, dtype=torch.float32,
+                            num_visual_tokens=tiny.TOKENS) for plan in statistics.plans)
+    monkeypatch.setattr(fidelity, "available_memory", lambda device: taken - 1)
+    with pytest.raises(ValueError, match="batch_size must be smaller.* for 6 rows.* enough for 5 rows"):
+        profiling.measure(pipe, TEXTS, batch_size=3)
+    monkeypatch.setattr(fidelity, "available_memory", lambda device: 0)
+    with pytest.raises(ValueError, match="batch_size must be smaller.* enough for 0 rows"):
+        fidelity.evaluate(pipe, {"a": pipe.shape.full_plan()}, tmp_path, prompts=TEXTS)
+    assert not list(tmp_path.glob("a/batches/*"))
+
+
+@pytest.mark.parametrize("measure", [
+    lambda pipe, out: profiling.measure(pipe, TEXTS, batch_size=3),
+    lambda pipe, out: fidelity.evaluate(pipe, {"a": pipe.shape.full_plan()}, out, prompts=TEXTS, batch_size=3),
+], ids=["profile", "fidelity"])
+def test_batches_are_not_split_behind_a_measurement(pipe: Pipeline, tmp_path: Path, measure: Any,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "max_batch", lambda *args, **kwargs: 2)
+    with pytest.raises(ValueError, match="batch_size must be at most 2 with an observer or logits processors, got 3"):
+        measure(pipe, tmp_path)
 
 
 def test_steps_count_by_what_they_can_change(pipe: Pipeline) -> None:

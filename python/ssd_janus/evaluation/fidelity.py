@@ -19,6 +19,7 @@ from transformers import LogitsProcessor
 
 from ssd_kernels import CachePlan, CompressedCache
 
+from ..engine import available_memory
 from ..extras import needs
 from ..files import write_atomically
 from ..images import file_names, save_picture
@@ -89,6 +90,24 @@ class Recorder(LogitsProcessor):
         return torch.full_like(scores, FORBIDDEN).scatter_(1, tokens[:, None], 0.0)
 
 
+def caches_beside(cache: CompressedCache, plans: Sequence[CachePlan], num_query_heads: int,
+                  backend: str) -> list[CompressedCache]:
+    """Caches under other plans for the rows of ``cache``.
+
+    Raises:
+        ValueError: they do not fit into what memory there is.
+    """
+    sizes = {"batch_size": cache.batch_size, "head_dim": cache.head_dim, "max_prompt": cache.max_prompt,
+             "num_visual_tokens": cache.num_visual_tokens, "dtype": cache.dtype}
+    needed, free = sum(plan.nbytes(**sizes) for plan in plans), available_memory(cache.device)
+    if needed > free:
+        raise ValueError(f"batch_size must be smaller: measuring takes {needed / 1e9:.3g} GB of caches besides for "
+                         f"{cache.batch_size} rows, and {free / 1e9:.3g} GB are free, enough for "
+                         f"{cache.batch_size * free // needed} rows")
+    return [CompressedCache(plan, num_query_heads=num_query_heads, device=cache.device, backend=backend, **sizes)
+            for plan in plans]
+
+
 class AttentionError:
     """Runs a second cache under ``plan`` beside a full one and sums the squared differences of their outputs.
 
@@ -104,9 +123,7 @@ class AttentionError:
     def prefill(self, cache: CompressedCache, layer: int, keys: torch.Tensor, values: torch.Tensor,
                 prompt_lens: list[int]) -> None:
         if self.shadow is None:
-            self.shadow = CompressedCache(
-                self.plan, cache.batch_size, cache.num_query_heads, cache.head_dim, cache.max_prompt,
-                cache.num_visual_tokens, cache.dtype, cache.device, self.backend)
+            (self.shadow,) = caches_beside(cache, [self.plan], cache.num_query_heads, self.backend)
         self.shadow.prefill(layer, keys, values, prompt_lens)
 
     def decode(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None,
@@ -142,7 +159,7 @@ def evaluate(pipe: Pipeline, plans: Mapping[str, CachePlan], out: Path, *, promp
     Each plan has a folder of its name in ``out``: figures of finished batches in ``batches``, and pictures in
     ``pictures/full`` and ``pictures/plan``. A killed run goes on with the batches that are missing. Memory: 4 bytes x
     codes x visual tokens per picture of a batch for the distributions (38 MB for Janus-Pro), twice, besides a full
-    cache and one cache per plan.
+    cache and one cache per plan (docs/engine.md, "Memory").
 
     Args:
         pipe: any Janus.
@@ -155,7 +172,7 @@ def evaluate(pipe: Pipeline, plans: Mapping[str, CachePlan], out: Path, *, promp
         progress: ``progress(done_steps, all_steps)``.
 
     Raises:
-        ValueError: no prompts, or a folder holds results made with other settings.
+        ValueError: no prompts, a batch does not fit into memory, or a folder holds results made with other settings.
         ImportError: scikit-image is missing; the message names the extra.
     """
     if not prompts:
