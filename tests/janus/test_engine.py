@@ -156,9 +156,13 @@ def test_a_model_that_drew_in_inference_mode_can_be_trained(fresh: Any) -> None:
 def test_a_model_made_in_inference_mode_draws() -> None:
     with torch.inference_mode():
         model = tiny.build_model()
-    expected = tiny.draw(tiny.build_model())
-    assert torch.equal(Engine(model).generate(prompts_of(tiny.image_inputs()), guidance=2.0,
-                                              sampling=Sampling(greedy=True)), expected)
+    expected, prompts = tiny.draw(tiny.build_model()), prompts_of(tiny.image_inputs())
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            drawn = Engine(model).generate(prompts, guidance=2.0, sampling=Sampling(greedy=True))
+        assert torch.equal(drawn, expected)
+    unfuse(model)
+    assert torch.equal(tiny.draw(model), expected)
 
 
 def test_weights_are_unfused(fresh: Any, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -201,21 +202,19 @@ def _fused(projections: Sequence[nn.Linear]) -> Linear:
                   None if biases[0] is None else _stacked(biases))
 
 
-@torch.inference_mode(False)  # the parameters outlive the call, and shall still be trained
-@torch.no_grad()
 def _stacked(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     """One tensor of which the parameters are consecutive rows; the parameters become views of it."""
-    first, rows = parameters[0].detach(), [parameter.shape[0] for parameter in parameters]
-    if _consecutive(parameters):
-        return first.as_strided((sum(rows), *first.shape[1:]), first.stride(), first.storage_offset())
-    stacked = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, view in zip(parameters, stacked.split(rows), strict=True):
-        parameter.data = view
-    return stacked
+    rows = [parameter.shape[0] for parameter in parameters]
+    with _kept(parameters[0]):
+        first = parameters[0].detach()
+        if _consecutive(parameters):
+            return first.as_strided((sum(rows), *first.shape[1:]), first.stride(), first.storage_offset())
+        stacked = torch.cat([parameter.detach() for parameter in parameters])
+        for parameter, view in zip(parameters, stacked.split(rows), strict=True):
+            parameter.data = view
+        return stacked
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def unfuse(model: Any) -> None:
     """Give the projections of a ``JanusForConditionalGeneration`` storage of their own again.
 
@@ -224,7 +223,16 @@ def unfuse(model: Any) -> None:
     """
     for name, parameter in model.model.language_model.named_parameters():
         if IN_ONE_MATRIX.search(name) and parameter.untyped_storage().nbytes() > parameter.nbytes:
-            parameter.data = parameter.clone()
+            with _kept(parameter):
+                parameter.data = parameter.detach().clone()
+
+
+@contextmanager
+def _kept(parameter: nn.Parameter) -> Iterator[None]:
+    """For new contents of a parameter, which outlive the call and stay what it is: trainable, although the caller may
+    be in inference mode, or made in inference mode, although the caller may be out of it."""
+    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+        yield
 
 
 def _consecutive(parameters: Sequence[nn.Parameter]) -> bool:
