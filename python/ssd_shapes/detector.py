@@ -36,7 +36,7 @@ SHARPNESS = 2.0  # slope of coverage across an edge, per pixel; the world draws 
 MIN_FIT = ((9.0, 15.0), (0.76, 0.80))
 MIN_LEAD = 0.03  # by which the best shape must beat the second
 MIN_RADIUS = 7.0  # pixels; the world's smallest is 9
-MIN_VISIBLE = 0.6  # share of an object that must lie inside the picture
+MIN_VISIBLE = 0.9  # share of an object that must lie inside the picture; the world's lie inside whole
 POSITION_MARGIN = 0.1  # GenEval's: this share of both objects' sizes does not count towards an offset
 POSITION_SHARE = 0.5  # GenEval's: the least share of an offset along the relation's axis
 
@@ -175,31 +175,34 @@ def _recognise(alpha: FloatArray, color: int) -> Found | None:
     starts = [_Match.start(window, shape) for shape in world.SHAPES]
     likely = max(start.fit for start in starts) - 0.2
     best, second = sorted((m.climb(window) if m.fit > likely else m for m in starts), key=lambda m: -m.fit)[:2]
-    area = float(window.sum())
-    hidden = area < MIN_VISIBLE * _moments(best.shape)[0] * best.radius**2
+    shown = _Match.at(alpha, best.shape, left + best.x, top + best.y, best.radius).drawn
+    hidden = shown < MIN_VISIBLE * _moments(best.shape)[0] * best.radius**2
     vague = best.fit < np.interp(best.radius, *MIN_FIT) or best.fit - second.fit < MIN_LEAD
     if vague or hidden or best.radius < MIN_RADIUS:
         return None
     center, size = (float(left + best.x), float(top + best.y)), (len(columns), len(rows))
-    return Found(best.shape, list(world.COLORS)[color], center, size, best.radius, area, best.fit)
+    return Found(best.shape, list(world.COLORS)[color], center, size, best.radius, float(window.sum()), best.fit)
 
 
 @dataclass(frozen=True)
 class _Match:
-    """A shape at a place of a window [h, w] and how well it fits there: intersection over union, 0..1."""
+    """A shape at a place of a window [h, w], how well it fits there (intersection over union, 0..1) and how much of it
+    is ``drawn`` inside, in pixels."""
 
     shape: str
     x: float
     y: float
     radius: float
     fit: float
+    drawn: float
 
     @classmethod
     def at(cls, alpha: FloatArray, shape: str, x: float, y: float, radius: float) -> _Match:
         right, down = (np.arange(n, dtype=np.float32) for n in alpha.shape[::-1])
         drawn = np.clip(0.5 - SHARPNESS * world.SHAPES[shape](right - x, down[:, None] - y, radius), 0.0, 1.0)
         both = np.minimum(alpha, drawn).sum()
-        return cls(shape, x, y, radius, float(both / (alpha.sum() + drawn.sum() - both)))
+        union = alpha.sum() + drawn.sum() - both
+        return cls(shape, x, y, radius, float(both / union), float(drawn.sum()))
 
     @classmethod
     def start(cls, alpha: FloatArray, shape: str) -> _Match:
