@@ -14,5 +14,5 @@ def needs(extra: str, *modules: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in modules:
             raise
-        raise ImportError(f"this needs {error.name}, which is not installed: pip install 'ssd_kernels[{extra}]'",
-                          name=error.name) from error
+        raise ImportError(f"this needs {error.name}, which is not installed: pip install '.[{extra}]' in a checkout of "
+                          "ssd_kernels", name=error.name) from error

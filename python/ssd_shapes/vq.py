@@ -234,7 +234,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 def fit(
     run: Annotated[Path, typer.Option(help="Folder of the checkpoint and the result; an existing run is resumed.")],
-    steps: Annotated[int, typer.Option(help="All steps, past ones included. The last quarter decays.")] = 3000,
+    steps: Annotated[int, typer.Option(help="All steps, past ones included. The last half decays.")] = 3000,
     batch: Annotated[int, typer.Option(help="Crops per step.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate (AdamW).")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,

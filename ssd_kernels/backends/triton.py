@@ -29,7 +29,7 @@ class TritonBackend(Backend):
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
-            return "triton is not installed; pip install 'ssd_kernels[triton]'"
+            return "triton is not installed: pip install '.[triton]' in a checkout of ssd_kernels"
         if not interpreting() and not torch.cuda.is_available():
             return "no CUDA device (TRITON_INTERPRET=1 runs it slowly on the CPU)"
         return None

@@ -238,7 +238,7 @@ def test_the_shapes_suite_needs_metadata(folder: Path, tmp_path: Path) -> None:
 def test_missing_extras_are_named() -> None:
     from ssd_janus.extras import needs
 
-    with pytest.raises(ImportError, match=r"pip install 'ssd_kernels\[evaluate\]'"), needs("evaluate", "absent"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[evaluate\]'"), needs("evaluate", "absent"):
         import absent.part  # type: ignore[import-not-found]  # noqa: F401
     with pytest.raises(ModuleNotFoundError, match="other"), needs("evaluate", "absent"):
         import other  # type: ignore[import-not-found]  # noqa: F401
