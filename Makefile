@@ -5,6 +5,7 @@
 #   make triton    all contract tests of the Triton backend, interpreted on the CPU; takes long
 #   make simulation  all contract tests of the CUDA kernels, simulated on the CPU, also under sanitizers; takes long
 #   make gpu       contract tests and kernel times on a CUDA GPU, with the Python at hand and offline -> $(OUT)
+#                  in parts: make gpu-test, gpu-sanitize (or gpu-memcheck, ...), gpu-bench
 #   make bench     the CPU benchmarks: kernel, decoder steps, pictures -> bench/results/, README.md
 #   make quality   scores and fidelity of the included model, full cache beside compressed -> docs/quality.md
 #   make policies  every policy at every budget, with the included model; long -> docs/policy-results.md
@@ -20,6 +21,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 POLICY      ?= ssd_guarded
 SEEDS       ?= 1
 OUT         ?= gpu
+GPU_TESTS   ?= tests/kernels
+SANITIZERS  := gpu-memcheck gpu-racecheck gpu-initcheck gpu-synccheck
 
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
@@ -27,7 +30,8 @@ BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13,<4' ninja 'cmake>=3.24'
 SOURCES     := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/kernels/*.cpp)
 
-.PHONY: demo test triton simulation gpu bench quality policies lint format clean
+.PHONY: demo test triton simulation gpu gpu-build gpu-test gpu-sanitize $(SANITIZERS) gpu-bench bench quality policies \
+	lint format clean
 
 # Passive waiting: on a busy machine, threads that spin while they wait can turn seconds into minutes.
 demo: export OMP_WAIT_POLICY := passive
@@ -46,14 +50,28 @@ triton: export OMP_WAIT_POLICY := passive
 triton: $(VENV)/.built
 	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels -k 'triton and not test_triton' -m 'not gpu' -W ignore
 
-# Installs nothing: a machine with a GPU brings its own torch, Triton and pytest. Fails if any part fails.
+# Installs nothing: a machine with a GPU brings its own torch, Triton and pytest. A part that fails does not keep the
+# others from running, and fails the whole.
 gpu:
-	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest -q -m gpu tests/kernels
-	@if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck initcheck synccheck; do \
-		compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
-		$(PYTHON) -m pytest -q -m gpu tests/kernels/test_contract.py -k 'test_smallest_sizes and R3-keep and cuda' || exit 1; \
-	done; else echo "compute-sanitizer is not installed: not run"; fi
+	$(MAKE) --keep-going --jobs=1 gpu-test gpu-sanitize gpu-bench
+
+gpu-build:
+	SSD_KERNELS_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
+	@$(PYTHON) -c "import sys; from ssd_kernels import backends; \
+		sys.exit((why := backends.available()['cuda']) and f'no GPU tests: the cuda backend cannot run here: {why}')"
+
+gpu-test: gpu-build
+	$(PYTHON) -m pytest -q -m gpu $(GPU_TESTS)
+
+gpu-sanitize: $(SANITIZERS)
+$(SANITIZERS): gpu-build
+	@if command -v compute-sanitizer; then \
+		compute-sanitizer --tool $(@:gpu-%=%) --error-exitcode 1 --target-processes all \
+			$(PYTHON) -m pytest -q -m gpu tests/kernels/test_contract.py tests/kernels/test_cuda_simulation.py \
+			-k 'cuda and (test_smallest_sizes and R3-keep or test_heads_split_over_blocks and f32-R0-keep)'; \
+	else echo "compute-sanitizer is not installed: $@ not run"; fi
+
+gpu-bench: gpu-build
 	$(PYTHON) -m bench.gpu --out $(OUT)
 
 # Every parameter of the contract tests on the simulation of the CUDA kernels: two orders of threads, and a third one

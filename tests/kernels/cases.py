@@ -59,6 +59,8 @@ def _param(case: Case, *more: object, id: str) -> object:
 
 each_backend = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES])
 each_compiled = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES if case.compiled])
+each_cuda = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES
+                                             if case.name in ("simulated_cuda", "cuda")])
 each_dtype = pytest.mark.parametrize(("case", "dtype"), [
     _param(case, dtype, id=f"{case.name}-{short(dtype)}") for case in CASES for dtype in case.dtypes])
 

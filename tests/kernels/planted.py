@@ -44,11 +44,12 @@ def simulated() -> simulation.SimulatedCUDABackend:
     return backend
 
 
-def long_pair(dtype: torch.dtype = F32, *, row_buffer: int = 0, keep_prompt: bool = True, group: int = 1,
-              heads: tuple[HeadSpec, ...] = LONG, lengths: tuple[int, int] = (2 * PART + 40, PART - 1)) -> Pair:
+def long_pair(dtype: torch.dtype = F32, *, case: Case = CASE, row_buffer: int = 0, keep_prompt: bool = True,
+              group: int = 1, heads: tuple[HeadSpec, ...] = LONG,
+              lengths: tuple[int, int] = (2 * PART + 40, PART - 1)) -> Pair:
     """Prompts that fill more than one part, the second row's ending just before a part does."""
     plan = CachePlan([heads], row_buffer=row_buffer, keep_prompt=keep_prompt)
-    pair = Pair(plan, CASE, group=group, head_dim=32, max_prompt=max(lengths), steps=8, dtype=dtype, track_scores=True)
+    pair = Pair(plan, case, group=group, head_dim=32, max_prompt=max(lengths), steps=8, dtype=dtype, track_scores=True)
     pair.prefill(lengths)
     return pair
 

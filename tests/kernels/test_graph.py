@@ -7,21 +7,28 @@ import torch
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
 
-from .cases import BF16, CASES
+from .cases import BF16, CASES, PART
 
 B, H, D, PROMPT, STEPS = 4, 4, 64, 9, 576
-PLAN = CachePlan.uniform(HeadSpec.heavy(48, recent=12, score="mean"), num_layers=1, num_heads=H, row_buffer=24)
+PLANS = {
+    "short": CachePlan.uniform(HeadSpec.heavy(48, recent=12, score="mean"), num_layers=1, num_heads=H, row_buffer=24),
+    # Heads of more than a part, which the CUDA backend splits over blocks; two of them evict.
+    "split": CachePlan([[HeadSpec.full(), HeadSpec.heavy(PART + 30, recent=12, score="mean"), HeadSpec.heavy(3),
+                         HeadSpec.heavy(PART + 44)]], row_buffer=24),
+}
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", [case.name for case in CASES if case.device == "cuda"])
-def test_replay_equals_eager(name: str) -> None:
+def test_replay_equals_eager(name: str, plan: str) -> None:
     """Every step from the same graph, refreshes included, and once more past the end, which changes nothing."""
     random = torch.Generator("cuda").manual_seed(0)
     tokens = torch.randn(STEPS, 3, B, H, D, generator=random, device="cuda").to(BF16)
     prompt = torch.randn(B, H, PROMPT, D, generator=random, device="cuda").to(BF16)
-    eager, replayed = (CompressedCache(PLAN, batch_size=B, num_query_heads=H, head_dim=D, max_prompt=PROMPT,
-                                       num_visual_tokens=STEPS, dtype=BF16, device="cuda", backend=name)
+    eager, replayed = (CompressedCache(PLANS[plan], batch_size=B, num_query_heads=H, head_dim=D, max_prompt=PROMPT,
+                                       num_visual_tokens=STEPS, dtype=BF16, device="cuda", backend=name,
+                                       track_scores=plan == "split")
                        for _ in range(2))
     replayed.warmup()
     for cache in (eager, replayed):
