@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ssd_janus.options import one_line_errors
+
 if TYPE_CHECKING:
     import torch
 
@@ -226,6 +228,7 @@ def compare(
 
 
 @app.command()
+@one_line_errors
 def plot(files: Files, out: Annotated[Path, typer.Option(help="Folder for PNG and SVG files.")]) -> None:
     """Draw roofline, time against batch and slots, step breakdown and memory, as far as the results go."""
     from .plot import save_all
@@ -236,6 +239,7 @@ def plot(files: Files, out: Annotated[Path, typer.Option(help="Folder for PNG an
 
 
 @app.command()
+@one_line_errors
 def report(
     files: Files,
     out: Annotated[Path | None, typer.Option(help="HTML file to write, self-contained.")] = None,

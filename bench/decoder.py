@@ -51,6 +51,11 @@ class Setting:
     def kind(self) -> str:
         return "image" if self.start is None else "step"
 
+    def point(self) -> dict[str, Any]:
+        """What identifies it in records."""
+        return {"label": self.model, "batch": self.pictures, "rows": 2 * self.pictures, "dtype": self.dtype,
+                "steps": self.steps, "start": self.start, "batch_is": self.kind_of_batch}
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -162,8 +167,6 @@ def measure(model: Any, listed: Sequence[Loop], setting: Setting,
             found = timing.steps[WARM_STEPS:]
             details[loop.name]["split"] = {part: statistics.median(step[part] for step in found) for part in PARTS}
     about["load_after"] = machine.load()
-    point = {"label": setting.model, "batch": setting.pictures, "rows": 2 * setting.pictures, "dtype": setting.dtype,
-             "steps": setting.steps, "start": setting.start, "batch_is": setting.kind_of_batch}
     lines = []
     for loop in listed:
         timed, more = seconds[loop.name], details[loop.name]
@@ -171,7 +174,8 @@ def measure(model: Any, listed: Sequence[Loop], setting: Setting,
             columns = ModelShape.of(model).columns
             more["by_row"] = _by_row(timed, columns)
             more["loop_seconds"] = statistics.median(map(sum, timed))
-        lines.append(record(setting.kind, about, point, {"name": loop.name, **loop.features}, status=status[loop.name],
+        lines.append(record(setting.kind, about, setting.point(), {"name": loop.name, **loop.features},
+                            status=status[loop.name],
                             seconds=asdict(Timing.of(timed)) if status[loop.name] == OK else None,
                             same_tokens=verdict, **(more if status[loop.name] == OK else {})))
     return lines

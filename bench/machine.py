@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import os
 import platform
 import re
@@ -55,8 +56,12 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+@functools.cache  # read once: what is measured is what was there at the start, and results may be tracked files
 def commit() -> str | None:
-    """The commit this code was checked out from, with ``+`` when tracked files differ from it; None outside git."""
+    """The commit this code was checked out from, with ``+`` when tracked files differ from it; None outside git.
+
+    As it was when first asked for in this process, so that a run may rewrite its own tracked results.
+    """
     head = _said("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return head and head + ("+" if changed else "")

@@ -10,6 +10,7 @@ from typing import Any
 from ssd_kernels.files import write_atomically
 
 FORMAT, VERSION = "ssd_bench", 1
+LEFT_OUT = "left out"  # begins the status of a point that nobody was measured at
 Record = dict[str, Any]
 
 
@@ -60,6 +61,12 @@ def read(*paths: Path) -> list[Record]:
 def key(line: Record) -> tuple[str, str, str]:
     """What makes two records the same measurement: kind, point and contender, as text."""
     return line["kind"], json.dumps(line["point"], sort_keys=True), line["contender"]["name"]
+
+
+def left_out(kind: str, machine: dict[str, Any], point: dict[str, Any], why: str) -> Record:
+    """The record that stands for all contenders at a point that was not measured."""
+    return record(kind, machine, point, {"name": "all contenders", "does": "", "omits": "", "backend": None},
+                  status=f"{LEFT_OUT}: {why}", seconds=None)
 
 
 def measured(lines: Iterable[Record]) -> list[Record]:

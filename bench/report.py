@@ -10,7 +10,7 @@ from typing import Any
 from ssd_kernels.files import write_atomically
 
 from .plot import figures, render
-from .records import Record
+from .records import LEFT_OUT, Record
 from .tables import COLUMN_NOTES, DECODER_NOTES, describe, goals, machine_line, markdown, points
 
 BEGIN, END = "<!-- kernel-table:begin -->", "<!-- kernel-table:end -->"
@@ -51,11 +51,14 @@ def page(lines: Sequence[Record]) -> str:
         raise ValueError("there are no results to report")
     groups = sorted(points(lines), key=lambda group: group[0]["kind"] != "kernel")
     notes = COLUMN_NOTES | (DECODER_NOTES if any(line["kind"] != "kernel" for line in lines) else {})
+    missing = [describe([line])[0] for line in lines if line["status"].startswith(LEFT_OUT)]
     machines = dict.fromkeys(_machine(line) for line in lines)
     parts = ["<h1>ssd-bench</h1>",
              "<p>One decode step of attention over per-head compressed caches, beside what else can do it on the same "
              "machine in the same run. A contender whose output or kept tokens are wrong gets no number.</p>",
              "<h2>Machines</h2><ul>", *(f"<li>{_text(name)}</li>" for name in machines), "</ul>",
+             *(["<h2>Left out for lack of time</h2><ul>", *(f"<li>{_text(name)}</li>" for name in missing), "</ul>"]
+               if missing else ()),
              "<h2>How to read the tables</h2><dl>",
              *(f"<dt>{_text(name)}</dt><dd>{_text(note)}</dd>" for name, note in notes.items()), "</dl>"]
     for name, figure in figures(lines).items():

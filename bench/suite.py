@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import machine
 from .kernel import Options, measure
 from .point import Point
-from .records import Record, write
+from .records import Record, left_out, write
+from .tables import describe
+
+if TYPE_CHECKING:
+    from .decoder import Setting
 
 DTYPES = ("float32", "bfloat16")
 MAIN = Point.of_lengths()  # of the table in the README
@@ -20,13 +27,26 @@ SWEPT = ("cpu: heavy", "mean length", "SDPA padded", "SDPA full")
 BATCHES, MEANS = (1, 4, 64), (30, 80, 200)
 PICTURES = (1, 8, 32)
 Report = Callable[[str], None]
-Job = Callable[[Report], list[Record]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One point of the set.
+
+    Attributes:
+        kind, point: as in its records.
+        run: measures it; told whom to tell what is being done.
+    """
+
+    kind: str
+    point: dict[str, Any]
+    run: Callable[[Report], list[Record]]
 
 
 def kernel_jobs() -> Iterator[Job]:
     """Every contender at the main point."""
     for dtype in DTYPES:
-        yield lambda report, dtype=dtype: measure(Point.of_lengths(dtype=dtype), Options(), report)  # type: ignore[misc]
+        yield _kernel_job(Point.of_lengths(dtype=dtype), Options())
 
 
 def sweep_jobs() -> Iterator[Job]:
@@ -34,24 +54,30 @@ def sweep_jobs() -> Iterator[Job]:
     points = [Point.of_lengths(batch=batch, dtype=dtype) for dtype in DTYPES for batch in (*BATCHES, MAIN.batch)]
     points += [Point.of_lengths(mean=mean, dtype=dtype) for dtype in DTYPES for mean in MEANS]
     for point in points:
-        yield lambda report, point=point: measure(  # type: ignore[misc]
-            point, Options(only=SWEPT, row_buffers=(0,), trials=2), report)
+        yield _kernel_job(point, Options(only=SWEPT, row_buffers=(0,), trials=2))
 
 
 def decoder_jobs() -> Iterator[Job]:
     """Steps of the included model at several batches, and whole pictures at one."""
-    def step(report: Report) -> list[Record]:
-        from .decoder import Setting, loops
-        from .decoder import measure as measure_loops
-        from .models import INCLUDED, load
+    from .decoder import Setting
+    from .models import INCLUDED
 
-        model, prompt = load(INCLUDED, torch.float32, torch.device("cpu"))
-        settings = [Setting(INCLUDED, "float32", count, 24, 480) for count in PICTURES]
-        settings.append(Setting(INCLUDED, "float32", 8, 576, None, trials=1))
-        return [line for setting in settings
-                for line in measure_loops(model, list(loops(model, prompt)), setting, report)]
+    settings = [Setting(INCLUDED, "float32", count, 24, 480) for count in PICTURES]
+    settings.append(Setting(INCLUDED, "float32", 8, 576, None, trials=1))
+    for setting in settings:
+        yield Job(setting.kind, setting.point(), functools.partial(_decoder, setting))
 
-    yield step
+
+def _kernel_job(point: Point, options: Options) -> Job:
+    where = {"device": options.device.type}
+    return Job("kernel", point.to_dict() | where, functools.partial(measure, point, options))
+
+
+def _decoder(setting: Setting, report: Report) -> list[Record]:
+    from . import decoder, models
+
+    model, prompt = models.load(setting.model, getattr(torch, setting.dtype), torch.device("cpu"))
+    return decoder.measure(model, list(decoder.loops(model, prompt)), setting, report)
 
 
 # Steps first: the kernel's jobs leave gigabytes in the process, which would count as a step's peak of memory.
@@ -61,7 +87,7 @@ FILES: dict[str, Callable[[], Iterator[Job]]] = {
 
 def run(results: Path, minutes: float, report: Report, done: Callable[[list[Record]], None],
         clock: Callable[[], float] = time.monotonic) -> tuple[Path, list[str]]:
-    """Run the set; a file is written after every job.
+    """Run the set; a file is written after every job. What there is no time for gets a record that says so.
 
     Args:
         results: folder of the machines' folders.
@@ -71,15 +97,18 @@ def run(results: Path, minutes: float, report: Report, done: Callable[[list[Reco
     Returns:
         the machine's folder, and what was left out for lack of time.
     """
-    folder, began, left = results / machine.folder_name(machine.facts(torch.device("cpu"))), clock(), []
+    about = machine.facts(torch.device("cpu"))
+    folder, began, left = results / machine.folder_name(about), clock(), []
     for name, jobs in FILES.items():
         lines: list[Record] = []
-        for number, job in enumerate(jobs(), 1):
+        for job in jobs():
             if clock() - began > 60 * minutes:
-                left.append(f"{name}, part {number}")
-                continue
-            found = job(lambda text, name=name: report(f"{name}: {text}"))  # type: ignore[misc]
-            done(found)
-            lines += found
+                missing = left_out(job.kind, about, job.point, f"its turn came after {minutes:g} minutes")
+                lines.append(missing)
+                left.append(f"{name}: {describe([missing])[0]}")
+            else:
+                found = job.run(lambda text, name=name: report(f"{name}: {text}"))  # type: ignore[misc]
+                done(found)
+                lines += found
             write(lines, folder / name)
     return folder, left

@@ -2,36 +2,78 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from ssd_bench import gpu, suite
+from ssd_bench import gpu, kernel, machine, suite
+from ssd_bench.kernel import Options
+from ssd_bench.point import Point
 from ssd_bench.records import read
+from ssd_bench.report import page
 
 
 def test_the_set_stops_in_time_and_says_what_it_left(tmp_path: Path, make, monkeypatch: pytest.MonkeyPatch):
     """Every job takes two minutes; of three, the last would begin after four."""
     now = [0.0]
 
-    def job(report):
+    def work(report):
         report("working")
         now[0] += 120
         return [make()]
 
+    job = suite.Job("kernel", suite.MAIN.to_dict() | {"device": "cpu"}, work)
     monkeypatch.setattr(suite, "FILES", {"a.jsonl": lambda: iter([job, job]), "b.jsonl": lambda: iter([job])})
     told: list[str] = []
     done: list = []
     folder, left = suite.run(tmp_path, 3.9, told.append, done.append, clock=lambda: now[0])
-    assert left == ["b.jsonl, part 1"] and told == ["a.jsonl: working"] * 2 and len(done) == 2
-    assert folder.parent == tmp_path and len(read(folder)) == 2
+    title = "batch 16, 16 heads x 128, skewed, mean 120 of 600, bfloat16, cold caches"
+    assert left == [f"b.jsonl: {title}"] and told == ["a.jsonl: working"] * 2 and len(done) == 2
+    assert folder.parent == tmp_path and len(read(folder / "a.jsonl")) == 2
+    [missing] = read(folder / "b.jsonl")
+    assert missing["status"] == "left out: its turn came after 3.9 minutes" and missing["point"] == job.point
+    assert f"<h2>Left out for lack of time</h2><ul>\n<li>{title}</li>\n</ul>" in page(read(folder))
+
+
+def test_rewriting_its_own_results_is_no_change(tmp_path: Path, make, monkeypatch: pytest.MonkeyPatch):
+    """Results are tracked files: all records name the commit that was there at the start."""
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=T", "-c", "user.email=t@example.org")
+        subprocess.run(("git", "-C", str(tmp_path), *who, *arguments), check=True, capture_output=True)
+
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "commit", functools.cache(machine.commit.__wrapped__))  # a process that begins
+    results = tmp_path / "results" / machine.folder_name(machine.facts(torch.device("cpu")))
+    machine.commit.cache_clear()
+    results.mkdir(parents=True)
+    (results / "a.jsonl").write_text("earlier\n")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message=earlier")
+    job = suite.Job("kernel", {}, lambda report: [make(machine=machine.facts(torch.device("cpu")))])
+    monkeypatch.setattr(suite, "FILES", {"a.jsonl": lambda: iter([job]), "b.jsonl": lambda: iter([job])})
+    folder, _ = suite.run(tmp_path / "results", 1, str, len)
+    commits = {line["machine"]["commit"] for line in read(folder)}
+    assert folder == results and len(commits) == 1 and re.fullmatch("[0-9a-f]{12}", commits.pop())
+    machine.commit.cache_clear()
+    assert machine.commit().endswith("+")
+
+
+def test_what_is_left_out_has_the_point_of_what_is_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel, "LARGE", 4096)
+    point = Point.of_lengths(batch=1, heads=2, head_dim=32, dtype="float32", mean=8, full=16)
+    job = suite._kernel_job(point, Options(only=("SDPA full",), repetitions=1, trials=1))
+    assert [(line["kind"], line["point"]) for line in job.run(str)] == [(job.kind, job.point)] * 2
 
 
 def test_the_sweeps_share_their_main_point():
     assert {suite.MAIN.batch, *suite.BATCHES} == {1, 4, 16, 64}
     assert suite.MAIN.mean not in suite.MEANS
-    assert [len(list(jobs())) for jobs in suite.FILES.values()] == [1, 2, 14]
+    assert [len(list(jobs())) for jobs in suite.FILES.values()] == [4, 2, 14]
 
 
 def test_the_gpu_set_holds_both_kinds_of_points():
