@@ -15,7 +15,7 @@ from test_cli import run
 from ssd_janus import Pipeline
 from ssd_janus.evaluation import fidelity, quality, report
 from ssd_janus.evaluation.folder import RunFolder, settings
-from ssd_janus.evaluation.statistics import family_scores
+from ssd_janus.evaluation.statistics import family_scores, mean_interval, paired_difference
 from ssd_kernels import CachePlan, HeadSpec, policies
 
 TEXTS = list(tiny.PROMPTS[:3])
@@ -193,18 +193,87 @@ def test_every_batch_has_its_own_seed(pipe: Pipeline, tmp_path: Path) -> None:
 
 
 def test_bootstrap_intervals() -> None:
-    families, overall = family_scores({"a": [[True], [True]], "b": [[False, True]] * 40})
-    assert (families["a"].mean, families["a"].low, families["a"].high) == (1.0, 1.0, 1.0)
-    assert (families["b"].mean, families["b"].low, families["b"].high) == (0.5, 0.5, 0.5)
-    assert overall.mean == 0.75
-    prompts = [[index % 4 == 0] for index in range(400)]
-    interval = family_scores({"a": prompts})[0]["a"]
+    prompts = [float(index % 4 == 0) for index in range(400)]
+    families, overall = family_scores({"a": prompts, "b": [0.5] * 40})
     error = 1.96 * (0.25 * 0.75 / 400) ** 0.5
-    assert interval.mean == 0.25
-    assert interval.high - interval.low == pytest.approx(2 * error, rel=0.1)
-    for wrong in ({}, {"a": []}, {"a": [[True], []]}):
-        with pytest.raises(ValueError, match="outcomes"):
-            family_scores(wrong)
+    assert families["a"].mean == 0.25 and overall.mean == 0.375
+    assert families["a"].high - families["a"].low == pytest.approx(2 * error, rel=0.1)
+    assert overall.high - overall.low == pytest.approx(error, rel=0.1)
+    assert (families["b"].low, families["b"].mean, families["b"].high) == pytest.approx((0.5, 0.5, 0.5))
+    found = mean_interval({"a": prompts})
+    assert found is not None and (found.low, found.high) == (families["a"].low, families["a"].high)
+    wrong: dict[str, list[float]]
+    for wrong in ({}, {"a": []}, {"a": [1.0], "b": []}):
+        for function in (family_scores, mean_interval):
+            with pytest.raises(ValueError, match="a prompt in every group"):
+                function(wrong)
+
+
+def test_intervals_of_few_prompts_are_as_long_as_students() -> None:
+    # Values whose mean is all but normal: percentile intervals alone would be about 25% too short.
+    values = [-1.0, -0.5, 0.0, 0.0, 0.5, 1.0]
+    found = mean_interval({"": values})
+    length = 2 * 2.571 * np.std(values, ddof=1) / 6**0.5
+    assert found is not None and found.high - found.low == pytest.approx(length, rel=0.1)
+    assert mean_interval({"": values[:5]}) is None
+
+
+def test_families_all_right_or_all_wrong_have_exact_intervals() -> None:
+    families, overall = family_scores({"right": [1.0] * 10, "wrong": [0.0] * 10})
+    # Clopper and Pearson's table for 10 of 10 and 0 of 10.
+    assert (families["right"].low, families["right"].high) == (pytest.approx(0.6915, abs=1e-4), 1.0)
+    assert (families["wrong"].low, families["wrong"].high) == (0.0, pytest.approx(0.3085, abs=1e-4))
+    assert overall.mean == 0.5
+    # Half of the quantile of 10 of 10, which is further out for 20 prompts: Student's 2.093 times (20 / 19)^.5.
+    assert (overall.low, overall.high) == pytest.approx((0.5 * 0.0159**0.1, 1 - 0.5 * 0.0159**0.1), abs=0.005)
+    # More of a family's prompts leave less to chance, and the others are counted as they are.
+    many = family_scores({"right": [1.0] * 1000, "wrong": [0.0] * 10})[1]
+    assert many.low > 0.49 and many.high > 0.65
+    half = [1.0, 0.0] * 20
+    sure, unsure = (family_scores({"right": [1.0] * count, "other": half})[1] for count in (1000, 10))
+    assert unsure.low < sure.low - 0.02 and unsure.high == pytest.approx(sure.high, abs=0.01)
+    # A prompt with one wrong picture of three is not all right; no rounding leads out of 0 .. 1.
+    almost = family_scores({"a": [1.0] * 9 + [2 / 3]})[0]["a"]
+    assert almost.mean < 1.0 and almost.low != pytest.approx(0.6915, abs=1e-3) and almost.high == 1.0
+
+
+def test_paired_differences() -> None:
+    hard = {"a": [0.1, 0.9, 0.5, 0.3], "b": [0.2, 0.8]}
+    found = paired_difference(hard, hard)
+    assert found is not None and (found.mean, found.low, found.high) == (0.0, 0.0, 0.0)
+    # By hand: differences of "a" .1, .1, .2, .2 and of "b" .1, .3, means .15 and .2; no mean of draws leaves the range.
+    better = {"a": [0.2, 1.0, 0.7, 0.5], "b": [0.3, 1.1]}
+    found = paired_difference(better, hard)
+    assert found is not None and found.mean == pytest.approx(0.175)
+    assert (found.low, found.high) == pytest.approx((0.1, 0.25))
+    other = paired_difference(hard, better)
+    assert other is not None and (other.mean, other.high) == pytest.approx((-0.175, -0.1))
+    # Far smaller than what prompts differ by, and yet clear; unpaired it would be lost.
+    generator = np.random.default_rng(0)
+    prompts = generator.normal(size=30)
+    ours, theirs = prompts + 0.1 + 0.1 * generator.normal(size=30), prompts
+    found = paired_difference({"": ours.tolist()}, {"": theirs.tolist()})
+    shuffled = paired_difference({"": ours.tolist()}, {"": generator.permutation(theirs).tolist()})
+    assert found is not None and shuffled is not None
+    assert 0 < found.low < found.high < 0.2 and shuffled.low < 0 < shuffled.high
+    assert paired_difference({"": [1.0] * 5}, {"": [0.0] * 5}) is None
+    for wrong in ({"a": [0.1] * 4}, {"a": [0.1] * 3, "b": [0.1, 0.2]}, {"a": [0.1] * 4, "c": [0.1, 0.2]}):
+        with pytest.raises(ValueError, match="of the same prompts"):
+            paired_difference(wrong, hard)
+
+
+def test_results_carry_what_every_prompt_got(pipe: Pipeline, tmp_path: Path) -> None:
+    plan, texts = uniform(HeadSpec.window(9)), [f"{count} {text}" for text in TEXTS for count in "ab"]
+    found = fidelity.evaluate(pipe, {"a": plan}, tmp_path, prompts=texts, batch_size=4, pictures=False)["a"]
+    saved = [np.load(tmp_path / "a" / "batches" / f"seed-0-0000{first}.npz")["kl"] for first in (0, 4)]
+    assert found.kl_by_picture == pytest.approx(np.concatenate(saved).mean(1).tolist())
+    assert found.kl_interval is not None and found.kl_interval.low < found.kl_mean < found.kl_interval.high
+    assert f"| {found.kl_mean:.4f} [{found.kl_interval.low:.4f}, " in report.markdown({"a": found})
+    records = [{"tag": tag, "index": index, "correct": correct} for tag, index, correct in (
+        ("colors", 2, True), ("colors", 0, False), ("position", 1, False), ("colors", 2, False), ("colors", 0, False))]
+    shapes = quality.summarise(records, 0.5)
+    assert shapes.by_prompt == {"colors": [0.0, 0.5], "position": [0.0]} and shapes.pictures == 5
+    assert shapes.families["colors"].mean == 0.25 and shapes.overall.mean == 0.125
 
 
 def test_evaluate_command(folder: Path, tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from ..progress import ProgressCallback
 from ..shape import ModelShape
 from . import fidelity, findings, quality
 from .folder import keep_settings, settings
-from .statistics import Interval
 
 CACHES_AT_ONCE = 8  # compressed caches beside the full one while it draws
 STUDY_BUDGET = 0.2
@@ -267,15 +266,16 @@ class Comparison:
         """Draw the conclusions and write ``results.json``."""
         entries = list(self.record["grid"].values())
 
-        def figures(measure: str) -> dict[findings.Key, dict[str, Any]]:
-            return {findings.key(entry): entry[measure] for entry in entries if measure in entry}
+        def figures(measure: str, name: str) -> dict[findings.Key, Any]:
+            # What an older version summed up may lack some.
+            return {findings.key(entry): entry[measure][name] for entry in entries if name in entry.get(measure, {})}
 
-        kl = {key: result["kl_mean"] for key, result in figures("fidelity").items()}
-        overall = {key: Interval(**result["overall"]) for key, result in figures("quality").items()}
+        kl, right = figures("fidelity", "kl_by_picture"), figures("quality", "by_prompt")
         impossible = {findings.key(entry) for entry in entries if "reason" in entry}
-        self.record["goals"] = [goal.as_json() for goal in findings.goals(overall, kl, impossible)]
-        pairs = {key: (entry["predicted_cost"], kl[key]) for entry in entries
-                 if "predicted_cost" in entry and (key := findings.key(entry)) in kl}
+        self.record["goals"] = [goal.as_json() for goal in findings.goals(
+            right, {key: {"": values} for key, values in kl.items()}, impossible)]
+        pairs = {findings.key(entry): (entry["predicted_cost"], entry["fidelity"]["kl_mean"]) for entry in entries
+                 if "predicted_cost" in entry and "fidelity" in entry}
         self.record["prediction"] = findings.prediction(pairs)
         write_text(self.out / "results.json", json.dumps(self.record, indent=1) + "\n")
 

@@ -26,6 +26,7 @@ from ..images import file_names, save_picture
 from ..pipeline import Pipeline
 from ..progress import ProgressCallback
 from .folder import Batch, RunFolder, settings
+from .statistics import Interval, mean_interval
 
 FORBIDDEN = -1e4  # a logit; finite, because guidance subtracts logits
 
@@ -36,6 +37,8 @@ class Fidelity:
 
     Attributes:
         kl_mean, kl_p99: KL(full || compressed) of the guided next-token distribution at temperature 1, nats per token.
+        kl_interval: 95% interval of kl_mean over prompts; None for fewer than `statistics.FEWEST`.
+        kl_by_picture: mean KL of each picture, in the prompts' order.
         kl_by_row: mean KL of each row of the picture, top first.
         agreement: share of tokens where both distributions have the same most probable token.
         head_error: per layer and KV head, |out - out_full| / |out_full| of the attention output (root of summed
@@ -49,6 +52,8 @@ class Fidelity:
 
     kl_mean: float
     kl_p99: float
+    kl_interval: Interval | None
+    kl_by_picture: list[float]
     kl_by_row: list[float]
     agreement: float
     head_error: list[list[float]]
@@ -255,8 +260,10 @@ def _summarise(batches: list[dict[str, np.ndarray]], pipe: Pipeline, plan: Cache
     errors, norms = (sum(batch[name] for batch in batches) for name in ("error", "norm"))
     distances = np.concatenate([batch["distances"] for batch in batches])  # [pictures, 2], or none
     squares, ssim = distances.mean(0).tolist() if len(distances) else (0.0, None)
+    by_picture = kl.mean(1).tolist()
     return Fidelity(
         kl_mean=float(kl.mean()), kl_p99=float(np.quantile(kl, 0.99)),
+        kl_interval=mean_interval({"": by_picture}), kl_by_picture=by_picture,
         kl_by_row=kl.reshape(len(kl), -1, pipe.shape.columns).mean((0, 2)).tolist(),
         agreement=float(np.concatenate([batch["agreement"] for batch in batches]).mean()),
         head_error=np.sqrt(errors / np.maximum(norms, np.finfo(np.float64).tiny)).tolist(),

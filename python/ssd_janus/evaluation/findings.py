@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ..extras import needs
-from .statistics import Interval
+from .statistics import FEWEST, Groups, mean_of, paired_difference
 
 PUBLISHED = ("streaming_llm", "h2o", "rows", "ssd", "margin")
 RIVALS = ("streaming_llm", "h2o")
 LOW_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3)
 FULL = ("full", 1.0, 0)
 TOLERANCE = 0.02
-ROUNDING = 1e-9
+ROUNDING = 1e-9  # what equal means may differ by
 
 Key = tuple[str, float, int]  # policy, budget asked for, row buffer
 
@@ -26,7 +26,7 @@ class Goal:
     Attributes:
         measure: "quality" or "KL".
         row_buffer: R.
-        reached: None as long as figures are missing that could decide it.
+        reached: None where chance could account for the difference, or a missing figure could change the verdict.
         text: the goal and its figures, as a sentence.
     """
 
@@ -39,33 +39,37 @@ class Goal:
         return asdict(self)
 
 
-class _Measure(Protocol):
-    """Figures of one measure at one row buffer."""
+@dataclass(frozen=True)
+class _Measure:
+    """Figures of one measure, by prompt."""
 
     name: str
+    figures: Mapping[Key, Groups]
+    more_is_better: bool
 
-    def better(self, a: Any, b: Any) -> float: ...
-    def show(self, value: Any) -> str: ...
+    def compare(self, ours: Key, theirs: Key, least: float) -> tuple[bool | None, str]:
+        """Whether ours is better by at least so much, None where chance leaves room for both, and all figures."""
+        a, b = (ours, theirs) if self.more_is_better else (theirs, ours)
+        lead = paired_difference(self.figures[a], self.figures[b])
+        text = f"{self.show(ours)}, {self.show(theirs)}: "
+        if lead is None:
+            return None, f"{text}fewer than {FEWEST} prompts cannot tell"
+        text += f"better by {self._number(lead.mean)} [{self._number(lead.low)}, {self._number(lead.high)}]"
+        return (None, f"{text}, within chance") if lead.low < least <= lead.high else (lead.low >= least, text)
 
+    def show(self, key: Key) -> str:
+        return f"{key[0]} {self._number(mean_of(self.figures[key]))}"
 
-class _Quality:
-    name = "quality"
+    def best(self, budget: float, row_buffer: int, impossible: Collection[Key]) -> tuple[Key | None, list[str]]:
+        """The best published-style policy by its mean, the first of equals, and those whose figures are missing."""
+        keys: list[Key] = [(policy, budget, row_buffer) for policy in PUBLISHED]
+        known = [key for key in keys if key in self.figures]
+        choose = max if self.more_is_better else min
+        best = choose(known, key=lambda key: mean_of(self.figures[key])) if known else None
+        return best, [key[0] for key in keys if key not in self.figures and key not in impossible]
 
-    def better(self, a: Interval, b: Interval) -> float:
-        return a.mean - b.mean
-
-    def show(self, value: Interval) -> str:
-        return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
-
-
-class _KL:
-    name = "KL"
-
-    def better(self, a: float, b: float) -> float:
-        return b - a
-
-    def show(self, value: float) -> str:
-        return f"{value:.3g}"
+    def _number(self, value: float) -> str:
+        return f"{value:.3f}" if self.more_is_better else f"{value:.3g}"
 
 
 def key(entry: Mapping[str, Any]) -> Key:
@@ -73,64 +77,67 @@ def key(entry: Mapping[str, Any]) -> Key:
     return entry["policy"], entry["budget"], entry["row_buffer"]
 
 
-def goals(overall: Mapping[Key, Interval], kl: Mapping[Key, float], impossible: Collection[Key] = ()) -> list[Goal]:
-    """Judge the goals from means, for every row buffer that has figures.
+def goals(quality: Mapping[Key, Groups], kl: Mapping[Key, Groups], impossible: Collection[Key] = ()) -> list[Goal]:
+    """Judge the goals, for every row buffer that has figures.
 
     1. Quality of the best published-style policy at 20% is at most .02 below the full cache's.
     2. `adaptive` at 10% is at least as good as the best published-style policy at 20%, quality and KL apart.
     3. `adaptive` is ahead of `streaming_llm` and `h2o` at every budget below 50%, quality and KL apart. Equal figures
        are not ahead.
 
-    A goal is decided only when no missing figure could change the verdict.
+    Plans are compared prompt by prompt. A goal is reached or missed only where the 95% interval of the difference
+    (`paired_difference`) lies on one side altogether, and where no missing figure could change that. Intervals take no
+    account of "best" being chosen by the same figures, nor of the number of comparisons.
 
     Args:
-        overall: overall scores.
-        kl: mean KL to the full cache.
+        quality: per family the share of right pictures of every prompt.
+        kl: mean KL to the full cache of every prompt, in one group.
         impossible: plans that cannot be made: no figure is missing there. Where only `adaptive` cannot make one it
             is not as good.
+
+    Raises:
+        ValueError: figures of one measure are of different prompts.
     """
+    measures = _Measure("quality", quality, more_is_better=True), _Measure("KL", kl, more_is_better=False)
     found: list[Goal] = []
-    for row_buffer in sorted({key[2] for key in (*overall, *kl) if key[0] != "full"}):
-        found.append(_near_full(overall, impossible, row_buffer))
-        for measure, figures in ((_Quality(), overall), (_KL(), kl)):
-            found.append(_half_the_budget(measure, figures, impossible, row_buffer))
-        for measure, figures in ((_Quality(), overall), (_KL(), kl)):
-            found.append(_ahead(measure, figures, impossible, row_buffer))
+    for row_buffer in sorted({key[2] for key in (*quality, *kl) if key[0] != "full"}):
+        found.append(_near_full(measures[0], impossible, row_buffer))
+        found += [_half_the_budget(measure, impossible, row_buffer) for measure in measures]
+        found += [_ahead(measure, impossible, row_buffer) for measure in measures]
     return found
 
 
-def _near_full(overall: Mapping[Key, Interval], impossible: Collection[Key], row_buffer: int) -> Goal:
-    measure, full = _Quality(), overall.get(FULL)
-    best, missing = _best(measure, overall, impossible, 0.2, row_buffer)
+def _near_full(measure: _Measure, impossible: Collection[Key], row_buffer: int) -> Goal:
     goal = f"the best published-style policy at 20% should be within {TOLERANCE} of the full cache"
-    if best is None or full is None:
-        return Goal(measure.name, row_buffer, None, goal + _without(missing + (["full"] if full is None else [])))
-    reached = full.mean - overall[best].mean <= TOLERANCE + ROUNDING
+    best, missing = measure.best(0.2, row_buffer, impossible)
+    if best is None or FULL not in measure.figures:
+        absent = missing + (["full"] if FULL not in measure.figures else [])
+        return Goal(measure.name, row_buffer, None, goal + _without(absent))
+    reached, text = measure.compare(best, FULL, -TOLERANCE - ROUNDING)
     return Goal(measure.name, row_buffer, reached if reached or not missing else None,
-                f"{goal}: {best[0]} {measure.show(overall[best])}, full {measure.show(full)}{_without(missing)}")
+                f"{goal}: {text}{_without(missing)}")
 
 
-def _half_the_budget(measure: _Measure, figures: Mapping[Key, Any], impossible: Collection[Key],
-                     row_buffer: int) -> Goal:
+def _half_the_budget(measure: _Measure, impossible: Collection[Key], row_buffer: int) -> Goal:
     goal = "adaptive at 10% should be at least as good as the best published-style policy at 20%"
-    best, missing = _best(measure, figures, impossible, 0.2, row_buffer)
+    best, missing = measure.best(0.2, row_buffer, impossible)
     ours: Key = ("adaptive", 0.1, row_buffer)
     if best is not None and ours in impossible:
         return Goal(measure.name, row_buffer, False, f"{goal}: adaptive cannot make a plan at 10%")
-    if best is None or ours not in figures:
-        absent = missing + (["adaptive at 10%"] if ours not in figures else [])
+    if best is None or ours not in measure.figures:
+        absent = missing + (["adaptive at 10%"] if ours not in measure.figures else [])
         return Goal(measure.name, row_buffer, None, goal + _without(absent))
-    reached = measure.better(figures[ours], figures[best]) >= -ROUNDING
+    reached, text = measure.compare(ours, best, -ROUNDING)
     return Goal(measure.name, row_buffer, reached if not (reached and missing) else None,
-                f"{goal}: adaptive {measure.show(figures[ours])}, {best[0]} {measure.show(figures[best])}"
-                f"{_without(missing)}")
+                f"{goal}: {text}{_without(missing)}")
 
 
-def _ahead(measure: _Measure, figures: Mapping[Key, Any], impossible: Collection[Key], row_buffer: int) -> Goal:
+def _ahead(measure: _Measure, impossible: Collection[Key], row_buffer: int) -> Goal:
     goal = f"adaptive should be ahead of {' and '.join(RIVALS)} at every budget below 50%"
+    figures = measure.figures
     budgets = sorted({*LOW_BUDGETS, *(budget for policy, budget, r in figures if r == row_buffer and budget < 0.5
                                       and policy in (*RIVALS, "adaptive"))})
-    ahead, behind = 0, []
+    found: dict[bool | None, list[str]] = {True: [], None: [], False: []}  # figures by verdict
     missing: dict[str, dict[str, None]] = {}  # budgets by policy, in order
     for budget in budgets:
         ours: Key = ("adaptive", budget, row_buffer)
@@ -141,29 +148,17 @@ def _ahead(measure: _Measure, figures: Mapping[Key, Any], impossible: Collection
             if absent := [key for key in (theirs, ours) if key not in figures and key not in impossible]:
                 for key in absent:
                     missing.setdefault(key[0], {})[f"{budget:.0%}"] = None
-            elif ours in impossible:
-                behind.append(f"{budget:.0%} ({rival} {measure.show(figures[theirs])}, adaptive can make no plan)")
-            elif measure.better(figures[ours], figures[theirs]) <= ROUNDING:
-                behind.append(f"{budget:.0%} ({rival} {measure.show(figures[theirs])}, adaptive "
-                              f"{measure.show(figures[ours])})")
-            else:
-                ahead += 1
-    compared = f"in {ahead} of {ahead + len(behind)} comparisons" if ahead or behind else "nothing to compare"
-    text = f"{goal}: {compared}{'; not at ' + ', '.join(behind) if behind else ''}"
-    decided = bool(behind) or (ahead > 0 and not missing)
-    return Goal(measure.name, row_buffer, not behind if decided else None,
-                text + _without([f"{policy} at {', '.join(found)}" for policy, found in missing.items()]))
-
-
-def _best(measure: _Measure, figures: Mapping[Key, Any], impossible: Collection[Key], budget: float,
-          row_buffer: int) -> tuple[Key | None, list[str]]:
-    """The best published-style policy at a budget, and those whose figures are missing; the first of equals."""
-    keys: list[Key] = [(policy, budget, row_buffer) for policy in PUBLISHED]
-    best: Key | None = None
-    for candidate in keys:
-        if candidate in figures and (best is None or measure.better(figures[candidate], figures[best]) > 0):
-            best = candidate
-    return best, [key[0] for key in keys if key not in figures and key not in impossible]
+                continue
+            reached, text = (measure.compare(ours, theirs, ROUNDING) if ours not in impossible else
+                             (False, f"{measure.show(theirs)}, adaptive can make no plan"))
+            found[reached].append(f"{budget:.0%} ({text})")
+    compared = sum(map(len, found.values()))
+    text = f"beyond chance in {len(found[True])} of {compared} comparisons" if compared else "nothing to compare"
+    text += f"; within chance in {len(found[None])}, at {', '.join(found[None])}" if found[None] else ""
+    text += f"; not ahead in {len(found[False])}, at {', '.join(found[False])}" if found[False] else ""
+    verdict = False if found[False] else True if found[True] and not (found[None] or missing) else None
+    return Goal(measure.name, row_buffer, verdict, f"{goal}: {text}" + _without(
+        [f"{policy} at {', '.join(absent)}" for policy, absent in missing.items()]))
 
 
 def _without(missing: Sequence[str]) -> str:

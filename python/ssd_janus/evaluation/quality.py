@@ -26,12 +26,14 @@ class Quality:
     Attributes:
         families: family -> share of right pictures.
         overall: mean over the families.
+        by_prompt: family -> share of right pictures of every prompt, in the suite's order.
         pictures: judged in all.
         budget: of the plan.
     """
 
     families: dict[str, Interval]
     overall: Interval
+    by_prompt: dict[str, list[float]]
     pictures: int
     budget: float
 
@@ -89,5 +91,6 @@ def summarise(records: Sequence[Mapping[str, Any]], budget: float) -> Quality:
     outcomes: dict[str, dict[int, list[bool]]] = {}
     for record in records:
         outcomes.setdefault(record["tag"], {}).setdefault(record["index"], []).append(record["correct"])
-    families, overall = family_scores({tag: list(prompts.values()) for tag, prompts in outcomes.items()})
-    return Quality(families, overall, len(records), budget)
+    shares = {tag: [sum(pictures) / len(pictures) for _, pictures in sorted(prompts.items())]
+              for tag, prompts in outcomes.items()}
+    return Quality(*family_scores(shares), by_prompt=shares, pictures=len(records), budget=budget)

@@ -33,10 +33,15 @@ def _quality(name: str, result: Quality) -> list[str]:
 
 def _fidelity(name: str, result: Fidelity) -> list[str]:
     errors = [error for layer in result.head_error for error in layer]
-    return [name, f"{result.budget:.1%}", str(result.pictures), f"{result.kl_mean:.4f}", f"{result.kl_p99:.3f}",
+    return [name, f"{result.budget:.1%}", str(result.pictures), _kl(result), f"{result.kl_p99:.3f}",
             f"{result.agreement:.2%}", f"{sum(errors) / len(errors):.3f}",
             *(("", "") if result.ssim is None else
               ("equal" if result.psnr_db is None else f"{result.psnr_db:.1f}", f"{result.ssim:.3f}"))]
+
+
+def _kl(result: Fidelity) -> str:
+    interval = result.kl_interval
+    return f"{result.kl_mean:.4f}" + (f" [{interval.low:.4f}, {interval.high:.4f}]" if interval else "")
 
 
 def terminal(results: Mapping[str, Result]) -> Table:
