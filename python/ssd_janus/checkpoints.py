@@ -1,9 +1,16 @@
-"""Where checkpoints are found; light enough for commands that load none."""
+"""Where checkpoints are found, and what tells them apart; light enough for commands that load none."""
 
 from __future__ import annotations
 
+import hashlib
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SAMPLED = 4096  # values of every weight that tell checkpoints apart
 
 
 def included_model() -> str:
@@ -32,3 +39,15 @@ def included_profile() -> Path:
     if not file.is_file():
         raise FileNotFoundError(f"no profile of the included model ({file}); make one with `ssd-janus profile`")
     return file
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells checkpoints apart by values from all over every weight, 16 hexadecimal digits.
+
+    Values count as float32, so that weights that were loaded without loss have one fingerprint in every dtype.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in model.named_parameters():
+        values = value.detach().flatten()[::max(1, value.numel() // SAMPLED)]
+        digest.update(name.encode() + values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -88,7 +88,7 @@ def generate(
 
     chosen = gather(prompts, prompts_file)
     pipe = load(model, device, dtype, backend)
-    heads = load_profile(profile, model, [policy] if policy else [])
+    heads = load_profile(profile, model, [policy] if policy else [], pipe)
     cache_plan = choose_plan(pipe.shape, plan, policy, budget, row_buffer, heads)
     out.mkdir(parents=True, exist_ok=True)
     from . import drawing

@@ -99,7 +99,7 @@ def compare(
             import matplotlib  # noqa: F401  # before the long part, not after
         plots.mkdir(parents=True, exist_ok=True)
     pipe = load(model, device, dtype, backend)
-    heads = load_profile(profile, model, names)
+    heads = load_profile(profile, model, names, pipe)
     run = comparison.Comparison(pipe, out, heads, texts, scenes, seeds, guidance, batch_size)
     chosen = [name.value for name in names]
     cases = comparison.grid(chosen, list(dict.fromkeys(budget or BUDGETS)),

@@ -82,7 +82,7 @@ def evaluate(
     """Measure what plans do to pictures; writes results.json and table.md."""
     prompts = suite_prompts(suite, prompts_file, limit)
     pipe = load(model, device, dtype, backend)
-    heads = load_profile(profile, model, policy or [])
+    heads = load_profile(profile, model, policy or [], pipe)
     plans = choose_plans(pipe.shape, plan or [], policy or [], budget or [], row_buffer, heads)
     from .evaluation import fidelity, quality, report
     from .progress import progress_bar
@@ -138,7 +138,7 @@ def gallery(
 
     texts = [prompt.text for prompt in gather(prompts, prompts_file)]
     pipe = load(model, device, dtype, backend)
-    heads = load_profile(profile, model, policy or [])
+    heads = load_profile(profile, model, policy or [], pipe)
     plans = choose_plans(pipe.shape, plan or [], policy or [], budget or [], row_buffer, heads)
     from .images import contact_sheet, save_picture
     from .progress import progress_bar

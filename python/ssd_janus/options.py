@@ -140,15 +140,25 @@ def choose_plans(shape: ModelShape, files: Sequence[Path], policies: Sequence[Po
     return plans or {"full": shape.full_plan()}
 
 
-def load_profile(file: Path | None, model: str | None, policies: Sequence[PolicyName]) -> HeadProfile | None:
-    """The profile that these policies need, if any does: the given one, or the included model's own."""
+def load_profile(file: Path | None, model: str | None, policies: Sequence[PolicyName],
+                 pipe: Pipeline) -> HeadProfile | None:
+    """The profile that these policies need, if any does: the given one, or the included model's own.
+
+    Warns if it was measured on other weights than the pipeline's; a profile without a fingerprint cannot tell.
+    """
     from ssd_kernels.policies import NEED_PROFILE, HeadProfile
 
-    from .checkpoints import included_profile
+    from .checkpoints import fingerprint, included_profile
 
     if file is None and model is None and NEED_PROFILE.intersection(policy.value for policy in policies):
         file = included_profile()
-    return None if file is None else HeadProfile.load(file)
+    if file is None:
+        return None
+    profile = HeadProfile.load(file)
+    if (measured := profile.meta.get("weights")) is not None and measured != (own := fingerprint(pipe.model)):
+        warnings.warn(f"ssd_kernels: {file} was measured on other weights ({measured}, the model has {own}) and may "
+                      "suit this model badly; measure its own with `ssd-janus profile`", stacklevel=2)
+    return profile
 
 
 def load(model: str | None, device: str, dtype: DtypeName | None, backend: str) -> Pipeline:

@@ -10,6 +10,7 @@ import torch
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
 from ssd_kernels.policies import KINDS, HeadProfile
 
+from .checkpoints import fingerprint
 from .evaluation.fidelity import Recorder, caches_beside, compare
 from .pipeline import Pipeline
 from .progress import ProgressCallback
@@ -265,5 +266,6 @@ def measure(pipe: Pipeline, prompts: Sequence[str], *, guidance_scale: float | N
         progress=lambda done, _: progress(len(batches) * steps + done, every))
     meta = {"prompts": list(prompts), "guidance_scale": scale, "seed": seed,
             "seconds": round(time.perf_counter() - began, 1), "device": pipe.model.device.type,
-            "dtype": str(pipe.model.dtype).removeprefix("torch."), "model": pipe.model.name_or_path.rsplit("/", 1)[-1]}
+            "dtype": str(pipe.model.dtype).removeprefix("torch."), "model": pipe.model.name_or_path.rsplit("/", 1)[-1],
+            "weights": fingerprint(pipe.model)}
     return statistics.profile(radius, len(prompts), sensitivity, meta)

@@ -46,7 +46,7 @@ class HeadProfile:
         row_buffers: R row buffers, steps, ascending.
         columns: C.
         radius: of the neighbourhood, tokens.
-        meta: how it was measured: model, prompts, seconds, versions; JSON values.
+        meta: how it was measured: model, fingerprint of its weights, prompts, seconds; JSON values.
     """
 
     sparsity: torch.Tensor
@@ -95,6 +95,8 @@ class HeadProfile:
 
     def check(self, shape: Any) -> HeadProfile:
         """The profile itself when it is of a model of this shape.
+
+        Nothing here can tell whether it was measured on the same weights; `ssd-janus` compares ``meta["weights"]``.
 
         Raises:
             ValueError: other layers, heads or grid.

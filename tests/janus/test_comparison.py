@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import tiny
 from test_cli import SHAPE, run
 
 from ssd_janus import ModelShape, Pipeline
+from ssd_janus.checkpoints import fingerprint
 from ssd_janus.evaluation import comparison, findings, report
 from ssd_janus.evaluation.comparison_page import ABSENT, SECTIONS, sections
 from ssd_janus.evaluation.findings import LOW_BUDGETS, PUBLISHED, RIVALS, Goal, Key, goals, prediction, rank_correlation
 from ssd_janus.evaluation.statistics import Groups
-from ssd_janus.options import PolicyName
+from ssd_janus.options import PolicyName, load_profile
 from ssd_janus.profiling import measure
 from ssd_kernels import HeadSpec, policies
+from ssd_kernels.policies import HeadProfile
 
 PAGE = Path(__file__).parents[2] / "docs" / "policy-results.md"
 
@@ -341,6 +344,23 @@ def test_calls_that_need_no_profile_go_on_in_the_same_folder(folder: Path, profi
     assert compare(None).record["profile"] == first.record["profile"] and first.record["profile"]["prompts"] == 1
     with pytest.raises(ValueError, match="made with another profile"):
         compare(replace(profile, sensitivity=2 * profile.sensitivity))
+
+
+def test_a_profile_of_other_weights_is_said(folder: Path, profile: HeadProfile, tmp_path: Path) -> None:
+    pipe = Pipeline.from_pretrained(folder)
+    assert profile.meta["weights"] == fingerprint(pipe.model)
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("own", "unknown", "other")}
+    for (name, file), weights in zip(files.items(), (fingerprint(pipe.model), None, "0" * 16), strict=True):
+        meta = {key: value for key, value in profile.meta.items() if key != "weights"}
+        replace(profile, meta=meta if weights is None else meta | {"weights": weights}).save(file)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert load_profile(file, str(folder), [PolicyName.h2o], pipe) is not None
+        assert [name for _ in said] == (["other"] if name == "other" else [])
+    result = run("generate", "a heart", "--model", folder, "--out", tmp_path / "pictures", "--policy", "adaptive",
+                 "--budget", 0.5, "--profile", files["other"])
+    assert result.exit_code == 0, result.output
+    assert "was measured on other weights (0000000000000000, the" in " ".join(result.stderr.split())
 
 
 def test_the_page_has_all_sections() -> None:

@@ -13,6 +13,7 @@ import torch
 from test_cli import run
 
 from ssd_janus import Pipeline
+from ssd_janus.checkpoints import fingerprint
 from ssd_janus.evaluation import fidelity, quality, report
 from ssd_janus.evaluation.folder import RunFolder, settings
 from ssd_janus.evaluation.statistics import family_scores, mean_interval, paired_difference
@@ -174,6 +175,12 @@ def test_settings_hold_what_the_model_samples_with_and_weights_all_over(fresh: A
     with torch.no_grad():
         fresh.model.language_model.embed_tokens.weight[-1] += 1
     assert seen()["weights"] != before["weights"]
+
+
+def test_the_same_weights_have_one_fingerprint_in_every_dtype_that_holds_them(fresh: Any) -> None:
+    as_made = fingerprint(fresh)
+    rounded = fingerprint(fresh.bfloat16())
+    assert as_made != rounded == fingerprint(fresh.float()) == fingerprint(fresh.bfloat16()) and len(rounded) == 16
 
 
 def test_a_model_without_a_default_guidance_is_guided_by_transformers_own(fresh: Any, tmp_path: Path) -> None:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ssd_kernels import CachePlan
 
+from ..checkpoints import fingerprint
 from ..files import write_text
 from ..pipeline import Pipeline
 
 SETTINGS = "settings.json"
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p")  # of the model's generation config
-SAMPLED = 4096  # values of every weight that tell checkpoints apart
 
 
 @dataclass(frozen=True)
@@ -105,20 +102,11 @@ def settings(pipe: Pipeline, suite: str, plan: CachePlan, guidance_scale: float 
              batch_size: int) -> dict[str, Any]:
     """What the results of a suite depend on, besides its prompts."""
     config = pipe.model.generation_config
-    return {"suite": suite, "weights": _fingerprint(pipe.model), "plan": plan.to_dict(),
+    return {"suite": suite, "weights": fingerprint(pipe.model), "plan": plan.to_dict(),
             "guidance_scale": pipe.guidance(guidance_scale),
             "sampling": {name: getattr(config, name) for name in SAMPLING}, "batch_size": batch_size,
             "dtype": str(pipe.model.dtype).removeprefix("torch."), "device": pipe.model.device.type,
             "backend": pipe.backend}
-
-
-def _fingerprint(model: torch.nn.Module) -> str:
-    """Tells checkpoints apart by values from all over every weight."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in model.named_parameters():
-        values = value.detach().flatten()[::max(1, value.numel() // SAMPLED)]
-        digest.update(name.encode() + values.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _short(value: Any) -> str:
