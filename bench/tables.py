@@ -106,7 +106,8 @@ def goals(lines: Sequence[Record]) -> list[str]:
             found.append(f"at least {factor} times as fast as {name}: {_verdict(ratio >= factor)}, {ratio:.1f} times")
             best = min((dense for dense in DENSE if dense in medians), key=medians.__getitem__)
             if name in DENSE and best != name:
-                found[-1] += f"; {medians[best] / reference['seconds']['median']:.1f} times {best}, faster here"
+                ratio = medians[best] / reference["seconds"]["median"]
+                found[-1] += f"; {best}, the faster rival here: {ratio:.1f} times"
     return found
 
 
