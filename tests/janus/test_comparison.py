@@ -50,8 +50,8 @@ def test_goals_that_are_reached() -> None:
     found = goals(*world())
     assert verdicts(found) == [True] * 5
     assert [goal.measure for goal in found] == ["quality", "quality", "KL", "quality", "KL"]
-    assert "h2o 0.585, full 0.600: better by -0.015 [-0.015, -0.015]" in found[0].text
-    assert "adaptive 0.41, h2o 0.415: better by 0.005" in found[2].text
+    assert "h2o 0.585, full 0.600: lead -0.015 [-0.015, -0.015]" in found[0].text
+    assert "adaptive 0.41, h2o 0.415: lead 0.005" in found[2].text
     assert "beyond chance in 10 of 10 comparisons" in found[3].text
 
 
@@ -73,8 +73,8 @@ def test_goals_that_are_missed(changes: dict[str, float], expected: list[bool]) 
 def test_the_sentence_names_where_adaptive_is_behind() -> None:
     found = goals(*world(h2o_30=0.7, streaming_llm_5=0.59))
     assert "in 8 of 10" in found[3].text
-    assert "not ahead in 2, at 5% (adaptive 0.590, streaming_llm 0.590: better by 0.000" in found[3].text
-    assert "30% (adaptive 0.590, h2o 0.700: better by -0.110 [-0.110" in found[3].text
+    assert "not ahead in 2, at 5% (adaptive 0.590, streaming_llm 0.590: lead 0.000" in found[3].text
+    assert "30% (adaptive 0.590, h2o 0.700: lead -0.110 [-0.110" in found[3].text
 
 
 def doubt(figures: dict[Key, Groups], key: Key, size: float) -> None:

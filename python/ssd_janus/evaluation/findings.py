@@ -54,7 +54,7 @@ class _Measure:
         text = f"{self.show(ours)}, {self.show(theirs)}: "
         if lead is None:
             return None, f"{text}fewer than {FEWEST} prompts cannot tell"
-        text += f"better by {self._number(lead.mean)} [{self._number(lead.low)}, {self._number(lead.high)}]"
+        text += f"lead {self._number(lead.mean)} [{self._number(lead.low)}, {self._number(lead.high)}]"
         return (None, f"{text}, within chance") if lead.low < least <= lead.high else (lead.low >= least, text)
 
     def show(self, key: Key) -> str:
@@ -85,9 +85,10 @@ def goals(quality: Mapping[Key, Groups], kl: Mapping[Key, Groups], impossible: C
     3. `adaptive` is ahead of `streaming_llm` and `h2o` at every budget below 50%, quality and KL apart. Equal figures
        are not ahead.
 
-    Plans are compared prompt by prompt. A goal is reached or missed only where the 95% interval of the difference
-    (`paired_difference`) lies on one side altogether, and where no missing figure could change that. Intervals take no
-    account of "best" being chosen by the same figures, nor of the number of comparisons.
+    Plans are compared prompt by prompt; a lead is by how much the first one is better, with its 95% interval
+    (`paired_difference`). A goal is reached or missed only where that interval lies on one side altogether and no
+    missing figure could change the verdict. Intervals take no account of "best" being chosen by the same figures, nor
+    of the number of comparisons.
 
     Args:
         quality: per family the share of right pictures of every prompt.
