@@ -20,8 +20,8 @@ DecodeItems find(const char* name) {
   if (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     return avx512::decode_items;
-  if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
+  // Not every compiler knows "f16c", which every processor with AVX2 has.
+  if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return avx2::decode_items;
 #endif
   return std::strcmp(name, "portable") ? nullptr : portable::decode_items;

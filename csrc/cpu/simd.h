@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#include "common/float16.h"
 #include "common/layout.h"
 
 namespace ssd {
@@ -27,29 +28,32 @@ struct Float16 {
 };
 
 SSD_INLINE float to_float(float x) { return x; }
-SSD_INLINE float to_float(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-SSD_INLINE float to_float(Float16 x) {
-  _Float16 value;
-  std::memcpy(&value, &x, sizeof value);
-  return static_cast<float>(value);
-}
+SSD_INLINE float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
 SSD_INLINE void from_float(float x, float* to) { *to = x; }
 SSD_INLINE void from_float(float x, BFloat16* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t bits = bits_of(x);
   // Round to nearest even; a NaN stays a NaN even when its payload is all in the dropped half.
   to->bits = static_cast<uint16_t>(x == x ? (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 : 0x7FC0);
 }
+
+#if defined(__F16C__)
+SSD_INLINE float to_float(Float16 x) { return _cvtsh_ss(x.bits); }
+SSD_INLINE void from_float(float x, Float16* to) { to->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__ARM_FP16_FORMAT_IEEE)
+SSD_INLINE float to_float(Float16 x) {
+  __fp16 value;
+  std::memcpy(&value, &x, sizeof value);
+  return value;
+}
 SSD_INLINE void from_float(float x, Float16* to) {
-  const _Float16 value = static_cast<_Float16>(x);
+  const __fp16 value = x;
   std::memcpy(to, &value, sizeof value);
 }
+#else
+SSD_INLINE float to_float(Float16 x) { return float16_to_float(x.bits); }
+SSD_INLINE void from_float(float x, Float16* to) { to->bits = float_to_float16(x); }
+#endif
 
 // Memory is touched kTouchDistance bytes ahead of its use, into the first- (3) or second-level cache (2), for types T
 // with kTouchesAhead<T>. What is best was measured (docs/benchmarks.md).

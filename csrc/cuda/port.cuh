@@ -10,6 +10,7 @@
 #include "cuda/types.h"
 
 #if defined(SSD_SIMULATE)
+#include "common/float16.h"
 #include "cuda/simulator.h"
 #define SSD_KERNEL(threads, blocks_per_multiprocessor) static void
 #define SSD_DEVICE inline
@@ -89,15 +90,8 @@ T load_shared_by_blocks(const T* at) {
 inline float power_of_two(float x) { return simulator::power_of_two(x); }
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 inline int first_bit(uint32_t x) { return __builtin_ctz(x); }
-inline float to_float(Float16 x) {
-  _Float16 value;
-  std::memcpy(&value, &x, sizeof value);
-  return static_cast<float>(value);
-}
-inline void from_float(float x, Float16* to) {
-  const _Float16 value = static_cast<_Float16>(x);
-  std::memcpy(to, &value, sizeof value);
-}
+inline float to_float(Float16 x) { return float16_to_float(x.bits); }
+inline void from_float(float x, Float16* to) { to->bits = float_to_float16(x); }
 
 template <auto kKernel, class Params>
 int launch(int blocks, int threads, int shared_bytes, void*, const Params& params) {

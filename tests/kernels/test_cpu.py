@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ssd_kernels import info, native
+from ssd_kernels import CompressedCache, HeadSpec, info, native
 
-from .cases import BF16, F16, F32, Case, mixed, short
-from .pair import Pair
+from .cases import BF16, F16, F32, Case, mixed, short, uniform
+from .pair import Pair, bits
 
 CASE = Case("cpu")
 SETS = info()["extension"].get("instruction_sets", [])
@@ -60,6 +60,43 @@ def test_both_orders_of_items(instruction_set: str, threads: int) -> None:
         pair.run(8)
     finally:
         torch.set_num_threads(before)
+
+
+def stored_as_float16(halves: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """The products [N] as the kernel stores them: keys that are turned by a "cosine" of any size and a sine of 0."""
+    steps, head_dim = len(halves) // 128, 256
+    cache = CompressedCache(uniform(HeadSpec.full(), 1), 1, 1, head_dim, 0, steps, F16, "cpu", "cpu")
+    k = torch.zeros(steps, 1, 1, head_dim, dtype=F16)
+    k[:, 0, 0, :128] = halves.view(steps, 128)
+    cos, q = factors.view(steps, 128), torch.zeros(1, 1, head_dim, dtype=F16)
+    for step in range(steps):
+        cache.decode(0, q, k[step], k[step], rotary=(cos, torch.zeros_like(cos)))
+    return cache._layers[0].keys[0, :, :128].flatten()
+
+
+def assert_same_halves(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bit by bit; any NaN equals any other."""
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(bits(got)[~got.isnan()], bits(expected)[~got.isnan()])
+
+
+def test_every_float16_is_read_as_torch_reads_it(instruction_set: str) -> None:
+    """Subnormals, infinities and NaN too."""
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(F16)
+    for factors in (torch.ones(2**16), torch.rand(2**16, generator=torch.Generator().manual_seed(0)) + 0.5):
+        assert_same_halves(stored_as_float16(halves, factors), (halves.float() * factors).to(F16))
+
+
+def test_floats_are_rounded_to_float16_as_torch_rounds(instruction_set: str) -> None:
+    """Around every tie, at both ends of the range, and any bits at all: the nearest, of two the even one."""
+    ends = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(F16).float()[:0x7C01]
+    ends[-1] = 2.0**16  # what would follow the largest
+    ties = ((ends[1:] + ends[:-1]) / 2).view(torch.int32)
+    around = torch.cat([ties - 1, ties, ties + 1, ties | -2**31])
+    any_bits = torch.randint(-2**31, 2**31, (2**14,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    floats = torch.cat([around, any_bits]).view(F32)
+    assert len(floats) % 128 == 0
+    assert_same_halves(stored_as_float16(torch.ones(len(floats), dtype=F16), floats), floats.to(F16))
 
 
 def test_unknown_instruction_set_is_refused() -> None:
