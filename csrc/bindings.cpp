@@ -41,6 +41,10 @@ class Layer : public ssd::BoundLayer {
  public:
   template <class... Arguments>
   explicit Layer(Arguments... arguments) : BoundLayer(arguments...) {
+    const int32_t head_dim = layer_.shape.head_dim;
+    if (head_dim % 8 || head_dim < 32 || head_dim > ssd::kMaxHeadDim)
+      throw std::invalid_argument("head_dim must be a multiple of 8 within 32 .. " + std::to_string(ssd::kMaxHeadDim) +
+                                  ", got " + std::to_string(head_dim));
     raise_if_refused(ssd::check_table(layer_), layer_.shape);
   }
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from . import backends, ops
-from .layout import RECENT, LayerLayout, RowView
+from .layout import KEEP_ALL, RECENT, LayerLayout, RowView
 from .plan import CachePlan, check_int
 from .state import LayerState, Rotary
 
@@ -116,7 +116,7 @@ class CompressedCache:
                                  f"{self.head_dim}], got {list(tensor.shape)}")
         if k.shape != v.shape:
             raise ValueError(f"v must have the shape of k, {list(k.shape)}, got {list(v.shape)}")
-        lengths = _integers("prompt_lens", prompt_lens)
+        lengths = ops.integers("prompt_lens", prompt_lens)
         if len(lengths) != len(indices):
             raise ValueError(f"prompt_lens must hold {len(indices)} lengths, got {len(lengths)}")
         limit = min(self.max_prompt, k.shape[2])
@@ -228,7 +228,7 @@ class CompressedCache:
         if any(heavy):
             limits = torch.tensor(sizes, dtype=torch.int32).to(self.device, non_blocking=True)
             chosen = torch.tensor(heavy).to(self.device, non_blocking=True)
-            wanted = torch.minimum(recent.clamp_min(0).to(torch.int32), limits)
+            wanted = torch.minimum(recent.clamp(0, KEEP_ALL).to(torch.int32), limits)
             column.copy_(torch.where(chosen, wanted, column))
 
     def positions(self, layer: int, head: int) -> list[torch.Tensor]:
@@ -293,7 +293,7 @@ class CompressedCache:
     def _rows(self, rows: Sequence[int] | torch.Tensor | None) -> list[int]:
         if rows is None:
             return list(range(self.batch_size))
-        indices = _integers("rows", rows)
+        indices = ops.integers("rows", rows)
         for row in indices:
             if not 0 <= row < self.batch_size:
                 raise ValueError(f"rows must be within 0 .. {self.batch_size - 1}, got {row}")
@@ -317,16 +317,3 @@ class CompressedCache:
                 raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
             if tensor.stride(-1) != 1:
                 raise ValueError(f"{name} must have unit stride in its last dimension, got strides {tensor.stride()}")
-
-
-def _integers(name: str, values: Sequence[int] | torch.Tensor) -> list[int]:
-    """``values`` as a list of ints; tensors must be 1-D and of an integer dtype."""
-    if isinstance(values, torch.Tensor):
-        if values.dim() != 1:
-            raise ValueError(f"{name} must be 1-D, got shape {list(values.shape)}")
-        if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
-            raise TypeError(f"{name} must hold integers, got {values.dtype}")
-        return [int(value) for value in values.tolist()]
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise TypeError(f"{name} must be a sequence of integers or a 1-D integer tensor, got {type(values).__name__}")
-    return [check_int(f"{name}[{entry}]", value, -2**31) for entry, value in enumerate(values)]

@@ -6,12 +6,14 @@ Registered with `torch.library.Library`, with fakes and mutation annotations. Ea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 
 from . import backends
 from .layout import LayerLayout
+from .plan import check_int
 from .state import LayerState, Rotary
 
 _CACHE = ("Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, Tensor(d!) positions, Tensor(e!) cursors, "
@@ -56,7 +58,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
         ``[B, Hq, D]`` in q's dtype, contiguous.
 
     Raises:
-        ValueError: shapes or the table do not fit together, or a row has no step left.
+        ValueError: shapes or the table do not fit together, the backend cannot serve them, or a row has no step left.
     """
     state = _state(keys, values, scores, positions, cursors, table, pinned, max_prompt, num_visual_tokens, row_buffer,
                    keep_prompt, largest, longest, backend)
@@ -75,16 +77,16 @@ def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_
 
     Args:
         k, v: ``[N, H, P, D]``; entry i is valid in ``[0, prompt_lens[i])``.
-        prompt_lens, rows: integer ``[N]`` on the CPU.
+        prompt_lens, rows: ``[N]`` of an integer dtype, on the CPU.
         prompt_scores: float32 ``[N, H, P]`` or None.
         keys .. keep_prompt, backend: as in `decode`.
 
     Raises:
-        ValueError: shapes, lengths or rows out of range.
+        TypeError, ValueError: shapes, lengths or rows out of range, or the backend cannot serve them.
     """
     state = _state(keys, values, scores, positions, cursors, table, pinned, max_prompt, num_visual_tokens, row_buffer,
                    keep_prompt, largest, longest, backend)
-    lengths, indices = [int(n) for n in prompt_lens], [int(n) for n in rows]
+    lengths, indices = integers("prompt_lens", prompt_lens), integers("rows", rows)
     expected = (len(indices), table.shape[0], k.shape[2] if k.dim() == 4 else 0, keys.shape[2])
     if k.shape != expected or v.shape != expected or len(lengths) != len(indices):
         raise ValueError(f"k and v must be [N, H, P, D] = {list(expected)} with N prompt_lens, got "
@@ -126,6 +128,8 @@ def _state(keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, posit
             raise ValueError(f"{name} must be contiguous {list(shape)} of {dtype} on {keys.device}, got "
                              f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device} with strides "
                              f"{tensor.stride()}")
+    if reason := backends.get(backend).unsupported(keys.device, keys.dtype, keys.shape[2]):
+        raise ValueError(f"backend={backend!r} cannot be used: {reason}")
     return LayerState(layout, keys, values, scores, positions, cursors, table, pinned)
 
 
@@ -141,6 +145,19 @@ def _check_step(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Te
         if tensor.dtype != state.keys.dtype or tensor.stride(2) != 1 or tensor.device != state.keys.device:
             raise ValueError(f"{name} must be {state.keys.dtype} on {state.keys.device} with unit last stride, got "
                              f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}")
+
+
+def integers(name: str, values: Sequence[int] | torch.Tensor) -> list[int]:
+    """``values`` as a list of ints; raises TypeError or ValueError unless a tensor is 1-D and of an integer dtype."""
+    if isinstance(values, torch.Tensor):
+        if values.dim() != 1:
+            raise ValueError(f"{name} must be 1-D, got shape {list(values.shape)}")
+        if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
+            raise TypeError(f"{name} must hold integers, got {values.dtype}")
+        return [int(value) for value in values.tolist()]
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a sequence of integers or a 1-D integer tensor, got {type(values).__name__}")
+    return [check_int(f"{name}[{entry}]", value, -2**31) for entry, value in enumerate(values)]
 
 
 def check_rotary(rotary: object, positions: int, q: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ssd_kernels import CompressedCache, HeadSpec, info, native
+from ssd_kernels import CompressedCache, HeadSpec, backends, info, native
 
 from .cases import BF16, F16, F32, Case, mixed, short, uniform
 from .pair import Pair, bits
@@ -97,6 +97,15 @@ def test_floats_are_rounded_to_float16_as_torch_rounds(instruction_set: str) -> 
     floats = torch.cat([around, any_bits]).view(F32)
     assert len(floats) % 128 == 0
     assert_same_halves(stored_as_float16(torch.ones(len(floats), dtype=F16), floats), floats.to(F16))
+
+
+@pytest.mark.parametrize("head_dim", [8, 36, 264])
+def test_the_extension_refuses_other_head_dims(head_dim: int) -> None:
+    """Its buffers hold what the backend lets through, and no more."""
+    state = CompressedCache(mixed(2), 1, 2, head_dim, 2, 4, F32, "cpu", "reference")._layers[0]
+    x = torch.ones(1, 2, head_dim)
+    with pytest.raises(ValueError, match=f"head_dim must be a multiple of 8 within 32 .. 256, got {head_dim}"):
+        backends.get("cpu").decode(state, x, x, x, 1.0)
 
 
 def test_unknown_instruction_set_is_refused() -> None:

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from ssd_kernels import CompressedCache, backends, ops
 from ssd_kernels.layout import LayerLayout
 
-from .cases import BF16, F32, Case, each_backend, mixed
+from .cases import BF16, F32, INTERPRETED, Case, each_backend, each_compiled, mixed
 from .pair import assert_untouched, bits, on_device, snapshot
 from .test_memory import Guarded
 
@@ -261,6 +261,32 @@ def test_kernels_survive_bad_tables(case: Case, name: str) -> None:
             assert torch.equal(old, new)
 
 
+@each_compiled
+@pytest.mark.parametrize(("head_dim", "dtype", "message"), [(12, F32, "head_dim.*12"), (2048, F32, "head_dim.*2048"),
+                                                            (40, torch.float64, "dtype.*float64")])
+def test_operators_ask_the_backend(case: Case, head_dim: int, dtype: torch.dtype, message: str) -> None:
+    """What the constructor of the cache would refuse, the operators refuse: sizes beyond the kernels' buffers."""
+    cache = CompressedCache(mixed(H, 3), B, H, head_dim, P, N, dtype, case.device, "reference")
+    state, x = cache._layers[0], torch.ones(B, H, head_dim, dtype=dtype, device=case.device)
+    tables = torch.ones(P + N, head_dim // 2, device=case.device)
+    layer, prompt = (*state.tensors, *ops.layout_arguments(state.layout)), torch.stack([x, x], 2)
+    ones, before = torch.ones(B, dtype=torch.int64), snapshot(cache)
+    with pytest.raises(ValueError, match=f"backend='{case.name}' cannot be used.*{message}"):
+        OPS.decode(x, x, x, *layer, 1.0, case.name, tables, tables)
+    with pytest.raises(ValueError, match=f"backend='{case.name}' cannot be used.*{message}"):
+        OPS.prefill(prompt, prompt, ones, None, torch.arange(B), *layer, case.name)
+    assert_untouched(cache, before)
+
+
+def test_operators_ask_the_backend_for_its_device() -> None:
+    """Triton's kernels never get tensors of the CPU, unless they are interpreted."""
+    case = Case("reference")
+    arguments = _decode_arguments(_started(case), case)
+    name = "cuda" if INTERPRETED else "triton"
+    with pytest.raises(ValueError, match=f"backend='{name}' cannot be used: it needs device cuda, got cpu"):
+        OPS.decode(*arguments[:-1], name)
+
+
 BAD_PREFILLS: dict[str, tuple[int, Any, str]] = {
     "k-heads": (0, torch.ones(1, H + 1, P, D), "k "),
     "k-dims": (0, torch.ones(H, P, D), "k "),
@@ -272,6 +298,11 @@ BAD_PREFILLS: dict[str, tuple[int, Any, str]] = {
     "prompt_lens-count": (2, torch.tensor([1, 2]), "prompt_lens"),
     "prompt_scores-shape": (3, torch.ones(1, H, P - 1), "prompt_scores"),
     "prompt_scores-dtype": (3, torch.ones(1, H, P).half(), "prompt_scores"),
+    "prompt_lens-float": (2, torch.tensor([1.5]), "prompt_lens must hold integers.*float32"),
+    "prompt_lens-2d": (2, torch.tensor([[1]]), "prompt_lens must be 1-D"),
+    "rows-float": (4, torch.tensor([0.5]), "rows must hold integers.*float32"),
+    "rows-bool": (4, torch.tensor([True]), "rows must hold integers.*bool"),
+    "rows-2d": (4, torch.tensor([[1]]), "rows must be 1-D"),
     "rows-high": (4, torch.tensor([B]), "rows"),
     "rows-negative": (4, torch.tensor([-1]), "rows"),
     "backend": (-1, "fast", "backend"),
@@ -287,6 +318,6 @@ def test_prefill_operator_refuses_what_does_not_fit(case: Case, name: str) -> No
     arguments = _prefill_arguments(cache, None)
     arguments[place] = value.to(case.device) if isinstance(value, torch.Tensor) and place < 2 else value
     before = snapshot(cache)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TypeError if "must hold integers" in message else ValueError, match=message):
         OPS.prefill(*arguments)
     assert_untouched(cache, before)

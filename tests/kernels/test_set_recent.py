@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
+from ssd_kernels.layout import RECENT
 
 from .cases import INTERPRETED, Case, each_backend
 
@@ -48,6 +49,14 @@ def test_equals_a_plan_that_said_so_from_the_start(case: Case, row_buffer: int, 
     assert cache.positions(0, 0)[0].tolist()[:3] == [0, 1, 2]
     held = len(cache.positions(0, 0)[0]) - 3
     assert cache.positions(0, 0)[0].tolist()[3:] == list(range(3 + STEPS - held, 3 + STEPS))
+
+
+def test_numbers_beyond_int32_count_as_the_nearest() -> None:
+    cache = CompressedCache(CachePlan([SPECS]), 1, H, D, max_prompt=3)
+    cache.set_recent(0, torch.tensor([2**31, 0, -2**40, 0]))
+    assert cache._layers[0].table[:, RECENT].tolist() == [8, 0, 0, 0]
+    cache.set_recent(0, torch.tensor([2**32 + 1, 0, 2**63 - 1, 0]))
+    assert cache._layers[0].table[:, RECENT].tolist() == [8, 0, 9, 0]
 
 
 @each_backend
