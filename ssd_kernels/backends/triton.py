@@ -22,7 +22,10 @@ def interpreting() -> bool:
 
 
 class TritonBackend(Backend):
-    """Programs over (row, head); everything a step needs to know is read on the device."""
+    """Programs over (row, head); everything a step needs to know is read on the device.
+
+    Triton launches on the current device, which need not be the tensors'.
+    """
 
     name = "triton"
     reads_table = False
@@ -50,11 +53,12 @@ class TritonBackend(Backend):
         constants, warps = launch.decode_constants(
             head_dim, q.element_size(), group, layout.row_buffer, layout.largest, layout.scored_slots > 0,
             layout.keep_prompt, rotary is not None, _capability(q.device))
-        _kernels().decode_kernel[(batch * heads,)](
-            q, k, v, *state.tensors, out, logits, logits.view(torch.int32), *(rotary or (logits, logits)),
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], batch, heads, slots, layout.scored_slots,
-            layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1), scale,
-            **constants, INTERPRETED=interpreting(), num_warps=warps)
+        with torch.cuda.device(q.get_device()):
+            _kernels().decode_kernel[(batch * heads,)](
+                q, k, v, *state.tensors, out, logits, logits.view(torch.int32), *(rotary or (logits, logits)),
+                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], batch, heads, slots, layout.scored_slots,
+                layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1), scale,
+                **constants, INTERPRETED=interpreting(), num_warps=warps)
         return out
 
     def warmup(self, states: Sequence[LayerState], query_heads: int, rotary: bool) -> None:
@@ -73,12 +77,13 @@ class TritonBackend(Backend):
         lengths, indices = (torch.tensor(list(numbers), dtype=torch.int32).to(k.device, non_blocking=True)
                             for numbers in (prompt_lens, rows))
         slot_list = torch.empty((len(rows), heads, block), dtype=torch.int32, device=k.device)
-        _kernels().prefill_kernel[(len(rows), heads)](
-            k, v, k if scores is None else scores, lengths, indices, *state.tensors, slot_list, k.shape[2], heads,
-            state.keys.shape[1], layout.scored_slots, layout.max_prompt, layout.num_visual_tokens, layout.pin_words,
-            KEEP_PROMPT=layout.keep_prompt, GIVEN=scores is not None, D=k.shape[3],
-            D_PAD=launch.power_of_two(k.shape[3]), PROMPT_BLOCK=block,
-            BLOCK=launch.decode_config(k.shape[3], k.element_size(), 1, block).block)
+        with torch.cuda.device(k.get_device()):
+            _kernels().prefill_kernel[(len(rows), heads)](
+                k, v, k if scores is None else scores, lengths, indices, *state.tensors, slot_list, k.shape[2], heads,
+                state.keys.shape[1], layout.scored_slots, layout.max_prompt, layout.num_visual_tokens, layout.pin_words,
+                KEEP_PROMPT=layout.keep_prompt, GIVEN=scores is not None, D=k.shape[3],
+                D_PAD=launch.power_of_two(k.shape[3]), PROMPT_BLOCK=block,
+                BLOCK=launch.decode_config(k.shape[3], k.element_size(), 1, block).block)
 
 
 @cache

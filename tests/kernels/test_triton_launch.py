@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch
 from ssd_kernels import CachePlan, HeadSpec, backends
 from ssd_kernels.backends.triton import TritonBackend
 from ssd_kernels.layout import LayerLayout
+from ssd_kernels.state import LayerState
 from ssd_kernels.triton import launch
 from ssd_kernels.triton.launch import check_limits
 
@@ -82,6 +86,31 @@ def test_auto_takes_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends.resolve("auto", torch.device("cuda"), torch.bfloat16, 128).name == "triton"
     with pytest.raises(ValueError, match="head_dim"):
         backends.resolve("triton", torch.device("cuda"), torch.bfloat16, 20)
+
+
+def test_launches_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current device; both kernels are launched while that is the tensors' own."""
+    events: list[object] = []
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        events.append(index)
+        yield
+        events.append("leave")
+
+    class Kernel:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *arguments, **constants: events.append("launch")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 3)
+    monkeypatch.setattr("ssd_kernels.backends.triton._kernels",
+                        lambda: SimpleNamespace(decode_kernel=Kernel(), prefill_kernel=Kernel()))
+    state = LayerState.allocate(layout(HeadSpec.full()), [HeadSpec.full()], 1, 64, torch.float32, torch.device("cpu"))
+    x = torch.ones(1, 1, 64)
+    TritonBackend().decode(state, x, x, x, 1.0)
+    TritonBackend().prefill(state, x[:, :, None], x[:, :, None], [1], None, [0])
+    assert events == [3, "launch", "leave"] * 2
 
 
 def test_import_needs_no_triton() -> None:
