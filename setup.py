@@ -5,13 +5,14 @@ an isolated build does not download another one.
 
 Environment:
     SSD_KERNELS_CUDA  auto (the default) builds the CUDA backend if nvcc is found; 1 insists on it; 0 leaves it out.
-    CXX               the C++ compiler.
+    CXX               the C++ compiler; else the one that the build folder remembers, or c++, g++ or clang++.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -71,6 +72,12 @@ def find_compiler(env: Mapping[str, str]) -> str:
                      "Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++), or set CXX.")
 
 
+def remembers_another_compiler(cmake_cache: str, env: Mapping[str, str]) -> bool:
+    """Whether CXX is not the compiler in the text of a CMakeCache.txt: CMake would stay with that one in silence."""
+    remembered = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.*)$", cmake_cache, re.MULTILINE)
+    return bool(env.get("CXX")) and remembered is not None and remembered[1] != find_compiler(env)
+
+
 def find_tool(name: str, env: Mapping[str, str]) -> str:
     """cmake or ninja: from the Python package of that name where this Python has it, else from PATH."""
     try:
@@ -94,7 +101,9 @@ class CMakeBuild(build_ext):
         # A fixed folder, so that rebuilds are incremental. Its cache may remember the tools of an isolated environment
         # that is gone: hence every path is passed every time.
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        self.run_tool(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
+        cache = folder / "CMakeCache.txt"
+        fresh = cache.is_file() and remembers_another_compiler(cache.read_text(), os.environ)
+        self.run_tool(cmake, *(["--fresh"] if fresh else []), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",
                       f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', os.environ)}",
                       f"-DPython_EXECUTABLE={sys.executable}",
                       f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

@@ -88,6 +88,18 @@ def test_compiler(setup_py, tmp_path):
         setup_py.find_compiler({"PATH": "/nowhere"})
 
 
+def test_another_compiler_than_the_build_folder_remembers(setup_py, tmp_path):
+    """Or, after a build that failed, `CXX=g++-13 pip install .` would go on with the compiler that failed."""
+    old, new = program(tmp_path / "g++"), program(tmp_path / "g++-13")
+    cache = f"CMAKE_BUILD_TYPE:STRING=\nCMAKE_CXX_COMPILER:FILEPATH={old}\nCMAKE_CXX_COMPILER_AR:FILEPATH=/bin/ar\n"
+    path = {"PATH": str(tmp_path)}
+    assert setup_py.remembers_another_compiler(cache, {**path, "CXX": "g++-13"})
+    assert setup_py.remembers_another_compiler(cache, {**path, "CXX": f"{new} -m64"})
+    assert not setup_py.remembers_another_compiler(cache, {**path, "CXX": "g++"})
+    assert not setup_py.remembers_another_compiler(cache, path)
+    assert not setup_py.remembers_another_compiler("", {**path, "CXX": "g++-13"})
+
+
 def test_missing_tool_is_named(setup_py):
     with pytest.raises(SetupError, match="needs no-such-tool"):
         setup_py.find_tool("no-such-tool", {"PATH": "/nowhere"})
