@@ -55,7 +55,8 @@ class LayerLayout:
         heads: one range per KV head, in head order, contiguous.
         slots: slots per batch row, over all heads.
         scored_slots: slots per batch row that carry a score and a position.
-        max_prompt, num_visual_tokens, row_buffer, keep_prompt: as given to the cache; ``row_buffer`` is R.
+        max_prompt, num_visual_tokens, row_buffer, keep_prompt: as given to the cache; ``row_buffer`` is R, at most
+            `KEEP_ALL`.
         largest: evictable tokens that the largest heavy head has room for, 0 without heavy heads.
         longest: slots of the longest head.
     """
@@ -84,11 +85,11 @@ class LayerLayout:
             capacity = ring + max_prompt - evictable_prompt
             scored = track_scores or spec.kind == "heavy"
             keep = KEEP_ALL if spec.size is None else min(spec.size, KEEP_ALL)
-            heads.append(HeadRange(spec.kind, offset, capacity, keep, spec.recent, SCORE_RULES.index(spec.score),
-                                   score_offset if scored else -1, ring))
+            heads.append(HeadRange(spec.kind, offset, capacity, keep, min(spec.recent, keep),
+                                   SCORE_RULES.index(spec.score), score_offset if scored else -1, ring))
             offset += capacity
             score_offset += capacity if scored else 0
-        return cls(tuple(heads), offset, score_offset, max_prompt, num_visual_tokens, plan.row_buffer,
+        return cls(tuple(heads), offset, score_offset, max_prompt, num_visual_tokens, min(plan.row_buffer, KEEP_ALL),
                    plan.keep_prompt, max((head.ring for head in heads if head.kind == "heavy"), default=0),
                    max(head.capacity for head in heads))
 

@@ -43,17 +43,25 @@ class LayerState:
     @classmethod
     def allocate(cls, layout: LayerLayout, specs: Sequence[HeadSpec], batch_size: int, head_dim: int,
                  dtype: torch.dtype, device: torch.device) -> LayerState:
-        """Empty caches of the ``specs`` that ``layout`` was built from, with all cursors at zero."""
+        """Empty caches of the ``specs`` that ``layout`` was built from, with all cursors at zero.
+
+        Ordinary tensors in `torch.inference_mode` too, so that the cache may be changed outside it.
+        """
         slab = (batch_size, layout.slots, head_dim)
         scored = (batch_size, layout.scored_slots)
-        return cls(layout,
-                   torch.zeros(slab, dtype=dtype, device=device),
-                   torch.zeros(slab, dtype=dtype, device=device),
-                   torch.zeros(scored, dtype=torch.float32, device=device),
-                   torch.zeros(scored, dtype=torch.int32, device=device),
-                   torch.zeros((batch_size, 2), dtype=torch.int32, device=device),
-                   layout.table().to(device),
-                   layout.pin_mask(specs).to(device))
+        with torch.inference_mode(False):
+            return cls(layout,
+                       torch.zeros(slab, dtype=dtype, device=device),
+                       torch.zeros(slab, dtype=dtype, device=device),
+                       torch.zeros(scored, dtype=torch.float32, device=device),
+                       torch.zeros(scored, dtype=torch.int32, device=device),
+                       torch.zeros((batch_size, 2), dtype=torch.int32, device=device),
+                       layout.table().to(device),
+                       layout.pin_mask(specs).to(device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without ``native``, which knows this layer's addresses."""
+        return {**self.__dict__, "native": None}
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

@@ -12,6 +12,8 @@ from .base import Backend
 
 
 class ReferenceBackend(Backend):
+    """Gives no gradients, as the other backends do not."""
+
     name = "reference"
 
     def unavailable(self) -> str | None:
@@ -20,10 +22,12 @@ class ReferenceBackend(Backend):
     def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         return None
 
+    @torch.no_grad()
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                scale: float, rotary: Rotary | None = None) -> torch.Tensor:
         return reference.decode(state, q, k, v, scale, rotary)
 
+    @torch.no_grad()
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
                 scores: torch.Tensor | None, rows: Sequence[int]) -> None:
         reference.prefill(state, k, v, prompt_lens, scores, rows)

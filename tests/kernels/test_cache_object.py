@@ -1,0 +1,72 @@
+"""`CompressedCache` as a Python object: gradients, inference mode, copies, and sizes beyond what a table holds."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from ssd_kernels import CachePlan, CompressedCache, HeadSpec
+
+from .cases import Case, each_backend, mixed, uniform
+from .pair import assert_untouched, snapshot
+
+B, H, D, P, N = 2, 4, 40, 3, 8
+
+
+def _cache(case: Case, plan: CachePlan | None = None) -> CompressedCache:
+    return CompressedCache(plan or mixed(H), B, H, D, P, N, device=case.device, backend=case.name)
+
+
+def _step(cache: CompressedCache, seed: int = 0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return cache.decode(0, *torch.randn(3, B, H, D, generator=random).to(cache.device))
+
+
+@each_backend
+def test_results_carry_no_gradient(case: Case) -> None:
+    """"Inference only", whatever is given: a cache that held on to graphs would fill the memory."""
+    cache = _cache(case)
+    given = torch.ones(B, H, P, D, device=case.device, requires_grad=True)
+    cache.prefill(0, 2 * given, 3 * given, [P, 1])
+    out = cache.decode(0, *(factor * given[:, :, 0] for factor in (2, 3, 4)))
+    assert not out.requires_grad
+    assert not any(tensor.requires_grad for tensor in cache._layers[0].tensors)
+
+
+@each_backend
+def test_a_cache_made_in_inference_mode_serves_outside_it(case: Case) -> None:
+    with torch.inference_mode():
+        cache = _cache(case)
+        first = _step(cache)
+    _step(cache, seed=1)
+    cache.reset()
+    assert torch.equal(_step(cache), first)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_copies_go_their_own_way(name: str) -> None:
+    """Copied between two steps; a copy's steps are written to the copy, and give what the original's give."""
+    cache = _cache(Case(name))
+    _step(cache)
+    for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        before = snapshot(cache)
+        out = _step(other, seed=1)
+        assert_untouched(cache, before)
+        assert torch.equal(out, _step(copy.deepcopy(cache), seed=1))
+        assert other.positions(0, 0)[0].tolist() == [0, 1]
+
+
+@each_backend
+@pytest.mark.parametrize(("huge", "largest"), [
+    (uniform(HeadSpec.window(4), H, row_buffer=2**31), uniform(HeadSpec.window(4), H, row_buffer=2**31 - 1)),
+    (uniform(HeadSpec.heavy(2**40, recent=2**33), H), uniform(HeadSpec.heavy(N, recent=N), H))],
+    ids=["row_buffer", "recent"])
+def test_numbers_beyond_int32_are_the_largest(case: Case, huge: CachePlan, largest: CachePlan) -> None:
+    """A plan may say more than the head table holds; nothing is evicted then."""
+    one, other = _cache(case, huge), _cache(case, largest)
+    for seed in range(N):
+        assert torch.equal(_step(one, seed), _step(other, seed))
+    assert one.positions(0, 0)[0].tolist() == list(range(N))
