@@ -21,6 +21,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 POLICY      ?= ssd_guarded
 SEEDS       ?= 1
 OUT         ?= gpu
+COMPARE     ?= --fidelity-prompts 6 --prompts 60
 GPU_TESTS   ?= tests/kernels
 SANITIZERS  := gpu-memcheck gpu-racecheck gpu-initcheck gpu-synccheck
 
@@ -101,7 +102,7 @@ quality: $(VENV)/.built
 	$(BIN)/ssd-janus evaluate --suite fidelity --policy full --policy $(POLICY) --budget 0.2 --budget 0.5 \
 		--out quality/fidelity --page docs/quality.md
 
-# Goes on where it was too; `make policies COMPARE="--part fidelity"` measures only some of it.
+# Goes on where it was too; `make policies COMPARE="--fidelity-prompts 6 --part fidelity"` measures only some of it.
 policies: export OMP_WAIT_POLICY := passive
 policies: $(VENV)/.built
 	$(BIN)/ssd-janus compare --out runs/policies --page docs/policy-results.md --plots docs $(COMPARE)
