@@ -223,7 +223,6 @@ class Pipeline:
             return self.shape.check(plan), self.backend
         return hooks.in_force(self.model) or (self.shape.full_plan(), self.backend)
 
-
     def _with_transformers(self, texts: list[str], guidance_scale: float | None, seed: int, plan: CachePlan,
                            backend: str, options: dict[str, Any], batch_size: int | None, report: ProgressCallback,
                            logits_processor: Sequence[LogitsProcessor], observer: Observer | None) -> torch.Tensor:

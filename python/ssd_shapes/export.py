@@ -177,8 +177,14 @@ def card(model: JanusForConditionalGeneration, record: dict[str, Any]) -> str:
     )
 
 
+def full_cache_scores(results: dict[str, Any]) -> dict[str, Any]:
+    """What the card says of the ``results.json`` of ``ssd-janus evaluate --suite shapes``."""
+    full = {name: results["results"]["full"][name] for name in ("families", "overall")}
+    return {"prompts": results["prompts"], "seeds": results["seeds"], "results": {"full": full}}
+
+
 def scores(record: dict[str, Any] | None) -> str:
-    """The full cache's scores as a table, from ``results.json`` of ``ssd-janus evaluate --suite shapes``."""
+    """The full cache's scores as a table, from `full_cache_scores`."""
     if not record:
         return "Not measured."
     full, asked = record["results"]["full"], suite.load()[: record["prompts"]]
@@ -237,7 +243,7 @@ def export(
         "top_k": top_k,
         "history": history,
         "bytes": (partial / "model.safetensors").stat().st_size,
-        "scores": None if results is None else json.loads(results.read_text()),
+        "scores": None if results is None else full_cache_scores(json.loads(results.read_text())),
     }
     # With it, training can go on from this folder: ssd_shapes.train --init.
     shutil.copyfile(checkpoint / "scene_head.safetensors", partial / "scene_head.safetensors")

@@ -61,6 +61,10 @@ each_backend = pytest.mark.parametrize("case", [_param(case, id=case.name) for c
 each_compiled = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES if case.compiled])
 each_cuda = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES
                                              if case.name in ("simulated_cuda", "cuda")])
+each_on_the_host = pytest.mark.parametrize("case", [
+    _param(case, id=case.name) for case in CASES if case.device == "cpu"])
+each_without_table = pytest.mark.parametrize("case", [  # that can do without reading the table on the host
+    _param(case, id=case.name) for case in CASES if not backends.get(case.name).reads_table])
 each_dtype = pytest.mark.parametrize(("case", "dtype"), [
     _param(case, dtype, id=f"{case.name}-{short(dtype)}") for case in CASES for dtype in case.dtypes])
 

@@ -10,10 +10,20 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ssd_kernels import CompressedCache, backends, ops
+from ssd_kernels import CompressedCache, ops
 from ssd_kernels.layout import LayerLayout
 
-from .cases import BF16, F32, INTERPRETED, Case, each_backend, each_compiled, mixed
+from .cases import (
+    BF16,
+    F32,
+    INTERPRETED,
+    Case,
+    each_backend,
+    each_compiled,
+    each_on_the_host,
+    each_without_table,
+    mixed,
+)
 from .pair import assert_untouched, bits, on_device, snapshot
 from .test_memory import Guarded
 
@@ -217,25 +227,21 @@ def test_operators_refuse_what_does_not_fit(case: Case, name: str) -> None:
     _assert_refused(case, *BAD_ARGUMENTS[name])
 
 
-@each_backend
+@each_on_the_host
 @pytest.mark.parametrize("name", BAD_TABLES)
 def test_operators_refuse_bad_tables(case: Case, name: str) -> None:
-    """The same for what only the table shows."""
-    if case.device != "cpu":
-        pytest.skip("the host does not read a table on a device; test_kernels_survive_bad_tables")
+    """The same for what only the table shows, which the host does not read on a device."""
     _assert_refused(case, *BAD_TABLES[name][:2], "table")
 
 
 @pytest.fixture
-def unread(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operators do not read the table on the CPU either, as on a GPU, where that would wait for the device."""
-    if backends.get(case.name).reads_table:
-        pytest.skip(f"{case.name} cannot do without the table on the host")
     read = LayerLayout.from_table
     monkeypatch.setattr(LayerLayout, "from_table", lambda *given, **named: read(*given, **{**named, "read": False}))
 
 
-@each_backend
+@each_without_table
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
 @pytest.mark.usefixtures("unread")
 def test_operators_that_read_no_table_refuse_the_rest(case: Case, name: str) -> None:
@@ -243,7 +249,7 @@ def test_operators_that_read_no_table_refuse_the_rest(case: Case, name: str) -> 
     _assert_refused(case, *BAD_ARGUMENTS[name])
 
 
-@each_backend
+@each_without_table
 @pytest.mark.parametrize("name", BAD_TABLES)
 @pytest.mark.usefixtures("unread")
 def test_kernels_survive_bad_tables(case: Case, name: str) -> None:

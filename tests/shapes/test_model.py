@@ -138,6 +138,15 @@ def test_the_card_states_what_was_recorded(exported):
         assert figure in card, figure
 
 
+def test_scores_of_the_full_cache_alone_are_kept():
+    share = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    plan = {"families": {"counting": share}, "overall": share, "by_prompt": {"counting": [1.0, 0.0]}}
+    kept = export.full_cache_scores({"prompts": 6, "seeds": 1, "results": {"full": plan, "ssd-0.2": plan}})
+    assert kept["results"] == {"full": {"families": {"counting": share}, "overall": share}}
+    table = export.scores(kept)  # the first six prompts of the suite are of all families
+    assert "| counting | 1 | 1 | 0.50 | 0.25 .. 0.75 |" in table and "| overall | 6 | 6 | 0.50 |" in table
+
+
 def test_export_refuses(exported, tmp_path):
     import typer
 
