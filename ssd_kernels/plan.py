@@ -1,7 +1,7 @@
 """What every head keeps: head specs and plans, as plain data.
 
-Plan files (`CachePlan.save`) carry a version. Fields and values that came later, ``pinned`` and
-``score="position"``, are written only where a plan uses them, and readers refuse what they do not know. So a file of
+Plan files (`CachePlan.save`) carry a version. Fields and values that came later, ``pinned``, ``score="position"`` and
+``score="decayed"``, are written only where a plan uses them, and readers refuse what they do not know. So a file of
 the same version either means the same to an older reader or is refused by it, and the version stays.
 """
 
@@ -21,10 +21,11 @@ from .files import write_atomically
 __all__ = ["CachePlan", "HeadSpec", "peak_tokens"]
 
 Kind = Literal["full", "window", "heavy"]
-ScoreRule = Literal["sum", "mean", "position"]
+ScoreRule = Literal["sum", "mean", "position", "decayed"]
 
 KINDS: tuple[str, ...] = ("full", "window", "heavy")
-SCORE_RULES: tuple[str, ...] = ("sum", "mean", "position")
+SCORE_RULES: tuple[str, ...] = ("sum", "mean", "position", "decayed")
+DECAY = 0.96  # per decode step, of "decayed" scores: half is forgotten after 17 steps, less than a row of 24
 PLAN_FORMAT = "ssd_kernels.plan"
 PLAN_VERSION = 1
 MAX_PINNED = 2**20  # per head; a slip in a range of a plan file must not fill the memory
@@ -95,8 +96,9 @@ class HeadSpec:
         size: W of a window head or M of a heavy head, in visual tokens; None for a full head.
         recent: how many of a heavy head's M tokens are the newest ones, whatever their score.
         score: eviction key of a heavy head: ``"sum"`` of the attention probability the token received,
-            ``"mean"`` of it over the decode steps in which the token was attended to, or the token's
-            ``"position"`` (newest wins; the probabilities are still summed, but do not decide).
+            ``"mean"`` of it over the decode steps in which the token was attended to, the token's
+            ``"position"`` (newest wins; the probabilities are still summed, but do not decide), or ``"decayed"``:
+            the sum, of which every step keeps the share `DECAY` before it adds.
         pinned: visual tokens of a heavy head, by their number t in the picture, that rank above all that are not
             pinned, whatever their key; the older of two pinned tokens is evicted first. Any iterable of ints >= 0,
             stored ascending and without duplicates. Numbers beyond the picture have no effect.
@@ -146,7 +148,8 @@ class HeadSpec:
             size: M, the number of visual tokens kept.
             recent: how many of the M are the newest tokens regardless of score; 0 is the paper's rule.
             score: ``"sum"`` (the paper's running sum), ``"mean"`` per decode step, so that old tokens do not
-                starve new ones, or ``"position"``: the newest tokens, with scores kept beside.
+                starve new ones, ``"decayed"``, a sum that forgets half in 17 steps, for the same reason, or
+                ``"position"``: the newest tokens, with scores kept beside.
             pinned: numbers t of visual tokens that rank above all others, as the margin columns of a grid may.
         """
         return cls("heavy", size, recent, score, _token_numbers(pinned))

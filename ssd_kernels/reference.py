@@ -14,7 +14,7 @@ from typing import cast
 import torch
 
 from .layout import KEEP_ALL, RECENT, LayerLayout, RowView, pinned_tokens
-from .plan import SCORE_RULES
+from .plan import DECAY, SCORE_RULES
 from .state import LayerState, Rotary
 
 
@@ -100,6 +100,8 @@ def attend(state: LayerState, row: int, view: RowView, q: torch.Tensor,
 def add_scores(state: LayerState, row: int, view: RowView, probabilities: torch.Tensor) -> None:
     """Rule 3: every attended slot gains the probability it received, summed over the group's query heads."""
     slots = torch.tensor(view.slots(appended=1), device=state.scores.device) + view.head.score_offset
+    if SCORE_RULES[view.head.rule] == "decayed":
+        state.scores[row, slots] *= DECAY
     state.scores[row, slots] += probabilities.sum(0).to(torch.float32)
 
 
@@ -136,14 +138,14 @@ def eviction_keys(scores: torch.Tensor, positions: Sequence[int], prompt_len: in
         prompt_len: position of visual token 0.
         steps: decode steps taken, the current one included. A visual token has been attended to since its own step,
             a prompt token since the first; before the first step the score stands undivided.
-        rule: ``"sum"``, ``"mean"`` or ``"position"``.
+        rule: ``"sum"``, ``"mean"``, ``"position"`` or ``"decayed"``: the last has decayed where scores are added.
 
     Returns:
         a key per token; positions are ints, and so compare exactly.
     """
     if rule == "position":
         return list(positions)
-    if rule == "sum":
+    if rule in ("sum", "decayed"):
         return cast("list[float]", scores.tolist())
     attended = [max(steps - max(position - prompt_len, 0), 1) for position in positions]
     return cast("list[float]", (scores / torch.tensor(attended, dtype=torch.float32, device=scores.device)).tolist())

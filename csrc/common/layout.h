@@ -15,7 +15,8 @@
 namespace ssd {
 
 enum HeadKind : int32_t { kFull = 0, kWindow = 1, kHeavy = 2 };
-enum ScoreRule : int32_t { kSum = 0, kMean = 1, kPosition = 2 };
+enum ScoreRule : int32_t { kSum = 0, kMean = 1, kPosition = 2, kDecayed = 3 };
+constexpr float kDecay = 0.96f;  // what every step keeps of kDecayed scores
 
 // One row of the head table, int32 [heads, 8].
 struct HeadRange {

@@ -97,8 +97,17 @@ struct Decoder {
     }
   }
 
+  // Of a head whose scores decay.
+  SSD_ALWAYS_INLINE void decay_scores(const Item& item) {
+    for (int32_t s = 0; s < item.num_segments; ++s) {
+      float* scores = item_scores(layer, item) + item.segments[s].begin;
+      for (int32_t i = 0; i < item.segments[s].count; ++i) scores[i] *= kDecay;
+    }
+  }
+
   // Rule 3: every attended slot gains its probability, once per query head of the group.
   SSD_ALWAYS_INLINE void add_scores(const Item& item, int32_t stride, const float* inverse) {
+    if (item.range.rule == kDecayed) decay_scores(item);
     for (int32_t g = 0; g < group; ++g) {
       const float* __restrict numerators = scratch.logits + g * stride;
       const float factor = inverse[g];

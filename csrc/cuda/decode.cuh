@@ -225,6 +225,7 @@ struct Decoder : Attention<T, kDim, kGroup> {
       const bool is_new = j == item.total;
       const int32_t slot = is_new ? item.new_slot : item.slot_of(j);
       float score = is_new ? 0.0f : split ? scores[slot] : shared.scores[j];
+      if (item.range.rule == kDecayed) score *= kDecay;
       if (split) {
 #pragma unroll 1
         for (int32_t g = 0; g < group(); ++g)

@@ -27,6 +27,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..plan import DECAY
+
 ARRIVALS = 20  # cursor bits below are the step, those above count programs; both limits are checked on the host
 STEP_MASK = tl.constexpr((1 << ARRIVALS) - 1)
 ONE_ARRIVAL = tl.constexpr(1 << ARRIVALS)
@@ -37,6 +39,8 @@ COLUMNS = tl.constexpr(8)
 HEAVY = tl.constexpr(2)
 SUM = tl.constexpr(0)
 MEAN = tl.constexpr(1)
+DECAYED = tl.constexpr(3)
+KEPT_SHARE = tl.constexpr(DECAY)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
@@ -127,7 +131,7 @@ def rank_of(score, position, newest, prompt_len, steps, recent, rule, pinned, nu
     attended = tl.maximum(steps - tl.maximum(position - prompt_len, 0), 1)
     mean = tl.div_rn(score, attended.to(tl.float32))
     rank = eviction_rank(tl.where(rule == MEAN, mean, score), position)
-    rank = tl.where((rule == SUM) | (rule == MEAN), rank, position.to(tl.int64))
+    rank = tl.where((rule == SUM) | (rule == MEAN) | (rule == DECAYED), rank, position.to(tl.int64))
     token = position - prompt_len
     visual = valid & (token >= 0) & (token < num_visual_tokens)
     word = tl.load(pinned + token // 32, mask=visual, other=0)
@@ -313,6 +317,7 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
             position_at = positions + scored_at
             tl.debug_barrier()  # logits were written by other threads of this program
             share = tl.where(in_group, 1.0 / norm, 0.0)
+            kept_share = tl.where(rule == DECAYED, KEPT_SHARE, 1.0)
             for start in range(0, total, EVICT_BLOCK):
                 index = start + tl.arange(0, EVICT_BLOCK)
                 live = index < total
@@ -320,7 +325,8 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
                 given = tl.load(logits + member[:, None] * scored_slots + slot[None, :],
                                 mask=in_group[:, None] & live[None, :], other=-float("inf"))
                 given = tl.sum(tl.exp2(given - highest[:, None]) * share[:, None], 0)  # [EVICT_BLOCK]
-                tl.store(score_at + slot, tl.load(score_at + slot, mask=live, other=0.0) + given, mask=live)
+                known = tl.load(score_at + slot, mask=live, other=0.0)
+                tl.store(score_at + slot, known * kept_share + given, mask=live)
             tl.store(score_at + new_slot, tl.sum(tl.exp2(new_logit - highest) * share, 0))
             tl.store(position_at + new_slot, position)
 

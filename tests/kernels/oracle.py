@@ -25,7 +25,7 @@ class Token:
     attended: int = 0
 
     def key(self, rule: str) -> float:
-        """What the rules `sum` and `mean` sort by."""
+        """What the rules `sum`, `mean` and `decayed` sort by."""
         return self.score / max(self.attended, 1) if rule == "mean" else self.score
 
 
@@ -99,8 +99,9 @@ class Oracle:
         given = probabilities.sum(2)
         for row in range(batch):
             for head in range(heads):
+                kept_share = 0.96 if self.specs[head].score == "decayed" else 1.0
                 for position, token in self.kept[row][head].items():
-                    token.score += given[row, head, position].item()
+                    token.score = kept_share * token.score + given[row, head, position].item()
                     token.attended += 1
         return exact.reshape(q.shape), native.reshape(q.shape).double()
 

@@ -195,7 +195,7 @@ BAD_TABLES: dict[str, tuple[int, Any, bool]] = {
     "table-huge": (8, _filled(slice(7), 2**30), True),
     "table-negative": (8, _filled(slice(7), -1), True),
     "table-junk": (8, _filled(slice(8), 2**30), False),  # the order of heads too: some are not looked at
-    "table-rule": (8, _filled(slice(5, 6), 3), False),
+    "table-rule": (8, _filled(slice(5, 6), 4), False),
     "table-offset": (8, _filled(slice(1, 2), 60), True),
     "max_prompt-huge": (10, 10**6, True),
     "row_buffer-huge": (12, 10**6, False),

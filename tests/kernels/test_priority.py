@@ -30,7 +30,7 @@ def _set_scores(pair: Pair, scores: dict[int, float]) -> None:
 
 @each_backend
 @BUFFERS
-@pytest.mark.parametrize("score", ["sum", "mean", "position"])
+@pytest.mark.parametrize("score", ["sum", "mean", "position", "decayed"])
 def test_pinned_tokens_stay_whatever_their_score(case: Case, score: str, row_buffer: int) -> None:
     """"rank above all tokens that are not pinned": nobody looks at tokens 1 and 2, and they stay."""
     pair = Pair(uniform(HeadSpec.heavy(4, 0, score, pinned=[1, 2]), 1, row_buffer), case, batch=1, max_prompt=0,

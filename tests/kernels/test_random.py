@@ -22,7 +22,8 @@ def head_specs(draw: st.DrawFn, largest: int = 12) -> HeadSpec:
     if kind == "window":
         return HeadSpec.window(draw(st.integers(0, largest)))
     size = draw(st.integers(1, largest))
-    return HeadSpec.heavy(size, draw(st.integers(0, size)), draw(st.sampled_from(["sum", "mean", "position"])),
+    rules = st.sampled_from(["sum", "mean", "position", "decayed"])
+    return HeadSpec.heavy(size, draw(st.integers(0, size)), draw(rules),
                           pinned=draw(st.just(()) | st.sets(st.integers(0, 45))))
 
 

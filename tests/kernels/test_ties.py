@@ -45,7 +45,7 @@ def test_equal_means_make_a_window(case: Case, dtype: torch.dtype) -> None:
 @each_backend
 @BUFFERS
 @pytest.mark.parametrize("recent", [0, 1, 2], ids="recent{}".format)
-@pytest.mark.parametrize("rule", ["sum", "mean"])
+@pytest.mark.parametrize("rule", ["sum", "mean", "decayed"])
 def test_zero_scores_evict_the_oldest(case: Case, rule: str, recent: int, row_buffer: int) -> None:
     """Logits 2e4 below the highest give exactly 0: tokens nobody looks at tie, and the newest of them stay."""
     pair = Pair(uniform(HeadSpec.heavy(4, recent, rule), 2, row_buffer), case, max_prompt=2, steps=13, scale=1.0)
@@ -76,7 +76,7 @@ def test_high_ties_survive_low_newcomers(case: Case, row_buffer: int) -> None:
     assert pair.cache.scores(0, 0)[0].tolist() == [6.0, 6.0, 0.0]
 
 
-RULES = st.sampled_from(["sum", "mean", "position"])
+RULES = st.sampled_from(["sum", "mean", "position", "decayed"])
 PINNED = st.just(()) | st.sets(st.integers(0, 11))
 SCORES = st.sampled_from([0.0, BIG, BIG, 2 * BIG, 3 * BIG, 0.5, 0.5, -1.0, float("inf"), float("nan"), float("nan")])
 
@@ -145,3 +145,32 @@ def test_mean_lets_new_tokens_in(case: Case) -> None:
     pair.step(q=loud, k=loud)
     assert 9 not in pair.cache.positions(0, 0)[0].tolist()
     assert 9 in pair.cache.positions(0, 1)[0].tolist()
+
+
+@each_backend
+def test_decayed_scores_let_new_tokens_in(case: Case) -> None:
+    """`score="decayed"`: tokens that nobody looks at any more lose what they had; by `sum` the first two would stay."""
+    pair = Pair(CachePlan([[HeadSpec.heavy(2, score="sum"), HeadSpec.heavy(2, score="decayed")]]), case, batch=1,
+                max_prompt=0, steps=130)
+    pair.prefill([0])
+    for _ in range(50):
+        pair.step(q=torch.zeros(1, 2, 40))
+    loud = torch.zeros(1, 2, 40)
+    loud[..., 0] = 12.0
+    for _ in range(80):  # a newcomer gets at least 1 / 2 a step, the first two have had 1 / (3 x 0.04) and get nothing
+        pair.step(q=loud, k=loud)
+    assert pair.cache.positions(0, 0)[0].tolist() == [0, 1]
+    assert min(pair.cache.positions(0, 1)[0].tolist()) >= 50
+
+
+@each_dtype
+def test_decayed_scores_forget_evenly(case: Case, dtype: torch.dtype) -> None:
+    """Every step keeps 0.96 of all scores and gives the group size: the whole mass is a geometric sum."""
+    group, steps = 4, 30
+    pair = Pair(uniform(HeadSpec.heavy(2, score="decayed"), 1, row_buffer=steps + 1), case, group=group, max_prompt=5,
+                steps=steps, dtype=dtype)
+    pair.prefill([5, 0])
+    for step in range(steps):
+        pair.step()
+        for scores in pair.cache.scores(0, 0):
+            assert scores.sum().item() == pytest.approx(group * (1 - 0.96 ** (step + 1)) / 0.04, rel=1e-5)
