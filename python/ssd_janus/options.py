@@ -35,6 +35,7 @@ class PolicyName(str, Enum):
     full = "full"
     window = "window"
     heavy = "heavy"
+    decayed = "decayed"
     streaming_llm = "streaming_llm"
     h2o = "h2o"
     rows = "rows"

@@ -21,13 +21,13 @@ from ..plan import CachePlan
 from .profile import HeadProfile
 from .profiled import KINDS, adaptive, margin, predicted_cost, ssd, ssd_guarded
 from .solve import Policy, Shape
-from .uniform import full, h2o, heavy, random, rows, streaming_llm, window
+from .uniform import decayed, full, h2o, heavy, random, rows, streaming_llm, window
 
-__all__ = ["KINDS", "NEED_PROFILE", "POLICIES", "HeadProfile", "Shape", "adaptive", "build", "full", "h2o", "heavy",
-           "margin", "predicted_cost", "random", "rows", "ssd", "ssd_guarded", "streaming_llm", "window"]
+__all__ = ["KINDS", "NEED_PROFILE", "POLICIES", "HeadProfile", "Shape", "adaptive", "build", "decayed", "full", "h2o",
+           "heavy", "margin", "predicted_cost", "random", "rows", "ssd", "ssd_guarded", "streaming_llm", "window"]
 
 POLICIES: dict[str, Policy] = {policy.__name__: policy for policy in (
-    full, window, heavy, streaming_llm, h2o, rows, random, ssd, ssd_guarded, margin, adaptive)}
+    full, window, heavy, decayed, streaming_llm, h2o, rows, random, ssd, ssd_guarded, margin, adaptive)}
 NEED_PROFILE = frozenset({"ssd", "ssd_guarded", "margin", "adaptive"})
 
 

@@ -154,8 +154,8 @@ def predicted_cost(plan: CachePlan, profile: HeadProfile) -> float:
 
     Costs between measured sizes are interpolated linearly in the number of slots, those below the smallest size count
     as at the smallest, and keeping everything costs nothing. Each head counts by its own kind: windows as "window",
-    heavy heads that go by positions as "first", those that go by means or protect recent tokens as "heavy", else as
-    "sum".
+    heavy heads that go by positions as "first", by decayed sums as "decayed", those that go by means or protect recent
+    tokens as "heavy", else as "sum"; of a kind that the profile lacks, as "heavy".
     """
     tokens = profile.num_visual_tokens
     points, cost = np.array([*profile.sizes, tokens]), profile.cost(plan.row_buffer)
@@ -164,7 +164,8 @@ def predicted_cost(plan: CachePlan, profile: HeadProfile) -> float:
         for head, spec in enumerate(heads):
             if spec.size is None or spec.size >= tokens:
                 continue
-            costs = [*cost[layer, head, profile.kinds.index(_kind(spec))].tolist(), 0.0]
+            kind = _kind(spec) if _kind(spec) in profile.kinds else "heavy"
+            costs = [*cost[layer, head, profile.kinds.index(kind)].tolist(), 0.0]
             total += float(np.interp(spec.size, points, costs))
     return total
 
@@ -174,6 +175,8 @@ def _kind(spec: HeadSpec) -> str:
         return "window"
     if spec.score == "position":
         return "first"
+    if spec.score == "decayed":
+        return "decayed"
     return "sum" if spec.score == "sum" and not spec.recent else "heavy"
 
 
@@ -182,9 +185,11 @@ KINDS: dict[str, Callable[[int], HeadSpec]] = {
     "first": first_and_newest,
     "heavy": lambda size: HeadSpec.heavy(size, recent=size // 2, score="mean"),
     "sum": HeadSpec.heavy,
+    "decayed": lambda size: HeadSpec.heavy(size, recent=size // 2, score="decayed"),
 }
 """What a head may keep in a number of slots, as `HeadProfile` measures it and `adaptive` chooses: a window, the first
-tokens and a window, half recent and half by mean attention, and the largest attention sums."""
+tokens and a window, half recent and half by mean attention, the largest attention sums, and half recent and half by
+sums that forget. A profile made before a kind was known lacks it."""
 
 
 def _size(peak: int, tokens: int, buffer: int) -> int:

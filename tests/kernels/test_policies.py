@@ -93,6 +93,7 @@ def test_uniform_policies_say_what_they_keep() -> None:
     assert {spec.size for spec in specs(build("window", JANUS, 0.2))} == {91}
     assert set(specs(build("heavy", JANUS, 0.2))) == {HeadSpec.heavy(91, recent=45, score="mean")}
     assert set(specs(build("h2o", JANUS, 0.2))) == {HeadSpec.heavy(91, recent=45)}
+    assert set(specs(build("decayed", JANUS, 0.2))) == {HeadSpec.heavy(91, recent=45, score="decayed")}
     assert set(specs(build("h2o", JANUS, 0.2, recent=0.25))) == {HeadSpec.heavy(91, recent=22)}
     assert set(specs(build("streaming_llm", JANUS, 0.2))) == {HeadSpec.heavy(91, score="position", pinned=range(4))}
     assert set(specs(build("rows", JANUS, 0.2))) == {HeadSpec.heavy(91, score="position", pinned=range(24))}
@@ -175,14 +176,14 @@ def test_adaptive_takes_the_kind_with_the_least_error() -> None:
     error = torch.ones_like(profile.error)
     for layer in range(3):
         for head in range(2):
-            error[layer, head, :, (layer + head) % 4] = 0.5
+            error[layer, head, :, (layer + 2 * head) % len(KINDS)] = 0.5
     error = error / torch.tensor(profile.sizes)
     plan = policies.adaptive(SMALL, 0.4, 6, profile=replace(profile, error=error))
     for layer, heads in enumerate(plan.layers):
         for head, spec in enumerate(heads):
-            kind = KINDS[(layer + head) % 4]
+            kind = KINDS[(layer + 2 * head) % len(KINDS)]
             assert spec.kind == ("window" if kind == "window" else "heavy")
-            scores = {"first": "position", "heavy": "mean", "sum": "sum"}
+            scores = {"first": "position", "heavy": "mean", "sum": "sum", "decayed": "decayed"}
             assert kind == "window" or spec.score == scores[kind]
 
 
@@ -223,6 +224,15 @@ def test_predicted_cost_adds_up_heads() -> None:
     assert policies.predicted_cost(CachePlan.uniform(HeadSpec.full(), 3, 2), profile) == 0
 
 
+def test_profiles_without_a_newer_kind_still_serve() -> None:
+    """A profile made before "decayed" was a kind: `adaptive` chooses among the others, and it counts as "heavy"."""
+    older = replace(PROFILES[SMALL], kinds=KINDS[:4], error=PROFILES[SMALL].error[:, :, :, :4])
+    assert all(spec.score != "decayed" for spec in specs(policies.adaptive(SMALL, 0.4, 6, profile=older)))
+    costs = [policies.predicted_cost(CachePlan.uniform(policies.KINDS[kind](3), 3, 2), older)
+             for kind in ("decayed", "heavy", "sum")]
+    assert costs[0] == costs[1] != costs[2]
+
+
 def test_full_keeps_everything() -> None:
     plan = policies.build("full", JANUS, 1.0)
     assert plan.budget(576) == 1 and plan.row_buffer == 0
@@ -252,7 +262,7 @@ def test_profiles_are_saved_and_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="age_mass must be finite"):
         HeadProfile.load(path)
     replace(profile, error=profile.error[..., :-1]).save(path)
-    with pytest.raises(ValueError, match=r"error must be \[3, 2, 2, 4, 5\]"):
+    with pytest.raises(ValueError, match=r"error must be \[3, 2, 2, 5, 5\]"):
         HeadProfile.load(path)
 
 
