@@ -239,7 +239,10 @@ class CompressedCache:
                 for row in range(self.batch_size)]
 
     def scores(self, layer: int, head: int) -> list[torch.Tensor]:
-        """Running score sums of one KV head, whatever its rule: per batch row float32, aligned with `positions`.
+        """Running score sums of one KV head: per batch row float32, aligned with `positions`.
+
+        They are sums of attention probabilities whatever the head's rule, but for ``score="decayed"``, whose sums have
+        decayed.
 
         Raises:
             ValueError: the head is not heavy and the cache was made without ``track_scores=True``.

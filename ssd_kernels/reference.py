@@ -98,7 +98,10 @@ def attend(state: LayerState, row: int, view: RowView, q: torch.Tensor,
 
 
 def add_scores(state: LayerState, row: int, view: RowView, probabilities: torch.Tensor) -> None:
-    """Rule 3: every attended slot gains the probability it received, summed over the group's query heads."""
+    """Rule 3: every attended slot gains the probability it received ``[G, C]``, summed over the group's query heads.
+
+    Of "decayed" scores the share `DECAY` of what was there is kept.
+    """
     slots = torch.tensor(view.slots(appended=1), device=state.scores.device) + view.head.score_offset
     if SCORE_RULES[view.head.rule] == "decayed":
         state.scores[row, slots] *= DECAY

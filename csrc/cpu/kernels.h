@@ -97,7 +97,7 @@ struct Decoder {
     }
   }
 
-  // Of a head whose scores decay.
+  // What rule 3 does first where scores decay.
   SSD_ALWAYS_INLINE void decay_scores(const Item& item) {
     for (int32_t s = 0; s < item.num_segments; ++s) {
       float* scores = item_scores(layer, item) + item.segments[s].begin;

@@ -164,8 +164,9 @@ def predicted_cost(plan: CachePlan, profile: HeadProfile) -> float:
         for head, spec in enumerate(heads):
             if spec.size is None or spec.size >= tokens:
                 continue
-            kind = _kind(spec) if _kind(spec) in profile.kinds else "heavy"
-            costs = [*cost[layer, head, profile.kinds.index(kind)].tolist(), 0.0]
+            kind = _kind(spec)
+            index = profile.kinds.index(kind if kind in profile.kinds else "heavy")
+            costs = [*cost[layer, head, index].tolist(), 0.0]
             total += float(np.interp(spec.size, points, costs))
     return total
 

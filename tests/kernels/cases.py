@@ -70,7 +70,7 @@ each_dtype = pytest.mark.parametrize(("case", "dtype"), [
 
 MIX = (HeadSpec.heavy(4, recent=1), HeadSpec.window(5), HeadSpec.full(),
        HeadSpec.heavy(3, score="mean", pinned=(1, 5, 33, 70, 1000)), HeadSpec.window(0),
-       HeadSpec.heavy(7, recent=7), HeadSpec.heavy(4, 1, "position", pinned=(0, 3, 9)), HeadSpec.heavy(2, 0, "decayed"))
+       HeadSpec.heavy(7, recent=7), HeadSpec.heavy(4, 1, "position", pinned=(0, 3, 9)), HeadSpec.heavy(1, 0, "decayed"))
 
 
 def mixed(num_heads: int = 4, row_buffer: int = 0, keep_prompt: bool = True, num_layers: int = 1) -> CachePlan:

@@ -44,10 +44,12 @@ def test_row_buffer(case: Case, row_buffer: int, keep_prompt: bool) -> None:
                                   HeadSpec.heavy(1, recent=1), HeadSpec.heavy(4, recent=4),
                                   HeadSpec.heavy(1, score="mean"), HeadSpec.heavy(5, recent=2, score="mean"),
                                   HeadSpec.heavy(1, score="position"), HeadSpec.heavy(4, 1, "position"),
+                                  HeadSpec.heavy(1, score="decayed"), HeadSpec.heavy(4, 1, "decayed"),
                                   HeadSpec.heavy(1, pinned=[3]), HeadSpec.heavy(4, recent=4, pinned=[0, 5]),
                                   HeadSpec.heavy(2, 1, "mean", pinned=range(30))],
                          ids=["W0", "W1", "M1", "M1-recent1", "M4-recent4", "M1-mean", "M5-recent2-mean", "M1-position",
-                              "M4-recent1-position", "M1-pinned", "M4-recent4-pinned", "M2-recent1-all-pinned"])
+                              "M4-recent1-position", "M1-decayed", "M4-recent1-decayed", "M1-pinned",
+                              "M4-recent4-pinned", "M2-recent1-all-pinned"])
 def test_smallest_sizes(case: Case, spec: HeadSpec, row_buffer: int, keep_prompt: bool) -> None:
     """"W = 1; M = recent" (and W = 0, M = 1), by the step and by the row."""
     pair = Pair(uniform(spec, 2, row_buffer, keep_prompt), case, max_prompt=6, steps=14)
