@@ -46,7 +46,7 @@ def shapes_suite() -> list[dict[str, Any]]:
 
 
 def calibration(count: int) -> list[str]:
-    """Prompts of the shapes world to profile with; none is in its suite, nor uses a combination held out for it."""
+    """Prompts of the shapes world to profile with; none names a combination held out for its suite."""
     import numpy as np
 
     from ssd_shapes import world

@@ -52,11 +52,13 @@ and test ways of generating pictures within seconds and without a download.
 
 ## Training
 
-Data: scenes drawn by code on the fly (`ssd_shapes.world`), no downloads. One in {test_share} combinations (a colour and
-a shape, a count and a shape, a relation and its shapes, ...) is never asked for in training by a prompt of its own
-family; "held out" below means scenes of such combinations. Prompts of other families may hold the same colour and
-shape, or the same two shapes, and "a circle below a heart" may be drawn where "a heart above a circle" is held out:
-held-out prompts are new, the pictures need not be.
+Data: scenes drawn by code on the fly (`ssd_shapes.world`), no downloads. One in five to ten combinations is held out:
+two shapes, a number and a shape, a colour and a shape, a relation and its shapes (whichever is named first), two
+coloured shapes. No training prompt of any family names one of these, and no training picture shows one by chance, with
+one exception: where a prompt leaves the colour open ("a square"), the square may be of any colour. (A model that never
+sees a red square, not even unasked, takes that for a law and draws another colour or shape.) Of single objects, where
+nothing else is left, openings ("a picture of") and shapes are held out together: such a prompt is new, its picture is
+not. "Held out" below means prompts of such combinations.
 
 | | |
 |---|---|
@@ -86,10 +88,10 @@ not compare. VQ figures are for these bfloat16 weights computed in float32.
 
 ## Limits
 
-It knows its own {n_shapes} shapes and {n_colors} colours, and nothing else: no photographs, no other words, no other
-sizes, and centres of objects at multiples of {places} pixels. Guidance far above the default deforms shapes. The vision
-tower only exists for completeness: it is untrained, so the model cannot describe pictures, and it cannot chat. Finding
-codes (`vqmodel.encode`) needs float32.
+It knows its own {n_shapes} shapes and {n_colors} colours, and nothing else: no photographs, no other words, no sizes
+but radii of {radii} pixels, and centres of objects at multiples of {places} pixels. Guidance far above the default
+deforms shapes. The vision tower only exists for completeness: it is untrained, so the model cannot describe pictures,
+and it cannot chat. Finding codes (`vqmodel.encode`) needs float32.
 """
 
 
@@ -167,13 +169,13 @@ def card(model: JanusForConditionalGeneration, record: dict[str, Any]) -> str:
         relations=", ".join(world.RELATIONS),
         n_shapes=len(world.SHAPES),
         n_colors=len(world.COLORS),
-        test_share=world.TEST_SHARE,
         size=world.SIZE,
         grid=tokens.GRID,
         tokens=tokens.TOKENS,
         codes=tokens.CODES,
         patch=tokens.PATCH,
         places=world.PATCH,
+        radii=", ".join(map(str, sorted(set().union(*world.RADII.values())))),
     )
 
 

@@ -20,7 +20,7 @@ HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # else products of 
 
 
 class Reading(NamedTuple):
-    """Logits, float32 [B, 576, n], of what hidden states say about the token they predict."""
+    """Logits, float32 [B, K, n], of what hidden states say about the token they predict."""
 
     shape: Tensor  # of the object that it shows
     color: Tensor
@@ -47,33 +47,15 @@ class SceneHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(sum(self.parts), HIDDEN))
 
     def forward(self, hidden: Tensor) -> Reading:
-        """Hidden states [B, 576, C] to what they say."""
+        """Hidden states [B, K, C] to what they say."""
         return Reading(*F.linear(hidden.float(), self.weight.float()).split(self.parts, -1))
-
-    def start_from(self, weight: Tensor) -> None:
-        """Take over the rows of a head that knew fewer of the parts, [n, C]; the others stay."""
-        with torch.no_grad():
-            self.weight[: len(weight)].copy_(weight)
-
-
-def remaining_objects(begins: Tensor) -> Tensor:
-    """How many objects begin at a token or after it: boolean [B, 576] to int64 [B, 576]."""
-    return begins.flip(1).cumsum(1).flip(1)
-
-
-def next_begin(begins: Tensor) -> Tensor:
-    """The first token at or after each at which an object begins, 576 if none: boolean [B, 576] to int64 [B, 576]."""
-    places = torch.where(begins, torch.arange(tokens.TOKENS), tokens.TOKENS)
-    return places.flip(1).cummin(1).values.flip(1)
 
 
 def scene_loss(read: Reading, batch: Batch) -> Tensor:
     """Nats of shape and colour where objects begin, of shape all over them, of the number still to begin, and,
     by ``PLACE_WEIGHT``, of where the token is and where the next object begins."""
-    begins, shown = batch.begins, batch.shapes >= 0
-    coming = next_begin(begins)
+    begins, shown, here, coming = batch.begins, batch.shapes >= 0, batch.places, batch.coming
     some = coming < tokens.TOKENS
-    here = torch.arange(tokens.TOKENS).expand_as(coming)
     places = (
         F.cross_entropy(read.row.flatten(0, 1), (here // tokens.GRID).flatten())
         + F.cross_entropy(read.column.flatten(0, 1), (here % tokens.GRID).flatten())
@@ -84,7 +66,7 @@ def scene_loss(read: Reading, batch: Batch) -> Tensor:
         F.cross_entropy(read.shape[begins], batch.shapes[begins])
         + F.cross_entropy(read.color[begins], batch.colors[begins])
         + F.cross_entropy(read.shape[shown], batch.shapes[shown])
-        + F.cross_entropy(read.remaining.flatten(0, 1), remaining_objects(begins).flatten())
+        + F.cross_entropy(read.remaining.flatten(0, 1), batch.remaining.flatten())
         + PLACE_WEIGHT * places
     )
 
@@ -94,43 +76,50 @@ def scene_accuracy(read: Reading, batch: Batch) -> dict[str, float]:
     column everywhere."""
     shapes, colors, remaining = (part.argmax(-1) for part in read[:3])
     begins = batch.begins
-    columns = torch.arange(tokens.TOKENS) % tokens.GRID
     return {
         "shape": (shapes[begins] == batch.shapes[begins]).float().mean().item(),
         "color": (colors[begins] == batch.colors[begins]).float().mean().item(),
-        "number": (remaining[:, 0] == begins.sum(1)).float().mean().item(),
-        "column": (read.column.argmax(-1) == columns).float().mean().item(),
+        "number": (remaining[:, 0] == batch.remaining[:, 0]).float().mean().item(),
+        "column": (read.column.argmax(-1) == batch.places % tokens.GRID).float().mean().item(),
     }
 
 
 def predict(model: JanusForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Teacher-forced hidden states [B, 576, C] and logits [B, 576, 1024] of the image tokens.
+    """Teacher-forced hidden states [B, K, C] and logits [B, K, 1024] of the image tokens at ``batch.places``.
 
     In bfloat16 where the CPU multiplies it as fast as float32, else in float32.
     """
-    janus = model.model
+    janus, (size, length) = model.model, batch.prompts.shape
+    # The begin-of-image token, the last of the prompt, predicts token 0.
+    text = torch.arange(length).expand(size, length)
+    positions = torch.cat([text, batch.places[:, 1:] + length - 1], 1)
     with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16):
-        codes = janus.generation_aligner(janus.generation_embeddings(batch.codes[:, :-1]))
+        codes = janus.generation_aligner(janus.generation_embeddings(batch.before))
         embedded = torch.cat([janus.language_model.embed_tokens(batch.prompts), codes], 1)
-        hidden = janus.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, -tokens.TOKENS :]
+        everything = torch.ones_like(positions)  # without it transformers takes a jump in positions for a new sequence
+        states = janus.language_model(
+            inputs_embeds=embedded, attention_mask=everything, position_ids=positions, use_cache=False
+        )
+        hidden = states.last_hidden_state[:, length - 1 :]
         return hidden, janus.generation_head(hidden)
 
 
-def token_loss(logits: Tensor, codes: Tensor) -> Tensor:
-    """Mean cross-entropy of the image tokens, nats. ``logits`` [B, 576, 1024], ``codes`` [B, 576]."""
-    return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
+def token_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of the image tokens, nats per token, by ``batch.weights``. ``logits`` [B, K, 1024]."""
+    each = F.cross_entropy(logits.float().flatten(0, 1), batch.codes.flatten(), reduction="none")
+    return (each * batch.weights.flatten()).sum() / (len(batch.codes) * tokens.TOKENS)
 
 
 def identity_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy of the tokens that begin an object among all codes but the background, over 576, nats.
 
     Weighting these tokens' own cross-entropy would teach the model to draw more objects; given that an object begins,
-    the likelihood has the same optimum whatever its weight. ``logits`` [B, 576, 1024].
+    the likelihood has the same optimum whatever its weight. ``logits`` [B, K, 1024].
     """
     rows, places = batch.begins.nonzero(as_tuple=True)
-    background = batch.codes.mode(dim=1).values
     # A corner that fills little of its patch may have the background's own code: nothing to tell apart there.
-    visible = batch.codes[rows, places] != background[rows]
+    visible = batch.codes[rows, places] != batch.empty[rows]
     rows, places = rows[visible], places[visible]
-    masked = logits[rows, places].float().scatter(1, background[rows, None], -math.inf)
-    return F.cross_entropy(masked, batch.codes[rows, places], reduction="sum") / batch.codes.numel()
+    masked = logits[rows, places].float().scatter(1, batch.empty[rows, None], -math.inf)
+    loss = F.cross_entropy(masked, batch.codes[rows, places], reduction="sum")
+    return loss / (len(batch.codes) * tokens.TOKENS)

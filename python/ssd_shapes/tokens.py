@@ -16,9 +16,9 @@ GRID = world.SIZE // PATCH  # patches per row and per column
 TOKENS = GRID * GRID
 CODES = 1024
 FLAT = range(len(world.COLORS), len(world.COLORS) + len(world.BACKGROUNDS))  # codes of the empty backgrounds
-# Codes that no picture needs, one per background. Like the borders of convolutions they can tell where a row begins:
-# nothing else does, and a model that cannot tell lets objects run over the right edge into the next row.
-MARGINS = (171, 292, 964)
+# Codes of the same empty backgrounds in the left column. Like the borders of convolutions they can tell where a row
+# begins: nothing else does, and a model that cannot tell lets objects run over the right edge into the next row.
+MARGINS = range(FLAT.stop, FLAT.stop + len(FLAT))
 ASSET = Path(__file__).parent / "assets" / "codes.npy"
 
 
@@ -53,7 +53,8 @@ class CodeBook:
 
     def __init__(self, codes: Tensor):
         self.codes = codes.float()
-        self.codes[list(MARGINS)] = self.codes[list(FLAT)]
+        self._sought = self.codes.clone()
+        self._sought[MARGINS] = 1e4  # out of reach, or ties with `FLAT` could go either way
 
     @classmethod
     def load(cls, path: Path = ASSET) -> CodeBook:
@@ -64,8 +65,8 @@ class CodeBook:
         np.save(path, self.codes.round().to(torch.uint8).numpy(), allow_pickle=False)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """uint8 pictures [B, 96, 96, 3] to codes, int64 [B, 576]."""
-        return nearest(patches(pictures).float(), self.codes)
+        """uint8 pictures [B, 96, 96, 3] to codes, int64 [B, 576], none of them of `MARGINS`."""
+        return nearest(patches(pictures).float(), self._sought)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Codes [B, 576] to the pictures of their patches, float32 [B, 96, 96, 3] in 0..255."""
@@ -75,14 +76,17 @@ class CodeBook:
 def fit(
     seed: int = 0, pictures: int = 12_000, rounds: int = 40, log: Callable[[str], None] = print
 ) -> CodeBook:
-    """K-means over the patches of random scenes; the flat patch of every colour and background is a code.
+    """K-means over the patches of random scenes; the flat patch of every colour and background is a code (of every
+    background two: see `MARGINS`).
 
     Flat patches take no part in the clustering, and distinct others count as often as they occur.
     """
     rng = np.random.default_rng(seed)
-    drawn = np.stack([world.render(world.draw_scene(rng, world.draw_prompt(rng))) for _ in range(pictures)])
+    scenes = [world.draw_scene(rng, world.draw_prompt(rng), open_colors=False) for _ in range(pictures)]
+    drawn = np.stack([world.render(scene) for scene in scenes])
     cut = patches(torch.from_numpy(drawn)).reshape(-1, PATCH * PATCH * 3).numpy()
-    flat = np.array([*world.COLORS.values(), *world.BACKGROUNDS.values()], np.uint8).repeat(PATCH * PATCH, 0)
+    backgrounds = list(world.BACKGROUNDS.values())
+    flat = np.array([*world.COLORS.values(), *backgrounds, *backgrounds], np.uint8).repeat(PATCH * PATCH, 0)
     flat = flat.reshape(-1, PATCH * PATCH * 3)
     cut = cut[(cut.reshape(len(cut), -1, 3) != cut[:, None, :3]).any((1, 2))]
     distinct, counts = np.unique(cut, axis=0, return_counts=True)

@@ -152,7 +152,7 @@ def measure(
     found, read = 0.0, dict[str, float]()
     for batch in batches:
         hidden, logits = losses.predict(model, batch)
-        found += losses.token_loss(logits, batch.codes).item() / len(batches)
+        found += losses.token_loss(logits, batch).item() / len(batches)
         for name, share in losses.scene_accuracy(head(hidden), batch).items():
             read[name] = read.get(name, 0.0) + share / len(batches)
     progress.held_out_loss, progress.held_out_scene = found, read
@@ -162,7 +162,7 @@ def train(
     run: Annotated[Path, typer.Option(help="Folder of the checkpoints; an existing run is resumed.")],
     steps: Annotated[
         int, typer.Option(help="All steps, past ones included. The last half decays.")
-    ] = 3000,
+    ] = 2100,
     init: Annotated[
         list[Path] | None, typer.Option(help="Start a new run from the weights of an exported folder; of several, from "
                                              "their mean.")
@@ -170,22 +170,19 @@ def train(
     until: Annotated[
         int | None, typer.Option(help="Stop at this step, with the schedule of --steps; resume with other options.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Pictures per step.")] = 8,
+    batch: Annotated[int, typer.Option(help="Pictures per step.")] = 16,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the hidden matrices (Muon).")] = 3e-3,
     adam_lr: Annotated[float, typer.Option(help="Peak learning rate of everything else (AdamW).")] = 2e-3,
     warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 100,
     identity_weight: Annotated[
         float, typer.Option(help="How much more the tokens that begin an object count.")
     ] = 10.0,
-    free_steps: Annotated[
-        int, typer.Option(help="Steps, at the start, in which objects stand anywhere and not on patches.")
-    ] = 0,
-    late_from: Annotated[
-        int | None, typer.Option(help="Step from which families are drawn by world.LATE_FAMILIES.")
-    ] = None,
-    margin_from: Annotated[
-        int | None, typer.Option(help="Step from which the left column has codes of its own.")
-    ] = None,
+    late: Annotated[float, typer.Option(help="Share of the steps after which families are drawn by "
+                                             "world.LATE_FAMILIES.")] = 0.5,
+    whole: Annotated[float, typer.Option(help="Share of the steps after which no background is left out.")] = 0.88,
+    open_colors_from: Annotated[
+        int, typer.Option(help="Step from which colours that prompts leave open may make a held-out pair with a shape.")
+    ] = 1858,
     scene_weight: Annotated[float, typer.Option(help="Weight of reading the scene from hidden states.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 300.0,
@@ -213,15 +210,16 @@ def train(
     if init:
         weights = average([load_file(folder / "model.safetensors") for folder in init])
         model.load_state_dict({name: weights[name] for name in trained_state(model)}, strict=False)
-        head.start_from(average([load_file(folder / "scene_head.safetensors") for folder in init])["weight"])
+        head.load_state_dict(average([load_file(folder / "scene_head.safetensors") for folder in init]))
     progress = resume(run, model, head, opts)
     run.mkdir(parents=True, exist_ok=True)
     if compiled:
         for layer in model.model.language_model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
-    batches = Batches(tokenizer, book, batch, seed=seed, free_steps=free_steps, late_from=late_from,
-                      margin_from=margin_from)  # fmt: skip
-    tests = Batches(tokenizer, book, batch, 0.0, seed, "test", margin_from=None if margin_from is None else 0)
+    late_from, whole_from = round(late * steps), round(whole * steps)
+    batches = Batches(tokenizer, book, batch, seed=seed, late_from=late_from, whole_from=whole_from,
+                      open_colors_from=open_colors_from)  # fmt: skip
+    tests = Batches(tokenizer, book, 8, 0.0, seed, "test")
     held_out = [tests(i) for i in range(HELD_OUT_BATCHES)]
     parameters = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
     size = sum(p.numel() for p in parameters)
@@ -238,7 +236,7 @@ def train(
         factor = schedule(progress.step, steps, warmup)
         data = batches(progress.step)
         hidden, logits = losses.predict(model, data)
-        loss = losses.token_loss(logits, data.codes)
+        loss = losses.token_loss(logits, data)
         extra = identity_weight * losses.identity_loss(logits, data)
         extra = extra + scene_weight * losses.scene_loss(head(hidden), data)
         torch.autograd.backward(loss + extra)

@@ -28,6 +28,7 @@ from transformers.models.janus import modeling_janus
 
 from ssd_shapes import text, tokens, train, world
 from ssd_shapes.janus import CODE_WIDTH, build_config
+from ssd_shapes.losses import HAS_BFLOAT16
 
 CROP = 12  # patches per side
 SOFT = 16.0  # eps of the norms while training
@@ -59,7 +60,7 @@ def to_bytes(values: Tensor) -> Tensor:
 def draw(seed: int, step: int, size: int, split: world.Split = "train") -> Tensor:
     """Pictures of random scenes, uint8 [B, 96, 96, 3], as a function of the arguments."""
     rng = np.random.default_rng([seed, step, split == "test"])
-    scenes = [world.draw_scene(rng, world.draw_prompt(rng, split)) for _ in range(size)]
+    scenes = [world.draw_scene(rng, world.draw_prompt(rng, split), open_colors=False) for _ in range(size)]
     return torch.from_numpy(np.stack([world.render(scene) for scene in scenes]))
 
 
@@ -184,7 +185,7 @@ def losses(vq: JanusVQVAE, pictures: Tensor, codes: Tensor) -> tuple[Tensor, Ten
     embedding = F.normalize(vq.quantize.embedding.weight)
     found = vq.quant_conv(vq.encoder(wanted)).permute(0, 2, 3, 1)
     entropy = F.cross_entropy(SHARPNESS * (found @ embedding.T).flatten(0, 2), codes.flatten())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16):
         drawn = vq.decoder(vq.post_quant_conv(embedding[codes].permute(0, 3, 1, 2)))
     return (drawn.float() - wanted).square().mean(), entropy
 
@@ -234,7 +235,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 def fit(
     run: Annotated[Path, typer.Option(help="Folder of the checkpoint and the result; an existing run is resumed.")],
-    steps: Annotated[int, typer.Option(help="All steps, past ones included. The last half decays.")] = 3000,
+    steps: Annotated[int, typer.Option(help="All steps, past ones included. The last half decays.")] = 600,
     batch: Annotated[int, typer.Option(help="Crops per step.")] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate (AdamW).")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,

@@ -1,15 +1,18 @@
 """The shapes world: prompts in GenEval's wording, scenes that satisfy them, and their pictures.
 
 Every draw comes from a ``numpy.random.Generator``, so a scene is a function of its seed. Combinations (a
-colour and a shape, a count and a shape, ...) are split by a stable hash: training prompts use none held out.
+colour and a shape, a count and a shape, two shapes, ...) are split by a stable hash: no training prompt, of whatever
+family, names one held out, and no training picture shows one, be it by chance, but for colours that prompts leave open.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import blake2b
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -39,16 +42,18 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 COUNTS = ("one", "two", "three", "four")
 RELATIONS = ("left of", "right of", "above", "below")
+# Nominal circumradii, pixels, by the number of objects in the picture.
+RADII: dict[int, tuple[int, ...]] = {1: (10, 13, 16), 2: (10, 13, 16), 3: (10, 13), 4: (10, 13)}
 # Families beyond GenEval's six join a colour with a count or a position. Shares favour what is hard to learn.
 FAMILIES: dict[str, float] = {
-    "single_object": 0.06,
+    "single_object": 0.08,
     "two_object": 0.13,
     "counting": 0.15,
-    "colors": 0.10,
-    "position": 0.15,
-    "color_attr": 0.19,
-    "color_count": 0.12,
-    "color_position": 0.10,
+    "colors": 0.12,
+    "position": 0.13,
+    "color_attr": 0.17,
+    "color_count": 0.10,
+    "color_position": 0.12,
 }
 # Shares late in training, when single objects are known.
 LATE_FAMILIES: dict[str, float] = {
@@ -62,8 +67,10 @@ LATE_FAMILIES: dict[str, float] = {
     "color_position": 0.12,
 }
 PATCH = 4  # side, in pixels, of the patches that become tokens
+CLEAR_SLOPE = 2.0  # how much further along an asked relation than across it two objects lie
 SHOWN = 0.08  # share of a patch that an object must cover to count as shown there
-TEST_SHARE = 10  # one combination in this many is held out
+# One combination in about this many is held out; more of those of which there are few.
+TEST_SHARE = {"single_object": 10, "two_object": 5, "counting": 6, "colors": 10, "position": 8, "color_attr": 10}
 # How a prompt may begin, bare and GenEval's own first; single objects are held out by opening and shape.
 OPENINGS = (
     "", "a photo of", "a picture of", "an image of", "a drawing of", "a photograph of", "an illustration of",
@@ -188,10 +195,49 @@ def render(scene: Scene) -> NDArray[np.uint8]:
     return drawn
 
 
-def held_out(*combination: str) -> bool:
+Combination = tuple[str, ...]  # the family whose prompts ask for it, and its words
+
+
+def held_out(combination: Combination) -> bool:
     """Whether a combination belongs to the test split; depends on its words only."""
     digest = blake2b("|".join(combination).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % TEST_SHARE == 0
+    return int.from_bytes(digest, "big") % TEST_SHARE[combination[0]] == 0
+
+
+def related(relation: str, a: str, b: str) -> Combination:
+    """The combination of shape ``a`` in a relation to shape ``b``: the same for a left of b and b right of a."""
+    first, second = (a, b) if relation in ("left of", "above") else (b, a)
+    return "position", first, "left of" if relation in ("left of", "right of") else "above", second
+
+
+def named(include: list[dict[str, Any]]) -> set[Combination]:
+    """The combinations that a prompt names by its metadata; beside these, by its words, an opening and a shape."""
+    found = {("colors", thing["color"], thing["class"]) for thing in include if "color" in thing}
+    found |= {("counting", COUNTS[thing["count"] - 1], thing["class"]) for thing in include if thing["count"] > 1}
+    for b, a in combinations(include, 2):
+        found.add(("two_object", *sorted((a["class"], b["class"]))))
+        if "color" in a and "color" in b:
+            found.add(_colored(a["color"], a["class"], b["color"], b["class"]))
+        if "position" in a:
+            found.add(related(a["position"][0], a["class"], b["class"]))
+    return found
+
+
+def shown(objects: list[Object]) -> set[Combination]:
+    """The combinations that a picture shows."""
+    found = {("colors", item.color, item.shape) for item in objects}
+    counts = Counter(item.shape for item in objects)
+    found |= {("counting", COUNTS[count - 1], shape) for shape, count in counts.items() if count > 1}
+    for a, b in combinations(objects, 2):
+        if a.shape != b.shape:
+            found.add(("two_object", *sorted((a.shape, b.shape))))
+            found.add(_colored(a.color, a.shape, b.color, b.shape))
+            found |= {related(relation, a.shape, b.shape) for relation in RELATIONS if _lie(relation, a, b)}
+    return found
+
+
+def _colored(color_a: str, a: str, color_b: str, b: str) -> Combination:
+    return "color_attr", *sorted((f"{color_a} {a}", f"{color_b} {b}"))
 
 
 def _pick(rng: np.random.Generator, items: tuple[str, ...] | list[str], n: int = 1) -> list[str]:
@@ -224,43 +270,41 @@ def _thing(shape: str, color: str | None = None, **more: Any) -> dict[str, Any]:
 _SHAPES, _COLORS = tuple(SHAPES), tuple(COLORS)
 
 
-def _draw_prompt(rng: np.random.Generator, family: str) -> tuple[Prompt, list[tuple[str, ...]]]:
-    """A prompt of one family and the combinations it uses (each may be held out)."""
+def _draw_prompt(rng: np.random.Generator, family: str) -> tuple[Prompt, Combination, set[Combination]]:
+    """A prompt of one family, the combination that it is about, and all that it names."""
     a, b = _pick(rng, _SHAPES, 2)
     ca, cb = _pick(rng, _COLORS, 2)
     (opening,) = _pick(rng, OPENINGS[:2] if rng.random() < COMMON_OPENINGS else OPENINGS[2:])
     joint = JOINTS[int(rng.integers(len(JOINTS)))]
     exclude: list[dict[str, Any]] = []
-    keys: list[tuple[str, ...]]
+    about: Combination
     if family == "single_object":
-        text, include, keys = _one(a), [_thing(a)], [("single_object", opening, a)]
+        text, include, about = _one(a), [_thing(a)], ("single_object", opening, a)
     elif family == "colors":
-        text, include, keys = _one(a, ca), [_thing(a, ca)], [("colors", ca, a)]
+        text, include, about = _one(a, ca), [_thing(a, ca)], ("colors", ca, a)
     elif family == "two_object":
         text, include = f"{_one(a)} {joint} {_one(b)}", [_thing(a), _thing(b)]
-        keys = [("two_object", *sorted((a, b)))]
+        about = ("two_object", *sorted((a, b)))
     elif family == "color_attr":
         text, include = f"{_one(a, ca)} {joint} {_one(b, cb)}", [_thing(a, ca), _thing(b, cb)]
-        keys = [("color_attr", *sorted((f"{ca} {a}", f"{cb} {b}")))]
+        about = _colored(ca, a, cb, b)
     elif family in ("counting", "color_count"):
         n = int(rng.integers(1, 5)) if family == "counting" else int(rng.integers(2, 5))
         color = ca if family == "color_count" else None
         text, include = f"{COUNTS[n - 1]} {_noun(a, color, n)}", [_thing(a, color, count=n)]
         exclude = [_thing(a, color, count=n + 1)]
-        keys = [("counting", COUNTS[n - 1], a)]
-        keys += [("color_count", COUNTS[n - 1], ca, a)] if color else []
+        about = ("counting", COUNTS[n - 1], a)
     elif family in ("position", "color_position"):
         (relation,) = _pick(rng, RELATIONS)
-        colored = family == "color_position"
-        ca_, cb_ = (ca, cb) if colored else (None, None)
+        ca_, cb_ = (ca, cb) if family == "color_position" else (None, None)
         words = f"to the {relation}" if relation.endswith("of") and rng.random() < 0.3 else relation
         text = f"{_one(a, ca_)} {words} {_one(b, cb_)}"
         include = [_thing(b, cb_), _thing(a, ca_, position=[relation, 0])]
-        keys = [("position", a, relation, b)]
-        keys += [("color_attr", *sorted((f"{ca} {a}", f"{cb} {b}")))] if colored else []
+        about = related(relation, a, b)
     else:
         raise ValueError(f"unknown family {family!r}; expected one of {', '.join(FAMILIES)}")
-    return Prompt(f"{opening} {text}".strip(), family, include, exclude), keys
+    openings: set[Combination] = {("single_object", opening, thing["class"]) for thing in include}
+    return Prompt(f"{opening} {text}".strip(), family, include, exclude), about, openings | named(include)
 
 
 def draw_prompt(
@@ -271,22 +315,25 @@ def draw_prompt(
 ) -> Prompt:
     """Draw a prompt, of ``family`` or of one drawn by ``shares``.
 
-    "train" uses no held-out combination, "test" at least one.
+    "train" names no held-out combination; a "test" prompt is about one, and may name others. One object is not held
+    out as a number: every picture of a single object shows that.
     """
     edges = np.cumsum(list(shares.values()))
+    name = family or list(shares)[int(np.searchsorted(edges, rng.random() * edges[-1]))]
     while True:
-        name = family or list(shares)[int(np.searchsorted(edges, rng.random() * edges[-1]))]
-        prompt, keys = _draw_prompt(rng, name)
-        if any(held_out(*key) for key in keys) == (split == "test"):
+        prompt, about, all_named = _draw_prompt(rng, name)
+        if split == "test" and about in all_named and held_out(about):
+            return prompt
+        if split == "train" and not any(map(held_out, all_named)):
             return prompt
 
 
-def _related(relation: str, a: Object, b: Object) -> bool:
-    """Whether ``a`` is clearly ``relation`` ``b``: apart along the axis, and mostly along it."""
+def _lie(relation: str, a: Object, b: Object, slope: float = 1.2) -> bool:
+    """Whether ``a`` lies ``relation`` ``b``: apart along the axis, and ``slope`` times further along than across it."""
     dx, dy = b.center[0] - a.center[0], b.center[1] - a.center[1]
     ways = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}
     along, across = ways[relation]
-    return along >= a.radius + b.radius and along > 1.2 * abs(across)
+    return along >= a.radius + b.radius and along > slope * abs(across)
 
 
 def _apart(a: Object, b: Object) -> bool:
@@ -322,28 +369,31 @@ def _in_order(relation: str | None, objects: list[Object]) -> bool:
     return first > second if relation in ("left of", "above") else first < second
 
 
-def draw_scene(rng: np.random.Generator, prompt: Prompt, places: int = PATCH) -> Scene:
-    """Arrange the objects of a prompt at random: inside the picture, apart, in order, and in the asked relation.
+def draw_scene(rng: np.random.Generator, prompt: Prompt, open_colors: bool = True) -> Scene:
+    """Arrange the objects of a prompt at random: inside the picture, apart, in order, clearly in the asked relation.
 
     In order means that of two different objects the one named first begins first when the picture is read row by row;
     of two in a relation it is the left or upper one. What comes next is then known from the prompt, which a small
-    model learns many times faster. Colours the prompt does not mention are random. Centres are multiples of ``places``
-    pixels; 1 allows any.
+    model learns many times faster. Colours the prompt does not mention are random. Centres are multiples of 4 pixels.
+    The scene shows no held-out combination that the prompt does not name, except for colours and shapes where the
+    prompt leaves the colour open; without ``open_colors`` not these either.
     """
     wanted = [(thing["class"], thing.get("color")) for thing in prompt.include for _ in range(thing["count"])]
-    colors = [color or _pick(rng, _COLORS)[0] for _, color in wanted]
-    largest = {1: 18, 2: 18, 3: 16, 4: 15}[len(wanted)]
     relation = next((thing["position"][0] for thing in prompt.include if "position" in thing), None)
+    allowed = named(prompt.include)
     while True:
         objects: list[Object] = []
-        for (shape, _), color in zip(wanted, colors, strict=True):
-            radius = int(rng.integers(9, largest))
-            low, high = -(-(radius + 2) // places), (SIZE - radius - 3) // places + 1
-            x, y = (int(v) * places for v in rng.integers(low, high, 2))
-            objects.append(Object(shape, color, (x, y), radius))
-        apart = all(_apart(p, q) for i, p in enumerate(objects) for q in objects[:i])
-        related = relation is None or _related(relation, objects[1], objects[0])
-        if apart and related and _in_order(relation, objects):
+        for shape, color in wanted:
+            radius = RADII[len(wanted)][int(rng.integers(len(RADII[len(wanted)])))]
+            low, high = -(-(radius + 2) // PATCH), (SIZE - radius - 3) // PATCH + 1
+            x, y = (int(v) * PATCH for v in rng.integers(low, high, 2))
+            objects.append(Object(shape, color or _pick(rng, _COLORS)[0], (x, y), radius))
+        if not all(_apart(p, q) for p, q in combinations(objects, 2)):
+            continue
+        if relation is not None and not _lie(relation, objects[1], objects[0], CLEAR_SLOPE):
+            continue
+        by_chance = {found for found in shown(objects) - allowed if not (open_colors and found[0] == "colors")}
+        if _in_order(relation, objects) and not any(map(held_out, by_chance)):
             break
     (background,) = _pick(rng, list(BACKGROUNDS))
     return Scene(prompt.text, prompt.family, prompt.include, prompt.exclude, objects, background)

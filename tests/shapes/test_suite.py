@@ -25,7 +25,7 @@ def combination(prompt: dict[str, Any]) -> tuple[str, ...]:
     if family == "counting":
         return family, world.COUNTS[include[0]["count"] - 1], classes[0]
     if family == "position":
-        return family, classes[1], include[1]["position"][0], classes[0]
+        return world.related(include[1]["position"][0], classes[1], classes[0])
     return family, *(named[0].split() if family == "colors" else sorted(named))
 
 
@@ -59,8 +59,14 @@ def test_families_are_even(prompts):
     assert set(Counter(prompt["tag"] for prompt in prompts[:60]).values()) == {10}
 
 
+def test_many_combinations(prompts):
+    """As many as there are: a family of few says little."""
+    counts = Counter(family for family, *_ in {combination(prompt) for prompt in prompts})
+    assert min(counts.values()) >= 4 and sum(counts.values()) >= 80, counts
+
+
 def test_prompts_are_held_out(prompts):
-    assert all(world.held_out(*combination(prompt)) for prompt in prompts)
+    assert all(world.held_out(combination(prompt)) for prompt in prompts)
     texts = {prompt["prompt"] for prompt in prompts}
     assert len(texts) == len(prompts)
     rng = np.random.default_rng(0)

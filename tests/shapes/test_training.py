@@ -137,6 +137,9 @@ def test_batches_carry_the_labels_of_their_pictures(tokenizer):
     book = tokens.CodeBook.load()
     batch = data.Batches(tokenizer, book, size=8)(0)
     assert batch.codes.shape == batch.shapes.shape == batch.colors.shape == batch.begins.shape == (8, tokens.TOKENS)
+    assert torch.equal(batch.before, batch.codes[:, :-1]) and batch.weights.eq(1).all()
+    assert batch.places.eq(torch.arange(tokens.TOKENS)).all()
+    assert torch.equal(batch.remaining[:, 0], batch.begins.sum(1))
     assert batch.begins.sum(1).ge(1).all() and batch.shapes[batch.begins].ge(0).all()
     assert torch.equal(batch.shapes >= 0, batch.colors >= 0)
     plain = torch.tensor(list(world.COLORS.values()), dtype=torch.uint8)[:, None, None]
@@ -155,7 +158,11 @@ def toy_batch() -> data.Batch:
     colors[0, 100:103], colors[0, 300] = 5, 2
     begins = torch.zeros_like(codes, dtype=torch.bool)
     begins[0, [100, 300]] = True
-    return data.Batch(codes[:, :5], codes, shapes, colors, begins)
+    return data.Batch(
+        prompts=codes[:, :5], places=torch.arange(tokens.TOKENS)[None], weights=torch.ones(codes.shape),
+        before=codes[:, :-1], codes=codes, shapes=shapes, colors=colors, begins=begins,
+        remaining=data.remaining_objects(begins), coming=data.next_begin(begins), empty=torch.tensor([0]),
+    )  # fmt: skip
 
 
 def test_identity_loss_ignores_whether_an_object_begins():
@@ -176,18 +183,18 @@ def test_identity_loss_skips_invisible_beginnings():
 
 
 def test_remaining_objects():
-    remaining = losses.remaining_objects(toy_batch().begins)[0]
+    remaining = toy_batch().remaining[0]
     assert remaining.tolist() == [2] * 101 + [1] * 200 + [0] * 275
 
 
 def test_next_begin():
-    coming = losses.next_begin(toy_batch().begins)[0]
+    coming = toy_batch().coming[0]
     assert coming.tolist() == [100] * 101 + [300] * 200 + [tokens.TOKENS] * 275
 
 
 def perfect_reading(batch: data.Batch) -> losses.Reading:
-    coming, here = losses.next_begin(batch.begins), torch.arange(tokens.TOKENS)[None]
-    targets = (batch.shapes.clamp(min=0), batch.colors.clamp(min=0), losses.remaining_objects(batch.begins),
+    coming, here = batch.coming, batch.places
+    targets = (batch.shapes.clamp(min=0), batch.colors.clamp(min=0), batch.remaining,
                here // 24, here % 24, (coming // 24).clamp(max=23), coming % 24)  # fmt: skip
     return losses.Reading(*(50.0 * F.one_hot(t, n) for t, n in zip(targets, losses.SceneHead().parts, strict=True)))
 
@@ -221,11 +228,67 @@ def test_scene_accuracy():
     assert losses.scene_accuracy(read, batch) == {"shape": 1.0, "color": 0.5, "number": 0.0, "column": 0.5}
 
 
-def test_a_head_takes_over_the_rows_of_a_smaller_one():
-    head = losses.SceneHead()
-    smaller = torch.randn(23, janus.HIDDEN)
-    head.start_from(smaller)
-    assert torch.equal(head.weight[:23], smaller) and not head.weight[23:].any()
+def test_thinned_batches_are_parts_of_whole_ones(tokenizer):
+    make = data.Batches(tokenizer, tokens.CodeBook.load(), size=8, whole_from=1)
+    thin, whole = make(0), data.Batches(tokenizer, make.book, size=8)(0)
+    count = thin.places.shape[1]
+    assert count < tokens.TOKENS and (thin.places[:, 0] == 0).all() and (thin.places.diff(dim=1) > 0).all()
+    assert torch.equal(make(1).places, torch.arange(tokens.TOKENS).expand(8, -1))
+    for name in ("codes", "shapes", "colors", "begins", "remaining", "coming"):
+        assert torch.equal(getattr(thin, name), getattr(whole, name).gather(1, thin.places)), name
+    assert torch.equal(thin.before, whole.codes.gather(1, thin.places[:, 1:] - 1))
+    # All of every object and its surroundings is there, and what is there stands for all.
+    assert torch.equal((thin.shapes >= 0).sum(1), (whole.shapes >= 0).sum(1))
+    assert torch.equal(thin.begins.sum(1), whole.begins.sum(1))
+    assert torch.allclose(thin.weights.sum(1), torch.full((8,), float(tokens.TOKENS)))
+    assert thin.weights[thin.shapes >= 0].eq(1).all() and thin.weights.gt(1).sum(1).ge(data.FAR - 1).all()
+
+
+def test_thinning_draws_the_background_evenly():
+    shapes = torch.full((1, tokens.TOKENS), -1)
+    shapes[0, 300] = 2
+    rng, drawn = np.random.default_rng(0), torch.zeros(tokens.TOKENS, dtype=torch.float64)
+    for _ in range(2000):
+        places, weights = data.thin(shapes, rng)
+        drawn.index_add_(0, places[0], weights[0].double() / 2000)
+    near = torch.zeros(24, 24, dtype=torch.bool)
+    near[11:14, 11:14] = True
+    near[0, 0] = True
+    assert torch.allclose(drawn[near.view(-1)], drawn.new_ones(10))
+    assert (drawn - 1).abs().max() < 0.4 and drawn.mean() == pytest.approx(1)
+
+
+def test_prediction_at_chosen_places(tokenizer):
+    """Predictions are those of transformers on whole sequences; a place keeps its position when others are left out."""
+    model = janus.build_model(tokenizer).eval()
+    make = data.Batches(tokenizer, tokens.CodeBook.load(), size=2)
+    batch = make(0)
+    with torch.no_grad():
+        hidden, logits = losses.predict(model, batch)
+        codes = model.model.generation_aligner(model.model.generation_embeddings(batch.codes[:, :-1]))
+        embedded = torch.cat([model.model.language_model.embed_tokens(batch.prompts), codes], 1)
+        plain = model.model.language_model(inputs_embeds=embedded).last_hidden_state[:, -tokens.TOKENS :]
+        assert torch.allclose(hidden, plain, atol=1e-4)
+        assert torch.allclose(logits, model.model.generation_head(plain), atol=1e-4)
+        # The first places alone see all that comes before them.
+        first = replace(batch, places=batch.places[:, :50], before=batch.before[:, :49])
+        assert torch.allclose(losses.predict(model, first)[0], hidden[:, :50], atol=1e-4)
+        # Two distant places: token 0 and token 400, which sees the prompt and token 399 at its own position.
+        two = replace(batch, places=torch.tensor([[0, 400]] * 2), before=batch.codes[:, 399:400])
+        positions = torch.cat([torch.arange(batch.prompts.shape[1]), torch.tensor([batch.prompts.shape[1] + 399])])
+        embedded = torch.cat([embedded[:, : batch.prompts.shape[1]], codes[:, 399:400]], 1)
+        alone = model.model.language_model(inputs_embeds=embedded, position_ids=positions.expand(2, -1))
+        assert torch.allclose(losses.predict(model, two)[0][:, 1], alone.last_hidden_state[:, -1], atol=1e-4)
+
+
+def test_token_loss_weighs():
+    batch, logits = toy_batch(), torch.randn(1, tokens.TOKENS, tokens.CODES)
+    plain = F.cross_entropy(logits[0], batch.codes[0])
+    assert torch.isclose(losses.token_loss(logits, batch), plain)
+    each = F.cross_entropy(logits[0], batch.codes[0], reduction="none")
+    part = replace(batch, codes=batch.codes[:, :2], weights=torch.tensor([[2.0, 574.0]]))
+    expected = (2 * each[0] + 574 * each[1]) / tokens.TOKENS
+    assert torch.isclose(losses.token_loss(logits[:, :2], part), expected)
 
 
 def test_orthogonalize_is_torchs_iteration():

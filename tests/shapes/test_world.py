@@ -49,6 +49,44 @@ def test_objects_are_inside_and_apart():
         assert covered.max() == 1
 
 
+def test_training_neither_names_nor_shows_a_held_out_combination():
+    rng = np.random.default_rng(3)
+    named: set[world.Combination] = set()
+    shown: dict[bool, set[world.Combination]] = {False: set(), True: set()}
+    for _ in range(6000):
+        prompt = world.draw_prompt(rng)
+        named |= world.named(prompt.include)
+        opening = next(o for o in sorted(world.OPENINGS, key=len, reverse=True) if prompt.text.startswith(o))
+        named |= {("single_object", opening, thing["class"]) for thing in prompt.include}
+        for open_colors, found in shown.items():
+            found |= world.shown(world.draw_scene(rng, prompt, open_colors).objects)
+    assert not any(map(world.held_out, named | shown[False]))
+    # A colour that the prompt leaves open may be any; nothing else is.
+    pairs = {("colors", color, shape) for color in world.COLORS for shape in world.SHAPES}
+    assert set(filter(world.held_out, shown[True])) == set(filter(world.held_out, pairs))
+    # What is not held out is all there, or the test above would say little.
+    assert {key for key in named if key[0] == "colors"} == {pair for pair in pairs if not world.held_out(pair)}
+
+
+def test_test_scenes_show_only_the_held_out_combinations_that_are_named():
+    for scene in scenes(300, "test"):
+        held = set(filter(world.held_out, world.shown(scene.objects)))
+        assert all(key[0] == "colors" for key in held - world.named(scene.include))
+        assert held & world.named(scene.include) or scene.family == "single_object"
+
+
+def test_what_is_shown_is_what_is_named():
+    """A picture shows all that its prompt names, told from the objects alone."""
+    for scene in scenes(500):
+        assert world.named(scene.include) <= world.shown(scene.objects)
+
+
+def test_mirrored_relations_are_one_combination():
+    assert world.related("left of", "star", "ring") == world.related("right of", "ring", "star")
+    assert world.related("above", "star", "ring") == world.related("below", "ring", "star")
+    assert len({world.related(r, "star", "ring") for r in world.RELATIONS}) == 4
+
+
 def test_splits_share_no_prompt():
     train, test = scenes(3000), scenes(1000, "test", 1)
     assert not {s.prompt for s in train} & {s.prompt for s in test}
@@ -71,7 +109,8 @@ def test_single_objects_are_held_out_by_opening():
             prompt = world.draw_prompt(rng, split, "single_object")
             shape = prompt.include[0]["class"]
             opening = prompt.text.removesuffix(f"a {shape}").strip()
-            assert opening in world.OPENINGS and world.held_out("single_object", opening, shape) == (split == "test")
+            assert opening in world.OPENINGS
+            assert world.held_out(("single_object", opening, shape)) == (split == "test")
 
 
 @pytest.mark.parametrize("shape", world.SHAPES)
@@ -133,10 +172,10 @@ def test_margin_codes_draw_the_same_picture():
     """Marking changes empty background in the left column only, and not what is drawn; no picture has these codes."""
     book = tokens.CodeBook.load()
     codes = book.encode(torch.from_numpy(np.stack([world.render(s) for s in scenes(50)])))
-    assert not torch.isin(codes, torch.tensor(tokens.MARGINS)).any()
+    assert not torch.isin(codes, torch.tensor(list(tokens.MARGINS))).any()
     marked = tokens.mark_margin(codes)
     assert torch.equal(book.decode(marked), book.decode(codes))
     left, changed = torch.zeros(24, 24, dtype=torch.bool), marked != codes
     left[:, 0] = True
-    assert torch.equal(changed, torch.isin(codes, torch.tensor(tokens.FLAT)) & left.view(-1))
+    assert torch.equal(changed, torch.isin(codes, torch.tensor(list(tokens.FLAT))) & left.view(-1))
     assert changed.any()
