@@ -97,14 +97,14 @@ def test_hardening_changes_nothing(book):
 
 def test_losses_reach_every_trained_weight(book, start):
     error, entropy = vq.losses(start, *vq.crops(vq.draw(0, 0, 1), book, 0))
-    assert entropy < 3 < math.log(tokens.CODES)
+    assert entropy < math.log(tokens.CODES) / 2, "the start should be far from chance"
     torch.autograd.backward(error + entropy)
     assert all(p.grad is not None for p in start.parameters() if p.requires_grad)
     start.zero_grad()
 
 
 def test_fit_resumes_and_measures(tmp_path):
-    options = {"batch": 1, "lr": 1e-3, "seed": 0, "save_every": 1e9, "log_every": 1}
+    options = {"batch": 1, "lr": 1e-4, "seed": 0, "save_every": 1e9, "log_every": 1}
     vq.HELD_OUT, before = 2, vq.HELD_OUT
     try:
         vq.fit(tmp_path, steps=1, **options)
