@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
-from ssd_kernels.policies import KINDS, HeadProfile
+from ssd_kernels.plan import peak_tokens
+from ssd_kernels.policies import KINDS, HeadProfile, adaptive, predicted_cost
 
 from .checkpoints import fingerprint
 from .evaluation.fidelity import Recorder, caches_beside, compare
@@ -16,7 +18,8 @@ from .pipeline import Pipeline
 from .progress import ProgressCallback
 
 SIZE_SHARES = (1 / 144, 1 / 72, 1 / 36, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 3 / 8, 1 / 2)  # of all tokens
-PROBED_SHARE = 1 / 12
+PROBED_BUDGET = 0.1
+UNWATCHED = 4  # times as many pictures are drawn at once where nothing is watched
 
 
 class _Weights(Recorder):
@@ -160,14 +163,12 @@ class HeadStatistics:
         error = self.error / self.norm.clamp_min(1e-30)[:, None, None, None]
         return error.unflatten(-1, (len(KINDS), len(self.sizes)))
 
-    def profile(self, radius: int, pictures: int, sensitivity: torch.Tensor, meta: dict) -> HeadProfile:
-        """Sum up.
+    def profile(self, radius: int, pictures: int) -> HeadProfile:
+        """Sum up; all sensitivities are one.
 
         Args:
             radius: of the neighbourhood, tokens.
             pictures: drawn in all.
-            sensitivity: [L] of `measure_sensitivity`.
-            meta: to keep with the figures.
         """
         shape = self.shape
         count = self.steps.to(self.age.device).view(-1, 1).clamp_min(1)
@@ -177,52 +178,62 @@ class HeadStatistics:
             sparsity=1 - near, prompt_mass=self.prompt / count, age_mass=self.age / count[..., None],
             offset_mass=offset, column_mass=self.column / count[..., None], first_mass=self.first / count[..., None],
             guidance_difference=self.guidance / pictures,
-            error=self.relative_error(), sensitivity=sensitivity, sizes=self.sizes, kinds=tuple(KINDS),
-            row_buffers=tuple(plan.row_buffer for plan in self.plans), columns=shape.columns, radius=radius, meta=meta)
+            error=self.relative_error(), sensitivity=torch.ones(shape.num_layers), sizes=self.sizes,
+            kinds=tuple(KINDS), row_buffers=tuple(plan.row_buffer for plan in self.plans), columns=shape.columns,
+            radius=radius)
         for name, value in vars(profile).items():
             if isinstance(value, torch.Tensor):
                 object.__setattr__(profile, name, value.float().cpu())
         return profile
 
 
-def measure_sensitivity(pipe: Pipeline, prompts: Sequence[str], statistics: HeadStatistics, *,
-                        guidance_scale: float, seed: int, progress: ProgressCallback) -> torch.Tensor:
+def measure_sensitivity(pipe: Pipeline, prompts: Sequence[str], profile: HeadProfile, *, guidance_scale: float,
+                        seed: int, batch_size: int, progress: ProgressCallback) -> torch.Tensor:
     """[L] nats per token of KL(full || compressed) per unit of relative error, one layer compressed at a time.
 
-    Every head of that layer keeps ``PROBED_SHARE`` of the tokens as "heavy", without a row buffer; the tokens of a
-    full-cache picture are forced. A layer in which that costs nothing gets the mean of the others.
+    That layer keeps what `adaptive` would give it at ``PROBED_BUDGET`` were all layers equally sensitive, without a row
+    buffer, so that the errors are of the kind that plans will make; the tokens of full-cache pictures are forced. All
+    prompts are used, because most of the KL comes from few tokens of few pictures: four prompts gave figures more than
+    ten times off. A layer in which that costs nothing gets the mean of the others.
 
     Args:
         pipe: the model.
-        prompts: one picture each, drawn at once.
-        statistics: of the same model; its errors are what the KL is divided by.
+        prompts: one picture each.
+        profile: of the same model, sensitivities one; its errors are what the KL is divided by.
         guidance_scale, seed: of the pictures.
+        batch_size: pictures drawn at once.
         progress: ``progress(done_steps, all_steps)``.
     """
-    shape = pipe.shape
-    index = min(range(len(statistics.sizes)),
-                key=lambda i: abs(statistics.sizes[i] - PROBED_SHARE * shape.num_visual_tokens))
-    error = statistics.relative_error()[:, :, 0, list(KINDS).index("heavy"), index].sum(1).double().cpu()
-    probe, full = KINDS["heavy"](statistics.sizes[index]), [HeadSpec.full()] * shape.num_heads
-    total = (1 + shape.num_layers) * shape.num_visual_tokens
+    shape, layers = pipe.shape, range(pipe.shape.num_layers)
+    tokens, full = shape.num_visual_tokens, [HeadSpec.full()] * shape.num_heads
+    least = peak_tokens(profile.sizes[0], 0, tokens, 0) / tokens
+    whole = adaptive(shape, max(PROBED_BUDGET, least), 0, profile=profile)
+    probes = [CachePlan([whole.layers[layer] if layer == other else full for other in layers], 0) for layer in layers]
+    error = torch.tensor([predicted_cost(probe, profile) for probe in probes], dtype=torch.float64)
+    cost = torch.zeros(shape.num_layers, dtype=torch.float64)
+    starts = range(0, len(prompts), batch_size)
+    every, done = len(starts) * (1 + shape.num_layers) * tokens, 0
 
-    def draw(plan: CachePlan, recorder: Recorder, done: int) -> torch.Tensor:
-        return pipe.generate_tokens(
-            list(prompts), guidance_scale=guidance_scale, seed=seed, plan=plan, logits_processor=[recorder],
-            progress=lambda step, _: progress(done * shape.num_visual_tokens + step, total))
+    def draw(first: int, plan: CachePlan, recorder: Recorder) -> torch.Tensor:
+        nonlocal done
+        drawn = pipe.generate_tokens(
+            list(prompts[first:first + batch_size]), guidance_scale=guidance_scale, seed=seed + first, plan=plan,
+            logits_processor=[recorder], progress=lambda step, _: progress(done + step, every))
+        done += tokens
+        return drawn
 
-    intact = Recorder(guidance_scale)
-    tokens, cost = draw(shape.full_plan(), intact, 0), []
-    for layer in range(shape.num_layers):
-        forced = Recorder(guidance_scale, tokens)
-        draw(CachePlan([[probe] * shape.num_heads if layer == other else full for other in range(shape.num_layers)], 0),
-             forced, 1 + layer)
-        found = [compare(p, q)[0].double().mean() for p, q in zip(intact.steps, forced.steps, strict=True)]
-        cost.append(float(torch.stack(found).mean()))
-    known = (error > 1e-12) & (torch.tensor(cost) > 0)
+    for first in starts:
+        intact = Recorder(guidance_scale)
+        drawn = draw(first, shape.full_plan(), intact)
+        for layer, probe in enumerate(probes):
+            forced = Recorder(guidance_scale, drawn)
+            draw(first, probe, forced)
+            found = [compare(p, q)[0].double().sum() for p, q in zip(intact.steps, forced.steps, strict=True)]
+            cost[layer] += float(torch.stack(found).mean()) / len(prompts)
+    known = (error > 1e-12) & (cost > 0)
     if not known.any():
         return torch.ones(shape.num_layers)
-    sensitivity = torch.tensor(cost, dtype=torch.float64) / error.clamp_min(1e-12)
+    sensitivity = cost / error.clamp_min(1e-12)
     return torch.where(known, sensitivity, sensitivity[known].mean())
 
 
@@ -254,18 +265,20 @@ def measure(pipe: Pipeline, prompts: Sequence[str], *, guidance_scale: float | N
     statistics = HeadStatistics(pipe, sizes)
     began = time.perf_counter()
     steps, batches = shape.num_visual_tokens, range(0, len(prompts), batch_size)
-    every = (len(batches) + 1 + shape.num_layers) * steps
+    forced = batch_size * UNWATCHED
+    every = (len(batches) + len(range(0, len(prompts), forced)) * (1 + shape.num_layers)) * steps
     for first in batches:
         statistics.begin(guided=scale > 1)
         pipe.generate_tokens(list(prompts[first:first + batch_size]), guidance_scale=scale, seed=seed + first,
                              plan=shape.full_plan(), observer=statistics,
                              logits_processor=[_Weights(scale, statistics)],
                              progress=lambda done, _: progress(first // batch_size * steps + done, every))  # noqa: B023
+    profile = statistics.profile(radius, len(prompts))
     sensitivity = measure_sensitivity(
-        pipe, prompts[:batch_size], statistics, guidance_scale=scale, seed=seed,
+        pipe, prompts, profile, guidance_scale=scale, seed=seed, batch_size=forced,
         progress=lambda done, _: progress(len(batches) * steps + done, every))
     meta = {"prompts": list(prompts), "guidance_scale": scale, "seed": seed,
             "seconds": round(time.perf_counter() - began, 1), "device": pipe.model.device.type,
             "dtype": str(pipe.model.dtype).removeprefix("torch."), "model": pipe.model.name_or_path.rsplit("/", 1)[-1],
             "weights": fingerprint(pipe.model)}
-    return statistics.profile(radius, len(prompts), sensitivity, meta)
+    return replace(profile, sensitivity=sensitivity.float().cpu(), meta=meta)

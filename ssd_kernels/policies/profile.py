@@ -40,7 +40,8 @@ class HeadProfile:
             the attention block's output, when it keeps ``sizes[s]`` tokens as ``kinds[k]`` with a row buffer of
             ``row_buffers[r]``. Steps count by how much their next-token distribution can change (1 - sum of p^2).
         sensitivity: [L] nats per token of KL(full || compressed), of the guided next-token distribution, for each unit
-            of ``error`` in a layer, measured with that layer alone compressed; ones if it was not measured.
+            of ``error`` in a layer, measured with that layer alone compressed as by `adaptive`; ones if it was not
+            measured.
         sizes: S numbers of slots, ascending, without the row buffer.
         kinds: K of `policies.KINDS`.
         row_buffers: R row buffers, steps, ascending.

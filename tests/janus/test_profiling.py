@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ssd_janus import Pipeline, profiling
 from ssd_janus.engine import memory
 from ssd_janus.evaluation import fidelity
 from ssd_janus.prompts import calibration, shapes_suite
-from ssd_kernels import CachePlan, policies
+from ssd_kernels import CachePlan, HeadSpec, policies
 from ssd_kernels.policies import HeadProfile
 
 TEXTS = list(tiny.PROMPTS[:3])
@@ -150,6 +151,27 @@ def test_a_layer_that_matters_more_is_more_sensitive(folder: Path) -> None:
     with torch.no_grad():  # nothing of what attention in this layer does reaches the rest
         pipe.model.model.language_model.layers[0].self_attn.o_proj.weight *= 1e-3
     assert profiling.measure(pipe, TEXTS[:2]).sensitivity[0] < 0.1 * plain[0]
+
+
+def test_sensitivity_is_the_kl_of_all_prompts_over_the_error(pipe: Pipeline, profile: HeadProfile) -> None:
+    even = replace(profile, sensitivity=torch.ones(tiny.LAYERS))
+    scale, seen = pipe.guidance(None), []
+    got = profiling.measure_sensitivity(pipe, TEXTS, even, guidance_scale=scale, seed=5, batch_size=2,
+                                        progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen) and seen[-1][0] == seen[-1][1] == 2 * (1 + tiny.LAYERS) * tiny.TOKENS
+    probe = policies.adaptive(pipe.shape, 0.1, 0, profile=even)
+    full = [HeadSpec.full()] * 4
+    for layer in range(tiny.LAYERS):
+        plan, kl = CachePlan([probe.layers[n] if n == layer else full for n in range(tiny.LAYERS)], 0), []
+        for first, texts in ((0, TEXTS[:2]), (2, TEXTS[2:])):
+            intact = fidelity.Recorder(scale)
+            tokens = pipe.generate_tokens(texts, seed=5 + first, logits_processor=[intact])
+            forced = fidelity.Recorder(scale, tokens)
+            pipe.generate_tokens(texts, seed=5 + first, plan=plan, logits_processor=[forced])
+            kl += torch.nn.functional.kl_div(torch.stack(forced.steps), torch.stack(intact.steps), reduction="none",
+                                             log_target=True).double().sum(-1).mean(0).tolist()
+        assert len(kl) == len(TEXTS) and min(kl) > 0
+        assert got[layer].item() * policies.predicted_cost(plan, even) == pytest.approx(sum(kl) / len(kl), rel=1e-4)
 
 
 def test_profiling_changes_nothing_and_repeats(pipe: Pipeline, profile: HeadProfile) -> None:
