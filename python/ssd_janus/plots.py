@@ -148,8 +148,8 @@ def save_curves(results: Mapping[str, Quality | Fidelity], file: Path) -> None:
 
 def _style(number: int) -> dict[str, Any]:
     """Marker and line of the policy of this number, readable in grey."""
-    return {"marker": "osv^Dp*P<>Xh"[number % 12], "markersize": 5, "linestyle": ("-", "--", "-.", ":")[number % 4],
-            "color": (*(f"C{index}" for index in range(10)), "black", "grey")[number % 12]}
+    return {"marker": "osv^Dp*P<>Xhd"[number % 13], "markersize": 5, "linestyle": ("-", "--", "-.", ":")[number % 4],
+            "color": (*(f"C{index}" for index in range(10)), "black", "navy", "gold")[number % 13]}
 
 
 def save_comparison(entries: Iterable[Mapping[str, Any]], out: Path, order: Sequence[str]) -> dict[str, Path]:

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from test_cli import SHAPE, run
 
-from ssd_janus import ModelShape, Pipeline
+from ssd_janus import ModelShape, Pipeline, plots
 from ssd_janus.checkpoints import fingerprint
 from ssd_janus.evaluation import comparison, findings, report
 from ssd_janus.evaluation.comparison_page import ABSENT, SECTIONS, sections
@@ -369,3 +369,10 @@ def test_the_page_has_all_sections() -> None:
     made = sections(empty, [], {"fidelity": "plot.png"})
     assert tuple(made) == SECTIONS
     assert all(text == ABSENT for name, text in made.items() if name != "runs")
+
+
+def test_no_two_policies_look_alike_in_plots() -> None:
+    colors = pytest.importorskip("matplotlib.colors")
+    styles = [plots._style(number) for number in range(len(PolicyName))]
+    for key in (lambda style: colors.to_hex(style["color"]), lambda style: style["marker"]):
+        assert len(set(map(key, styles))) == len(PolicyName)
