@@ -51,7 +51,7 @@ def decayed(shape: Shape, budget: float, row_buffer: int | None = None, *, recen
     """`h2o` by sums that forget half in 17 steps, less than a row of 24, so that what counts is recent attention.
 
     The factor, `ssd_kernels.plan.DECAY` per step, is the best of those tried on the included model:
-    docs/policy-results.md, "Score rules that were tried".
+    docs/policy-results.md, "What was tried".
     """
     return h2o(shape, budget, row_buffer, recent=recent, score="decayed")
 
