@@ -21,7 +21,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 POLICY      ?= ssd_guarded
 SEEDS       ?= 1
 OUT         ?= gpu
-COMPARE     ?= --fidelity-prompts 6 --prompts 60
+COMPARE     ?= --fidelity-prompts 6 --prompts 30
 GPU_TESTS   ?= tests/kernels
 SANITIZERS  := gpu-memcheck gpu-racecheck gpu-initcheck gpu-synccheck
 

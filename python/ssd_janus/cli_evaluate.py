@@ -11,6 +11,7 @@ import typer
 
 from .options import (
     DEFAULT_BUDGET,
+    PROMPTS_FILE,
     Backend,
     Device,
     Dtype,
@@ -163,7 +164,7 @@ def gallery(
 def profile_heads(
     out: Annotated[Path, typer.Option(help="Folder for profile.safetensors and plots.")],
     model: Model = None,
-    prompts_file: PromptsFile = None,
+    prompts_file: Annotated[Path | None, typer.Option("--prompts-file", "--prompts", help=PROMPTS_FILE)] = None,
     limit: Annotated[int, typer.Option(min=1, help="Only the first so many prompts.")] = 16,
     radius: Annotated[int, typer.Option(min=0, help="Of the neighbourhood that the sparsity score leaves out, "
                                                     "tokens.")] = 1,

@@ -20,7 +20,7 @@ from ssd_kernels import CachePlan
 
 from .cache import ATTENTION, JanusCache, Observer
 from .engine import call, unfuse
-from .online import OnlinePlan
+from .online import OnlinePlan, check_observer
 from .shape import ModelShape
 
 _ENABLED = "_ssd_janus"
@@ -71,6 +71,7 @@ def _enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str,
     _check_model(model)
     shape = ModelShape.of(model)
     shape.check(plan)
+    check_observer(plan, observer)
     _check_backend(backend)
     current = vars(model).get(_ENABLED)
     inner = current.inner if current else vars(model).get("generate")

@@ -17,7 +17,7 @@ class OnlinePlan(CachePlan):
     The idea is HeadKV's for images (arXiv 2605.20600): a head shows in the first rows what it is. From the second row
     on, the visual attention that each head gives to tokens further back than one row and one token is summed up; heads
     that give less than ``loss`` protect all their slots for the newest tokens, which makes them windows. Sums, the
-    decision and its effect stay on the device.
+    decision and its effect stay on the device, and what watches is gone once heads are typed.
 
     All pictures of a batch share the decision, made from all of them: a picture may then differ with its company.
     """
@@ -29,6 +29,10 @@ class OnlinePlan(CachePlan):
         Raises:
             ValueError: as policies, or a head holds less than two rows, so that nothing can be typed in time.
         """
+        if isinstance(loss, bool) or not isinstance(loss, int | float):
+            raise TypeError(f"loss must be a number, got {loss!r}")
+        if not 0 <= loss <= 1:
+            raise ValueError(f"loss must be within 0 .. 1, got {loss}")
         base = heavy(shape, budget, row_buffer)
         super().__init__(base.layers, base.row_buffer)
         size = base.layers[0][0].size or 0
@@ -42,7 +46,7 @@ class OnlinePlan(CachePlan):
 
     def observer(self) -> Observer:
         """What watches one `generate` call and types its heads."""
-        return _Typing(self)
+        return Typing(self)
 
     def to_dict(self) -> dict:
         """The plan as JSON values, with what makes it an online one; such a plan cannot be read back."""
@@ -53,7 +57,16 @@ class OnlinePlan(CachePlan):
         raise ValueError("an online plan has no file: what heads keep is decided while a picture is drawn")
 
 
-class _Typing:
+def check_observer(plan: CachePlan, observer: Observer | None) -> None:
+    """
+    Raises:
+        ValueError: an observer besides the one that an online plan brings.
+    """
+    if observer is not None and isinstance(plan, OnlinePlan):
+        raise ValueError(f"observer must be None under an online plan, which brings its own, got {observer!r}")
+
+
+class Typing:
     """Sums up, per layer and head, the attention that a window would miss."""
 
     def __init__(self, plan: OnlinePlan) -> None:
@@ -62,6 +75,11 @@ class _Typing:
         self.keys: list[torch.Tensor] = []
         self.missed: list[torch.Tensor] = []
         self.steps = [0] * plan.num_layers
+
+    @property
+    def finished(self) -> bool:
+        """Whether the heads of all layers have been typed, so that there is nothing left to watch."""
+        return min(self.steps) >= self.last
 
     def prefill(self, cache: CompressedCache, layer: int, keys: torch.Tensor, values: torch.Tensor,
                 prompt_lens: list[int]) -> None:

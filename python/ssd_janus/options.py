@@ -81,9 +81,9 @@ Dtype = Annotated[DtypeName | None, typer.Option(help="Of weights and caches. De
 Backend = Annotated[str, typer.Option(help="Who computes the steps: auto, or a backend that `info` lists.")]
 Model = Annotated[str | None, typer.Option(help="Folder or hub id of a Janus checkpoint, such as deepseek-community/"
                                                 "Janus-Pro-1B. Default: the included model.")]
-PromptsFile = Annotated[Path | None, typer.Option(help=(
-    "Read the prompts from a file: one per line, .jsonl with a \"prompt\" in every line (as GenEval's), .csv with "
-    "item_id and text, or a folder of .txt files (as DPG-Bench's)."))]
+PROMPTS_FILE = ("Read the prompts from a file: one per line, .jsonl with a \"prompt\" in every line (as GenEval's), "
+                ".csv with item_id and text, or a folder of .txt files (as DPG-Bench's).")
+PromptsFile = Annotated[Path | None, typer.Option(help=PROMPTS_FILE)]
 RowBuffer = Annotated[int | None, typer.Option(min=0, help="Steps between evictions of the policy; 0 evicts at every "
                                                            "step. Default: one grid row.")]
 ProfileFile = Annotated[Path | None, typer.Option(

@@ -22,8 +22,10 @@ def save_all(profile: HeadProfile, out: Path, tau: float | None = None) -> list[
     """Write every plot as PNG into ``out``; returns the files.
 
     - ``heads.png``: sparsity score of every head, with the heads above tau marked;
-    - ``attention.png``: what the four most and the four least sparse heads look at, around the token they write;
-    - ``columns.png``: attention by column and the guidance difference by position, where margins would stand out;
+    - ``attention.png``: what the four least and the four most sparse heads look at, around the token they write and
+      on the grid from a few tokens;
+    - ``columns.png``: attention by column and the guidance difference by position, where margins would stand out, of
+      semantic and of spatial heads;
     - ``kinds.png``: share of semantic heads as tau moves, and what windows of several lengths miss.
 
     Args:
@@ -38,7 +40,7 @@ def save_all(profile: HeadProfile, out: Path, tau: float | None = None) -> list[
         from matplotlib.figure import Figure
     threshold = float(profile.sparsity.median()) if tau is None else tau
     files = []
-    for name, draw, size in (("heads", _heads, (7, 6)), ("attention", _attention, (11, 5)),
+    for name, draw, size in (("heads", _heads, (7, 6)), ("attention", _attention, (16, 8.5)),
                              ("columns", _columns, (11, 4)), ("kinds", _kinds, (11, 4))):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, profile, threshold)
@@ -58,17 +60,22 @@ def _heads(figure: Any, profile: HeadProfile, tau: float) -> None:
 
 def _attention(figure: Any, profile: HeadProfile, tau: float) -> None:
     order = profile.sparsity.flatten().argsort().tolist()
-    chosen, columns = [*order[:4], *order[-4:]], profile.columns
-    shown = min(9, profile.offset_mass.shape[2])
-    for axes, index in zip(figure.subplots(2, 4).flat, chosen, strict=True):
+    chosen, columns, style = [*order[:4], *order[-4:]], profile.columns, {"cmap": "Greys", "vmin": -4, "vmax": 0}
+    panels = figure.subplots(1 + len(profile.places), len(chosen), squeeze=False)
+    for number, index in enumerate(chosen):
         layer, head = divmod(index, profile.num_heads)
-        mass = profile.offset_mass[layer, head, :shown].flip(0)  # upwards is up
-        axes.imshow(mass.clamp_min(1e-5).log10(), cmap="Greys", vmin=-4, vmax=0, aspect="auto",
-                    extent=(-columns + 0.5, columns - 0.5, -0.5, shown - 0.5))
-        axes.set_title(f"layer {layer} head {head}: {profile.sparsity[layer, head]:.2f}", fontsize=9)
-    figure.supxlabel("columns aside")
-    figure.supylabel("rows up")
-    figure.suptitle("share of visual attention by relative place, white 0.0001 .. black 1", fontsize=10)
+        mass = profile.offset_mass[layer, head].flip(0)  # upwards is up
+        panels[0, number].imshow(mass.clamp_min(1e-5).log10(), aspect="auto", **style,
+                                 extent=(-columns + 0.5, columns - 0.5, -0.5, len(mass) - 0.5))
+        panels[0, number].set_title(f"layer {layer} head {head}: {profile.sparsity[layer, head]:.2f}", fontsize=9)
+        for axes, place, mass in zip(panels[1:, number], profile.places, profile.place_mass[layer, head], strict=True):
+            axes.imshow(mass.view(-1, columns).clamp_min(1e-5).log10(), **style)
+            axes.plot(place % columns, place // columns, "s", color="tab:red", markersize=3)
+    panels[0, 0].set_ylabel("rows up (across: columns aside)")
+    for axes, place in zip(panels[1:, 0], profile.places, strict=True):
+        axes.set_ylabel(f"row {place // columns}, column {place % columns}")
+    figure.suptitle("share of visual attention, white 0.0001 .. black 1: by relative place, and on the grid from the "
+                    "marked token; title: sparsity score", fontsize=10)
 
 
 def _columns(figure: Any, profile: HeadProfile, tau: float) -> None:
@@ -77,14 +84,15 @@ def _columns(figure: Any, profile: HeadProfile, tau: float) -> None:
     for mask, label, style in ((semantic, "semantic heads", "-"), (~semantic, "spatial heads", "--")):
         if mask.any():
             left.plot(profile.column_mass[mask].mean(0), style, color="black", label=label)
+            right.plot(profile.guidance_difference[mask].mean(0), style, color="black", linewidth=0.8, label=label)
     left.axhline(1 / profile.columns, color="grey", linewidth=0.8, label="even")
     left.set(xlabel="column of the attended token", ylabel="share of visual attention", ylim=(0, None))
     left.legend()
-    right.plot(profile.guidance_difference.mean(0), color="black", linewidth=0.8)
     for margin in range(profile.columns - 1, profile.num_visual_tokens, profile.columns):
         right.axvline(margin, color="grey", linewidth=0.3)
     right.set(xlabel="visual token (lines: last column)", ylabel="squared difference per channel",
               title="keys and values with and without the prompt", ylim=(0, None))
+    right.legend()
 
 
 def _kinds(figure: Any, profile: HeadProfile, tau: float) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
 from ssd_kernels.plan import peak_tokens
-from ssd_kernels.policies import KINDS, HeadProfile, adaptive, predicted_cost
+from ssd_kernels.policies import KINDS, HeadProfile, Shape, adaptive, predicted_cost
 
 from .checkpoints import fingerprint
 from .evaluation.fidelity import Recorder, caches_beside, compare
@@ -35,6 +35,27 @@ class _Weights(Recorder):
         return scores
 
 
+def places(shape: Shape) -> tuple[int, ...]:
+    """Visual tokens whose attention is kept whole: in the middle of the grid, and at both ends of a lower row.
+
+    Not of the first row, which is not watched, nor the last token, which never attends.
+    """
+    rows, columns = shape.num_visual_tokens // shape.columns, shape.columns
+    wanted = {rows // 2 * columns + columns // 2, 3 * rows // 4 * columns, (3 * rows // 4 + 1) * columns - 1}
+    return tuple(sorted({min(max(place, columns), shape.num_visual_tokens - 2) for place in wanted}))
+
+
+def measured_sizes(shape: Shape) -> list[int]:
+    """Slots to measure the cost of evicting at, ascending."""
+    return sorted({max(2, round(share * shape.num_visual_tokens)) for share in SIZE_SHARES})
+
+
+def plans_beside(shape: Shape, sizes: Sequence[int]) -> list[CachePlan]:
+    """One plan per row buffer in which every kind and size is a head of its own, so that all take one call per step."""
+    heads = [make(size) for make in KINDS.values() for size in sizes for _ in range(shape.num_heads)]
+    return [CachePlan([heads] * shape.num_layers, row_buffer) for row_buffer in (0, shape.columns)]
+
+
 class HeadStatistics:
     """Watches full-cache runs and sums up, per layer and KV head, what `HeadProfile` holds.
 
@@ -50,10 +71,7 @@ class HeadStatistics:
         """
         shape = pipe.shape
         self.shape, self.sizes = shape, tuple(sizes)
-        # Every kind and size is a head of its own in one cache per row buffer, so that all take one call per step.
-        self.plans = [CachePlan(
-            [[make(size) for make in KINDS.values() for size in sizes for _ in range(shape.num_heads)]]
-            * shape.num_layers, row_buffer) for row_buffer in (0, shape.columns)]
+        self.plans = plans_beside(shape, sizes)
         self.backend = pipe.backend
         self.projections = [layer.self_attn.o_proj.weight.detach().float()
                             for layer in pipe.model.model.language_model.layers]  # [C, Hq D]
@@ -69,7 +87,9 @@ class HeadStatistics:
         self.prompt, self.age, self.column = zeros(*head), zeros(*head, tokens), zeros(*head, columns)
         self.first = zeros(*head, columns)
         self.offset = zeros(*head, tokens // columns * (2 * columns - 1))
-        self.guidance = zeros(shape.num_layers, tokens)
+        self.guidance = zeros(*head, tokens)
+        self.places = places(shape)
+        self.place = zeros(*head, len(self.places), tokens)
         self.error = zeros(*head, len(self.plans), len(KINDS) * len(self.sizes))
         self.norm = zeros(shape.num_layers)
         self.steps = torch.zeros(shape.num_layers, dtype=torch.long)
@@ -108,7 +128,7 @@ class HeadStatistics:
         if self.guided:
             for tensor in (keys, values):
                 conditional, blank = tensor.float().chunk(2)
-                self.guidance[layer, step] += (conditional - blank).square().mean((1, 2)).sum()
+                self.guidance[layer, :, step] += (conditional - blank).square().mean(2).sum(0)
         self._costs(layer, query, keys, values, scale, out)
         if step < self.shape.columns:
             return
@@ -127,6 +147,8 @@ class HeadStatistics:
         up = self.row_of[step] - self.row_of[:step + 1]
         aside = self.column_of[:step + 1] - self.column_of[step] + self.shape.columns - 1
         self.offset[layer].index_add_(1, up * width + aside, visual)
+        if step in self.places:
+            self.place[layer, :, self.places.index(step), :step + 1] += visual
         self.steps[layer] += rows
 
     def _costs(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None,
@@ -177,10 +199,11 @@ class HeadStatistics:
         profile = HeadProfile(
             sparsity=1 - near, prompt_mass=self.prompt / count, age_mass=self.age / count[..., None],
             offset_mass=offset, column_mass=self.column / count[..., None], first_mass=self.first / count[..., None],
+            place_mass=self.place / self.place.sum(-1, keepdim=True).clamp_min(1e-30),
             guidance_difference=self.guidance / pictures,
             error=self.relative_error(), sensitivity=torch.ones(shape.num_layers), sizes=self.sizes,
-            kinds=tuple(KINDS), row_buffers=tuple(plan.row_buffer for plan in self.plans), columns=shape.columns,
-            radius=radius)
+            kinds=tuple(KINDS), row_buffers=tuple(plan.row_buffer for plan in self.plans), places=self.places,
+            columns=shape.columns, radius=radius)
         for name, value in vars(profile).items():
             if isinstance(value, torch.Tensor):
                 object.__setattr__(profile, name, value.float().cpu())
@@ -248,7 +271,7 @@ def measure(pipe: Pipeline, prompts: Sequence[str], *, guidance_scale: float | N
         guidance_scale: None for the model's default.
         seed: of the sampling.
         radius: of the neighbourhood that the sparsity score leaves out, tokens; at least 0.
-        batch_size: pictures drawn at once. The measurement takes 19 times the memory of a full cache besides
+        batch_size: pictures drawn at once. The measurement takes 24 times the memory of a full cache besides
             (docs/engine.md, "Memory").
         progress: ``progress(done_steps, all_steps)``.
 
@@ -261,8 +284,7 @@ def measure(pipe: Pipeline, prompts: Sequence[str], *, guidance_scale: float | N
         raise ValueError(f"radius must be at least 0, got {radius}")
     shape = pipe.shape
     scale = pipe.guidance(guidance_scale)
-    sizes = sorted({max(2, round(share * shape.num_visual_tokens)) for share in SIZE_SHARES})
-    statistics = HeadStatistics(pipe, sizes)
+    statistics = HeadStatistics(pipe, measured_sizes(shape))
     began = time.perf_counter()
     steps, batches = shape.num_visual_tokens, range(0, len(prompts), batch_size)
     forced = batch_size * UNWATCHED

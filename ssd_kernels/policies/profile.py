@@ -15,7 +15,7 @@ from ..files import write_atomically
 
 __all__ = ["HeadProfile"]
 
-FORMAT, VERSION = "ssd_kernels.profile", 2
+FORMAT, VERSION = "ssd_kernels.profile", 3
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class HeadProfile:
             (-(C - 1) .. C - 1) a token is.
         column_mass: [L, H, C] share of the visual mass by the column a token is in.
         first_mass: [L, H, C] share of the visual mass on each token of the first row.
-        guidance_difference: [L, T] mean squared difference of the guided and the blank branch's keys plus that of
+        place_mass: [L, H, P, T] share of the visual mass that the tokens ``places`` give to each token.
+        guidance_difference: [L, H, T] mean squared difference of the guided and the blank branch's keys plus that of
             their values, per channel (SSD's evidence for margin columns); zeros without guidance.
         error: [L, H, R, K, S] squared error that a head adds to the residual stream, relative to the squared length of
             the attention block's output, when it keeps ``sizes[s]`` tokens as ``kinds[k]`` with a row buffer of
@@ -45,6 +46,7 @@ class HeadProfile:
         sizes: S numbers of slots, ascending, without the row buffer.
         kinds: K of `policies.KINDS`.
         row_buffers: R row buffers, steps, ascending.
+        places: P visual tokens, ascending.
         columns: C.
         radius: of the neighbourhood, tokens.
         meta: how it was measured: model, fingerprint of its weights, prompts, seconds; JSON values.
@@ -56,12 +58,14 @@ class HeadProfile:
     offset_mass: torch.Tensor
     column_mass: torch.Tensor
     first_mass: torch.Tensor
+    place_mass: torch.Tensor
     guidance_difference: torch.Tensor
     error: torch.Tensor
     sensitivity: torch.Tensor
     sizes: tuple[int, ...]
     kinds: tuple[str, ...]
     row_buffers: tuple[int, ...]
+    places: tuple[int, ...]
     columns: int
     radius: int
     meta: dict[str, Any] = field(default_factory=dict)
@@ -139,7 +143,7 @@ class HeadProfile:
                     raise ValueError(f"must be of format {FORMAT}, version {VERSION}, got {found}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             rest = json.loads(head["profile"])
-            rest.update({name: tuple(rest[name]) for name in ("sizes", "kinds", "row_buffers")})
+            rest.update({name: tuple(rest[name]) for name in ("sizes", "kinds", "row_buffers", "places")})
             return cls(**tensors, **rest)._checked()
         except (SafetensorError, TypeError, ValueError, KeyError) as error:
             raise ValueError(f"profile {os.fspath(path)}: {error}") from error
@@ -149,7 +153,8 @@ class HeadProfile:
         columns = self.columns
         shapes = {"age_mass": (layers, heads, tokens), "sparsity": (layers, heads), "prompt_mass": (layers, heads),
                   "column_mass": (layers, heads, columns), "first_mass": (layers, heads, columns),
-                  "guidance_difference": (layers, tokens),
+                  "place_mass": (layers, heads, len(self.places), tokens),
+                  "guidance_difference": (layers, heads, tokens),
                   "offset_mass": (layers, heads, tokens // columns, 2 * columns - 1),
                   "error": (layers, heads, len(self.row_buffers), len(self.kinds), len(self.sizes)),
                   "sensitivity": (layers,)}
@@ -158,7 +163,7 @@ class HeadProfile:
                 raise ValueError(f"{name} must be {list(shape)}, got {list(getattr(self, name).shape)}")
             if not getattr(self, name).isfinite().all():
                 raise ValueError(f"{name} must be finite")
-        for name in ("sizes", "row_buffers"):
+        for name in ("sizes", "row_buffers", "places"):
             values = getattr(self, name)
             if not values or list(values) != sorted(set(values)):
                 raise ValueError(f"{name} must ascend, got {values}")

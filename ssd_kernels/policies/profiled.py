@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..plan import CachePlan, HeadSpec, ScoreRule, peak_tokens
+from ..plan import CachePlan, HeadSpec, ScoreRule, check_int, peak_tokens
 from .profile import HeadProfile
-from .solve import Shape, Specs, check, check_share, largest, make
+from .solve import Shape, Specs, check, check_number, check_share, largest, make
 from .uniform import first_and_newest
 
 
@@ -28,7 +28,7 @@ def ssd(shape: Shape, budget: float, row_buffer: int | None = None, *, profile: 
         recent: share of a semantic head's slots for its newest tokens; the paper has none.
         score: the paper sums attention over all steps.
     """
-    scores = profile.check(shape).sparsity
+    scores = _fitting(profile, shape).sparsity
     threshold = float(scores.median()) if tau is None else check_share("tau", tau)
     return _two_kinds(shape, budget, row_buffer, scores > threshold, ratio, recent, score)
 
@@ -43,20 +43,26 @@ def ssd_guarded(shape: Shape, budget: float, row_buffer: int | None = None, *, p
 
     Args:
         loss: heads are semantic when a window misses more than this share of their visual attention.
-        window_rows: length of that window in grid rows.
+        window_rows: length of that window in grid rows, at most the grid's.
         ratio: M / W.
         recent: share of a semantic head's slots for its newest tokens.
     """
-    missed = profile.check(shape).window_loss(round(window_rows * shape.columns))
+    length = check_number("window_rows", window_rows, 0, shape.num_visual_tokens / shape.columns)
+    missed = _fitting(profile, shape).window_loss(round(length * shape.columns))
     return _two_kinds(shape, budget, row_buffer, missed > check_share("loss", loss), ratio, recent, "mean")
+
+
+def _fitting(profile: object, shape: Shape) -> HeadProfile:
+    if not isinstance(profile, HeadProfile):
+        raise TypeError(f"profile must be a HeadProfile, got {profile!r}")
+    return profile.check(shape)
 
 
 def _two_kinds(shape: Shape, budget: float, row_buffer: int | None, semantic: torch.Tensor, ratio: float,
                recent: float, score: ScoreRule) -> CachePlan:
     """Windows of W for spatial heads, M = ratio * W heavy slots for ``semantic`` ones [L, H]."""
     check_share("recent", recent)
-    if not 1 / 64 <= ratio <= 64:
-        raise ValueError(f"ratio must be within 1/64 .. 64, got {ratio}")
+    check_number("ratio", ratio, 1 / 64, 64)
     tokens, kinds = shape.num_visual_tokens, semantic.tolist()
 
     def sized(number: int) -> Specs:
@@ -79,9 +85,11 @@ def margin(shape: Shape, budget: float, row_buffer: int | None = None, *, profil
         tau: as in `ssd`.
         left, right: columns at either margin.
     """
-    if not (0 <= left and 0 <= right and left + right <= shape.columns):
-        raise ValueError(f"left and right must be at least 0 and together at most {shape.columns}, got {left}, {right}")
-    scores = profile.check(shape).sparsity
+    check_int("left", left, 0)
+    check_int("right", right, 0)
+    if left + right > shape.columns:
+        raise ValueError(f"left and right must be together at most {shape.columns}, got {left}, {right}")
+    scores = _fitting(profile, shape).sparsity
     semantic = (scores > (float(scores.median()) if tau is None else check_share("tau", tau))).tolist()
     columns = shape.columns
     margins = [token for token in range(shape.num_visual_tokens)
@@ -109,7 +117,7 @@ def adaptive(shape: Shape, budget: float, row_buffer: int | None = None, *, prof
     Raises:
         ValueError: as every policy; the smallest possible budget gives every head the profile's smallest size.
     """
-    profile.check(shape)
+    _fitting(profile, shape)
     buffer = check(shape, budget, row_buffer)
     tokens = shape.num_visual_tokens
     slots_of = [peak_tokens(min(size, tokens), 0, tokens, buffer) for size in profile.sizes]

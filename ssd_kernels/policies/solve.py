@@ -74,10 +74,15 @@ def check(shape: Shape, budget: object, row_buffer: object) -> int:
     return row_buffer
 
 
-def check_share(name: str, value: object) -> float:
-    """A number within [0, 1]."""
+def check_number(name: str, value: object, low: float, high: float) -> float:
+    """A number within [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be within 0 .. 1, got {value}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be within {low:g} .. {high:g}, got {value}")
     return float(value)
+
+
+def check_share(name: str, value: object) -> float:
+    """A number within [0, 1]."""
+    return check_number(name, value, 0, 1)

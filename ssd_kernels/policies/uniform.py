@@ -43,15 +43,22 @@ def h2o(shape: Shape, budget: float, row_buffer: int | None = None, *, recent: f
 
 
 def heavy(shape: Shape, budget: float, row_buffer: int | None = None, *, recent: float = 0.5) -> CachePlan:
-    """`h2o` by the mean attention per step, so that new tokens are not starved by old ones' long sums."""
+    """`h2o` by the mean attention per step, so that new tokens are not starved by old ones' long sums.
+
+    Args:
+        recent: share of the slots for the newest tokens.
+    """
     return h2o(shape, budget, row_buffer, recent=recent, score="mean")
 
 
 def decayed(shape: Shape, budget: float, row_buffer: int | None = None, *, recent: float = 0.5) -> CachePlan:
     """`h2o` by sums that forget half in 17 steps, less than a row of 24, so that what counts is recent attention.
 
-    The factor, `ssd_kernels.plan.DECAY` per step, is the best of those tried on the included model:
-    docs/policy-results.md, "What was tried".
+    The factor, `ssd_kernels.plan.DECAY` per step, is the best of those that docs/policy-results.md, "What was tried",
+    has, for the model it names.
+
+    Args:
+        recent: share of the slots for the newest tokens.
     """
     return h2o(shape, budget, row_buffer, recent=recent, score="decayed")
 

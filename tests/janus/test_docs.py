@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from PIL import Image
 
-from ssd_janus import Pipeline
-from ssd_kernels.policies import POLICIES
+from ssd_janus import ModelShape, Pipeline, profiling
+from ssd_janus.checkpoints import fingerprint, included_model, included_profile
+from ssd_janus.prompts import shapes_suite
+from ssd_kernels.policies import KINDS, POLICIES, HeadProfile, adaptive
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -52,3 +55,36 @@ def test_the_readme(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_every_policy_is_in_the_guide() -> None:
     text = (DOCS / "policies.md").read_text()
     assert all(f"| `{name}` |" in text for name in POLICIES)
+
+
+def test_memory_of_a_profile() -> None:
+    """The guide's figure for Janus-Pro-1B: prompts of 32 tokens in bfloat16, 4 pictures with guidance."""
+    shape = ModelShape(num_layers=24, num_heads=16, num_query_heads=16, head_dim=128, num_visual_tokens=576, columns=24)
+    options = {"batch_size": 8, "head_dim": 128, "max_prompt": 32, "dtype": torch.bfloat16}
+    full = shape.full_plan().nbytes(**options)
+    beside = sum(plan.nbytes(**options) for plan in profiling.plans_beside(shape, profiling.measured_sizes(shape)))
+    projections = 24 * 4 * (2048 * 2048 + 16 * 128 * 128)
+    text = (DOCS / "engine.md").read_text()
+    assert f"These caches take {beside / full:.0f} times the" in text
+    assert f"| Janus-Pro-1B, bfloat16 | {full / 1e9:.2f} | {(beside + full / 2 + projections) / 1e9:.0f} |" in text
+    assert f"takes {beside / full:.0f} times" in (profiling.measure.__doc__ or "")
+
+
+def test_make_policies_runs_the_command_of_the_page() -> None:
+    (make,) = re.findall(r"^COMPARE +\?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    text = (DOCS / "policy-results.md").read_text()
+    assert re.findall(r"^ssd-janus compare --out runs/policies (.*) --page docs", text, re.MULTILINE) == [make]
+
+
+def test_the_included_profile_is_of_the_included_model() -> None:
+    """Of these weights, of prompts that nothing is judged on, and enough for `--policy adaptive --budget 0.1`."""
+    profile = HeadProfile.load(included_profile())
+    pipe = Pipeline.from_pretrained(included_model())
+    assert profile.meta["weights"] == fingerprint(pipe.model)
+    assert profile.kinds == tuple(KINDS) and profile.places == profiling.places(pipe.shape)
+    assert not set(profile.meta["prompts"]) & {prompt["prompt"] for prompt in shapes_suite()}
+    for budget in (0.1, 0.5):
+        plan = adaptive(pipe.shape, budget, 0, profile=profile)
+        assert budget - 1 / 576 < plan.budget(576) <= budget
+    cost = f"{len(profile.meta['prompts'])} prompts, {profile.meta['seconds'] / 60:.1f} minutes"
+    assert cost in " ".join((DOCS / "policies.md").read_text().split())

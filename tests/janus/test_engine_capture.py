@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ssd_janus.engine import Engine, Sampling
+from ssd_janus.online import OnlinePlan
+from ssd_janus.shape import ModelShape
+from ssd_kernels import CachePlan
 
 # Operations that would have to wait for the device, or whose output has a size that only the device knows.
 SYNCHRONISING = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "unique", "masked_select",
@@ -72,6 +75,27 @@ def test_one_recorded_step_draws_the_rest(model: Any, budget: float, options: di
             batch.prepare()
             recording.replay()
     assert torch.equal(batch.tokens, expected)
+
+
+def test_online_typing_reads_nothing_back_and_then_makes_way(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, greedy = prompts_of(tiny.image_inputs()), Sampling(greedy=True)
+    plan = OnlinePlan(ModelShape.of(model), 0.7, 6, loss=0.42)
+    engine = Engine(model, plan)
+    expected = engine.generate(prompts, guidance=2.0, sampling=greedy)
+    kept = engine.generate(prompts, guidance=2.0, sampling=greedy, steps=plan.rows * tiny.GRID + 1)
+    assert torch.equal(kept, expected[:, :kept.shape[1]])
+    batch = engine.batch(prompts, guidance=2.0, sampling=greedy)
+    with torch.no_grad():
+        while batch.observer is not None:
+            record(batch.step, monkeypatch)
+            assert batch.done <= plan.rows * tiny.GRID + 1
+        assert batch.done == plan.rows * tiny.GRID + 1, "the boundary at which heads are typed"
+        recording = record(batch.advance, monkeypatch)
+        for _ in range(batch.done + 1, tiny.TOKENS):
+            recording.replay()
+    assert torch.equal(batch.tokens, expected)
+    heavy = Engine(model, CachePlan(plan.layers, 6)).generate(prompts, guidance=2.0, sampling=greedy)
+    assert not torch.equal(heavy, expected), "typing must make a difference here"
 
 
 def test_what_a_graph_would_get_wrong_is_noticed(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:

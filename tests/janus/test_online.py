@@ -12,7 +12,7 @@ from test_cli import run
 
 from ssd_janus import Pipeline
 from ssd_janus.online import OnlinePlan
-from ssd_kernels import CachePlan, HeadSpec
+from ssd_kernels import CachePlan, HeadSpec, policies
 
 TEXTS = list(tiny.PROMPTS[:2])
 
@@ -68,6 +68,11 @@ def test_limits(pipe: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="online plan has no file"):
         plan.save(tmp_path / "plan.json")
     assert plan.to_dict()["online"]["rows"] == plan.rows
+    assert plan.layers == policies.heavy(pipe.shape, 0.7).layers, "as many bytes as every policy"
+    with pytest.raises(ValueError, match="observer must be None under an online plan"):
+        pipe.generate_tokens(TEXTS, plan=plan, observer=Watch())
+    with pytest.raises(ValueError, match="loss must be within 0 .. 1, got 7"):
+        OnlinePlan(pipe.shape, 0.7, loss=7)
 
 
 def test_command(folder: Path, tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def dense_attention(pipe: Pipeline) -> list[torch.Tensor]:
 def test_shares_equal_dense_attention(pipe: Pipeline, profile: HeadProfile) -> None:
     columns, steps = tiny.GRID, tiny.TOKENS - 1  # the last token is drawn and never attends
     age, sparsity, prompt, first, count = 0.0, 0.0, 0.0, 0.0, 0
+    places = torch.zeros(tiny.LAYERS, 4, len(profile.places), tiny.TOKENS)
     for weights in dense_attention(pipe):
         length = weights.shape[-1] - steps
         for query in range(columns, steps):
@@ -74,6 +75,10 @@ def test_shares_equal_dense_attention(pipe: Pipeline, profile: HeadProfile) -> N
             sparsity = sparsity + visual[..., far].sum(-1)
             first = first + visual[..., :columns]
             count += weights.shape[1]
+            if query in profile.places:
+                places[:, :, profile.places.index(query), :query + 1] += visual / (2 * len(TEXTS))
+    assert profile.places == (3 * 6 + 3, 4 * 6, 4 * 6 + 5)
+    assert torch.allclose(profile.place_mass, places, atol=1e-5)
     for got, total in ((profile.sparsity, sparsity), (profile.prompt_mass, prompt), (profile.age_mass, age),
                        (profile.first_mass, first)):
         assert torch.allclose(got, total / count, atol=1e-5)
@@ -87,8 +92,41 @@ def test_shares_add_up(profile: HeadProfile) -> None:
     assert (profile.first_mass <= profile.column_mass + 1e-6).all()
     assert profile.meta["prompts"] == TEXTS and profile.meta["seconds"] > 0
     # The first layer's keys and values know nothing of the prompt yet, and the last token never attends.
-    assert (profile.guidance_difference[1:, :-1] > 0).all()
-    assert not profile.guidance_difference[0].any() and not profile.guidance_difference[:, -1].any()
+    assert (profile.guidance_difference[1:, :, :-1] > 0).all()
+    assert not profile.guidance_difference[0].any() and not profile.guidance_difference[..., -1].any()
+
+
+def test_guidance_difference_equals_that_of_the_two_branches(pipe: Pipeline) -> None:
+    """Against keys and values kept whole, per head."""
+    class Keep:
+        def __init__(self) -> None:
+            self.found = torch.zeros(tiny.LAYERS, 4, tiny.TOKENS)
+            self.step = [0] * tiny.LAYERS
+
+        def prefill(self, *arguments: Any) -> None:
+            pass
+
+        def decode(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+                   scale: float | None, out: torch.Tensor) -> None:
+            for head in range(4):
+                for tensor in (keys, values):
+                    self.found[layer, head, self.step[layer]] += ((tensor[0, head] - tensor[1, head]) ** 2).mean()
+            self.step[layer] += 1
+
+    keep = Keep()
+    pipe.generate_tokens(TEXTS[:1], seed=3, plan=pipe.shape.full_plan(), observer=keep)
+    got = profiling.measure(pipe, TEXTS[:1], seed=3).guidance_difference
+    assert torch.allclose(got, keep.found, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(got[1, 0], got[1, 1], rtol=1e-2)
+
+
+def test_places_are_watched_and_attend(pipe: Pipeline) -> None:
+    """Never in the first row nor the last token, whatever the grid."""
+    for tokens, columns in ((576, 24), (36, 6), (4, 2), (8, 1), (6, 3)):
+        places = profiling.places(replace(pipe.shape, num_visual_tokens=tokens, columns=columns))
+        assert places == tuple(sorted(set(places))) and all(columns <= place < tokens - 1 for place in places)
+    janus = replace(pipe.shape, num_visual_tokens=576, columns=24)
+    assert profiling.places(janus) == (12 * 24 + 12, 18 * 24, 18 * 24 + 23)
 
 
 def test_errors_fall_with_size_and_match_fidelity(pipe: Pipeline, profile: HeadProfile, tmp_path: Path) -> None:
@@ -108,11 +146,10 @@ def test_errors_fall_with_size_and_match_fidelity(pipe: Pipeline, profile: HeadP
 
 def test_batches_that_do_not_fit_are_refused(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for the full cache, which the engine counts, and not for what is measured beside it."""
-    sizes = sorted({max(2, round(share * tiny.TOKENS)) for share in profiling.SIZE_SHARES})
-    statistics = profiling.HeadStatistics(pipe, sizes)
+    plans = profiling.plans_beside(pipe.shape, profiling.measured_sizes(pipe.shape))
     longest = max(map(len, pipe.prompt_tokens(TEXTS)))
     taken = sum(plan.nbytes(batch_size=6, head_dim=tiny.HEAD_DIM, max_prompt=longest, dtype=torch.float32,
-                            num_visual_tokens=tiny.TOKENS) for plan in statistics.plans)
+                            num_visual_tokens=tiny.TOKENS) for plan in plans)
     monkeypatch.setattr(fidelity, "available_memory", lambda device: taken - 1)
     with pytest.raises(ValueError, match="batch_size must be smaller.* for 6 rows.* enough for 5 rows"):
         profiling.measure(pipe, TEXTS, batch_size=3)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ssd_kernels import CachePlan, HeadSpec, policies
+from ssd_kernels.layout import LayerLayout
 from ssd_kernels.policies import NEED_PROFILE, POLICIES, HeadProfile
 
 
@@ -41,9 +42,10 @@ def profile_of(shape: Shape, seed: int = 0) -> HeadProfile:
         sparsity=torch.rand(head, generator=generator), prompt_mass=torch.rand(head, generator=generator),
         age_mass=age, offset_mass=offset / offset.sum((2, 3), keepdim=True),
         column_mass=torch.full((*head, columns), 1 / columns), first_mass=torch.full((*head, columns), 1e-3),
-        guidance_difference=torch.rand(shape.num_layers, tokens, generator=generator), error=error,
+        place_mass=torch.full((*head, 2, tokens), 1 / tokens),
+        guidance_difference=torch.rand(*head, tokens, generator=generator), error=error,
         sensitivity=0.5 + torch.rand(shape.num_layers, generator=generator), sizes=sizes, kinds=KINDS,
-        row_buffers=(0, columns), columns=columns, radius=1, meta={"prompts": ["a", "b"]})
+        row_buffers=(0, columns), places=(columns, tokens - 2), columns=columns, radius=1, meta={"prompts": ["a", "b"]})
 
 
 PROFILES = {JANUS: profile_of(JANUS), SMALL: profile_of(SMALL)}
@@ -74,15 +76,21 @@ def test_budgets_are_used_up_and_never_exceeded(name: str, row_buffer: int | Non
     assert (plan.num_layers, plan.num_heads) == (shape.num_layers, shape.num_heads)
 
 
-def test_policies_have_equal_bytes() -> None:
+@pytest.mark.parametrize("row_buffer", [0, 24])
+@pytest.mark.parametrize("budget", [0.1, 0.15, 0.2, 0.3, 0.5])
+def test_policies_have_equal_bytes(budget: float, row_buffer: int) -> None:
+    """Keys and values within one slot per head on average of what was asked for; scores and positions besides."""
     options = {"batch_size": 2, "head_dim": 128, "max_prompt": 16, "dtype": torch.bfloat16}
     heads, slot = 24 * 16, 2 * 2 * 128 * 2  # keys and values of two rows in bfloat16
-    slabs = {name: build(name, JANUS, 0.2).nbytes(**options) for name in POLICIES if name not in ("full", "random")}
-    window = slabs["window"]
-    for name, size in slabs.items():
-        # Scores and positions of heavy heads are 8 bytes per slot and row; masks of pinned tokens 72 bytes per head.
-        extra = heads * (2 * 8 * 640 + 80)
-        assert window - heads * slot <= size <= window + heads * slot + extra, name
+    asked = heads * slot * (budget * 576 + 16)
+    for name in sorted(set(POLICIES) - {"full"}):
+        plan = build(name, JANUS, budget, row_buffer)
+        scored = sum(LayerLayout.build(layer, plan, 16, 576).scored_slots for layer in plan.layers)
+        # Table, mask and cursors, a few words per head; 8 bytes per scored slot and row, one part in 64 of its tokens.
+        besides = 24 * (16 * 4 * (8 + 18) + 2 * 8) + 2 * 8 * scored
+        assert 0 <= scored <= heads * (budget * 576 + 16)
+        slabs = plan.nbytes(**options) - besides
+        assert asked - heads * slot < slabs <= asked + 1, name
 
 
 def specs(plan: CachePlan) -> list[HeadSpec]:
@@ -256,7 +264,7 @@ def test_profiles_are_saved_and_checked(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, path, {"format": "other"})
-    with pytest.raises(ValueError, match="format ssd_kernels.profile, version 2, got other"):
+    with pytest.raises(ValueError, match="format ssd_kernels.profile, version 3, got other"):
         HeadProfile.load(path)
     replace(profile, age_mass=profile.age_mass * float("nan")).save(path)
     with pytest.raises(ValueError, match="age_mass must be finite"):
@@ -279,6 +287,12 @@ def test_profiles_are_saved_and_checked(tmp_path: Path) -> None:
     ("ssd", {"tau": -1}, ValueError, "tau must be within 0 .. 1, got -1"),
     ("ssd", {"ratio": 0}, ValueError, "ratio must be within"),
     ("margin", {"left": 20, "right": 9}, ValueError, "left and right must be .* at most 24, got 20, 9"),
+    ("margin", {"left": -1}, ValueError, "left must be at least 0, got -1"),
+    ("margin", {"left": 1.5}, TypeError, "left must be an int"),
+    ("ssd", {"ratio": "a"}, TypeError, "ratio must be a number, got 'a'"),
+    ("ssd_guarded", {"window_rows": -3}, ValueError, "window_rows must be within 0 .. 24, got -3"),
+    ("ssd_guarded", {"window_rows": "x"}, TypeError, "window_rows must be a number, got 'x'"),
+    ("ssd_guarded", {"loss": 7}, ValueError, "loss must be within 0 .. 1, got 7"),
     ("streaming_llm", {"first": -1}, ValueError, "first must be"),
 ])
 def test_bad_arguments(name: str, options: dict, error: type[Exception], message: str) -> None:
@@ -287,6 +301,9 @@ def test_bad_arguments(name: str, options: dict, error: type[Exception], message
 
 
 def test_profiles_must_fit() -> None:
+    for name in sorted(NEED_PROFILE):
+        with pytest.raises(TypeError, match="profile must be a HeadProfile, got None"):
+            POLICIES[name](JANUS, 0.2, profile=None)
     with pytest.raises(ValueError, match="policy ssd needs a profile"):
         policies.build("ssd", JANUS, 0.2)
     with pytest.raises(ValueError, match=r"profile must be of a model with .* = \(24, 16, 576, 24\), got one with"):

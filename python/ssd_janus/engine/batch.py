@@ -13,6 +13,7 @@ from ssd_kernels import CompressedCache
 from ssd_kernels.reference import rotate
 
 from ..cache import Observer
+from ..online import Typing
 from .sampling import Noise, Sampling
 from .timing import StepTiming
 from .weights import Layer, Weights
@@ -123,6 +124,8 @@ class Batch:
         self.prepare()
         self.advance()
         self.done += 1
+        if isinstance(self.observer, Typing) and self.observer.finished:
+            self.observer = None  # from here on the step can be captured
         if self.timing is not None:
             self.timing.end()
 

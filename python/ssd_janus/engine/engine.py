@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from ssd_kernels import CachePlan, CompressedCache
 
 from ..cache import Observer
-from ..online import OnlinePlan
+from ..online import OnlinePlan, check_observer
 from ..progress import ProgressCallback
 from ..shape import ModelShape
 from . import capture, memory
@@ -134,7 +134,7 @@ class Engine:
             batch_size: most pictures drawn at once; None for all. Where more do not fit into memory, fewer are, but
                 never with an observer or logits processors, which would mistake a second batch for more steps.
             steps: tokens per picture; None for whole pictures.
-            observer: watches the attention.
+            observer: watches the attention; None under an online plan, which brings its own.
             logits_processor: called at every step with (tokens, logits before guidance [rows, codes]), the conditional
                 rows first; returns logits.
             timing: takes the time of every step.
@@ -151,6 +151,7 @@ class Engine:
             MemoryError: with an observer or logits processors; without, the batch is halved once.
         """
         request = self._request(prompts, guidance, seeds, steps, sampling, generation_config)
+        check_observer(self.plan, observer)
         request.observer, request.logits_processor = observer, logits_processor
         request.timing, request.on_row = timing, on_row
         count = len(request.prompts)
@@ -293,9 +294,9 @@ class Engine:
         batch = self._started(request, order)
         request.step_done()
         self._report_row(request, batch, numbers, back)
-        step, captured = batch.step, not (self.capture and capture.can_capture(batch))
+        step, captured = batch.step, not self.capture
         while batch.done < request.steps:
-            if not captured and batch.done > capture.WARM_STEPS:
+            if not captured and batch.done > capture.WARM_STEPS and capture.can_capture(batch):
                 step, captured = capture.capture(batch), True
             step()
             request.step_done()

@@ -24,12 +24,13 @@ def sections(record: Mapping[str, Any], order: Sequence[str], images: Mapping[st
         images: addresses of plots, by the name of their section.
     """
     rank = {name: number for number, name in enumerate(order)}
-    entries = sorted(record["grid"].values(), key=lambda entry: rank[entry["policy"]])
+    entries = sorted(record["grid"].values(), key=lambda entry: (
+        rank[entry["policy"]], entry["row_buffer"], entry["budget"]))
     made = {"goals": _goals(record["goals"]), "runs": _runs(record["parts"]),
             "fidelity": _fidelity([entry for entry in entries if "fidelity" in entry or "reason" in entry]),
             "quality": _quality([entry for entry in entries if "quality" in entry or "reason" in entry]),
             "sensitivity": _sensitivity(list(record["sensitivity"].values())),
-            "prediction": _prediction(record["prediction"])}
+            "prediction": _prediction(record["prediction"], entries)}
     if record["profile"] is not None:
         made["runs"] += _profile(record["profile"])
     return {name: text + (f'\n<img src="{images[name]}" width="800" alt="{name} of the policies">\n'
@@ -70,8 +71,15 @@ def _profile(facts: Mapping[str, Any]) -> str:
 def _fidelity(entries: Sequence[Entry]) -> str:
     tables = (("mean KL", lambda found: f"{found['kl_mean']:.3g}"), ("99th percentile of KL", lambda found:
               f"{found['kl_p99']:.3g}"), ("same most probable token", lambda found: f"{found['agreement']:.2%}"))
-    return "\n".join(_by_budget(entries, "fidelity", row_buffer, title, show)
-                     for row_buffer in _row_buffers(entries, "fidelity") for title, show in tables) or ABSENT
+    text = "\n".join(_by_budget(entries, "fidelity", row_buffer, title, show)
+                     for row_buffer in _row_buffers(entries, "fidelity") for title, show in tables)
+    known = [entry for entry in entries if "fidelity" in entry and entry["fidelity"]["kl_interval"]]
+    if known:
+        rows = [[entry["policy"], str(entry["row_buffer"]), f"{entry['reached']:.1%}", _kl(entry["fidelity"])]
+                for entry in known]
+        table = markdown_table(["policy", "row buffer", "budget reached", "mean KL"], rows)
+        text += f"\n<details><summary>Mean KL with 95% intervals over prompts</summary>\n\n{table}\n</details>\n"
+    return text or ABSENT
 
 
 def _quality(entries: Sequence[Entry]) -> str:
@@ -110,7 +118,7 @@ def _sensitivity(entries: Sequence[Entry]) -> str:
             if entry["study"] != study:
                 continue
             close, score = entry.get("fidelity"), entry.get("quality")
-            figures = ([f"{close['kl_mean']:.3g}", f"{close['kl_p99']:.3g}", f"{close['agreement']:.2%}"] if close
+            figures = ([_kl(close), f"{close['kl_p99']:.3g}", f"{close['agreement']:.2%}"] if close
                        else [IMPOSSIBLE if "reason" in entry else ""] * 3)
             rows.append([entry["policy"], entry["setting"], f"{entry['reached']:.1%}" if "reached" in entry else "",
                          *figures, _score(score["overall"]) if score else ""])
@@ -121,15 +129,21 @@ def _sensitivity(entries: Sequence[Entry]) -> str:
     return "\n".join(tables) or ABSENT
 
 
-def _prediction(found: Mapping[str, Any] | None) -> str:
+def _prediction(found: Mapping[str, Any] | None, entries: Sequence[Entry]) -> str:
     if not found or found["spearman"] is None:
         return ABSENT
     groups = {(group["budget"], group["row_buffer"]): group for group in found["groups"]}
     budgets, buffers = (sorted({key[index] for key in groups}) for index in (0, 1))
     rows = [[str(buffer), *(_rho(groups.get((budget, buffer))) for budget in budgets)] for buffer in buffers]
+    ratios = [{**entry, "ratio": entry["fidelity"]["kl_mean"] / entry["predicted_cost"]} for entry in entries
+              if "fidelity" in entry and entry.get("predicted_cost", 0) > 0]
+    tables = "\n".join(
+        _by_budget(ratios, "ratio", row_buffer, "mean KL over predicted cost", lambda ratio: f"{ratio:.2g}")
+        for row_buffer in _row_buffers(ratios, "ratio"))
     return (f"Spearman's rank correlation over {found['plans']} plans: **{found['spearman']:.2f}**. Larger budgets "
-            "alone bring much of that, so the table has it for the plans of each budget (their number in brackets):\n\n"
-            + markdown_table(["row buffer", *(f"{budget:.0%}" for budget in budgets)], rows))
+            "alone bring much of that, so the table has it for the plans of each budget (their number in brackets):"
+            "\n\n"
+            + markdown_table(["row buffer", *(f"{budget:.0%}" for budget in budgets)], rows) + "\n" + tables)
 
 
 def _rho(group: Mapping[str, Any] | None) -> str:
@@ -138,6 +152,11 @@ def _rho(group: Mapping[str, Any] | None) -> str:
 
 def _row_buffers(entries: Iterable[Entry], measure: str) -> list[int]:
     return sorted({entry["row_buffer"] for entry in entries if measure in entry and entry["policy"] != "full"})
+
+
+def _kl(found: Mapping[str, Any]) -> str:
+    interval = found["kl_interval"]
+    return f"{found['kl_mean']:.3g}" + (f" [{interval['low']:.2g}, {interval['high']:.2g}]" if interval else "")
 
 
 def _score(interval: Mapping[str, float]) -> str:
