@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from . import cli_compare, cli_evaluate  # noqa: F401  # add their commands
+from . import cli_compare, cli_evaluate, cli_plan  # noqa: F401  # add their commands
 from .options import (
     DEFAULT_BUDGET,
     Backend,
@@ -19,6 +19,7 @@ from .options import (
     Guidance,
     LayoutName,
     Model,
+    Parameters,
     PolicyName,
     ProfileFile,
     PromptsFile,
@@ -33,6 +34,7 @@ from .options import (
     load_profile,
     messages,
     one_line_errors,
+    policy_parameters,
     show_bytes,
     summary,
 )
@@ -67,6 +69,7 @@ def generate(
     budget: Annotated[float | None, typer.Option(help="Share of the picture's tokens that the policy may keep, row "
                                                       f"buffer included. Default: {DEFAULT_BUDGET}.")] = None,
     row_buffer: RowBuffer = None,
+    parameter: Parameters = None,
     profile: ProfileFile = None,
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     prompts_file: PromptsFile = None,
@@ -83,13 +86,14 @@ def generate(
     verbose: Annotated[bool, typer.Option("--verbose", help="Also show what memory was used for.")] = False,
 ) -> None:
     """Draw prompts and write PNG files."""
-    check_plan_options(plan, policy, budget, row_buffer)
+    check_plan_options(plan, policy, budget, row_buffer, parameter)
+    parameters = policy_parameters(policy, parameter)
     from .prompts import gather
 
     chosen = gather(prompts, prompts_file)
     pipe = load(model, device, dtype, backend)
     heads = load_profile(profile, model, [policy] if policy else [], pipe)
-    cache_plan = choose_plan(pipe.shape, plan, policy, budget, row_buffer, heads)
+    cache_plan = choose_plan(pipe.shape, plan, policy, budget, row_buffer, heads, parameters)
     out.mkdir(parents=True, exist_ok=True)
     from . import drawing
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ssd_kernels import CachePlan, CompressedCache
 from ssd_kernels.policies import Shape, heavy
+from ssd_kernels.policies.solve import check_share
 
-from .cache import Observer
+if TYPE_CHECKING:
+    from .cache import Observer
 
 
 class OnlinePlan(CachePlan):
@@ -27,12 +31,10 @@ class OnlinePlan(CachePlan):
         Args: as policies; ``loss`` as in `ssd_kernels.policies.ssd_guarded`.
 
         Raises:
-            ValueError: as policies, or a head holds less than two rows, so that nothing can be typed in time.
+            TypeError, ValueError: as policies, or a head holds less than two rows, so that nothing can be typed in
+                time.
         """
-        if isinstance(loss, bool) or not isinstance(loss, int | float):
-            raise TypeError(f"loss must be a number, got {loss!r}")
-        if not 0 <= loss <= 1:
-            raise ValueError(f"loss must be within 0 .. 1, got {loss}")
+        check_share("loss", loss)
         base = heavy(shape, budget, row_buffer)
         super().__init__(base.layers, base.row_buffer)
         size = base.layers[0][0].size or 0

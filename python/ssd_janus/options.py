@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,6 +92,8 @@ RowBuffer = Annotated[int | None, typer.Option(min=0, help="Steps between evicti
 ProfileFile = Annotated[Path | None, typer.Option(
     "--profile", help="What `profile` measured about the model's heads, for the policies ssd, ssd_guarded, margin and "
                       "adaptive. Default: the included model's own.")]
+Parameters = Annotated[list[str] | None, typer.Option(
+    "--parameter", metavar="NAME=VALUE", help="A parameter of the policy's own, such as tau=0.5; may be repeated.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count on. The same prompt, "
                                                "plan and seed repeat a picture, whatever is drawn beside it.")]
 Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance; 1 turns it off. Default: "
@@ -96,31 +101,78 @@ Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-fre
 
 
 def check_plan_options(plan: Path | None, policy: PolicyName | None, budget: float | None,
-                       row_buffer: int | None) -> None:
+                       row_buffer: int | None, parameters: Sequence[str] | None) -> None:
     """Refuse combinations before the model is loaded."""
-    given = [name for name, value in (("--policy", policy), ("--budget", budget), ("--row-buffer", row_buffer))
-             if value is not None]
+    given = [name for name, value in (("--policy", policy), ("--budget", budget), ("--row-buffer", row_buffer),
+                                      ("--parameter", parameters or None)) if value is not None]
     if plan is not None and given:
         raise ValueError(f"--plan already says what to keep and cannot be combined with {', '.join(given)}")
     if policy is None and given:
         raise ValueError(f"{', '.join(given)} needs --policy, one of {', '.join(PolicyName.__members__)}")
 
 
+def policy_parameters(policy: PolicyName | None, given: Sequence[str] | None) -> dict[str, float | str]:
+    """Keyword arguments of the policy's own from NAME=VALUE texts; a VALUE that is no JSON number is a text.
+
+    Raises:
+        ValueError: not NAME=VALUE, a name that the policy does not have or that is given twice, a text for a number
+            or a number for a text.
+    """
+    if policy is None or not given:
+        return {}
+    from ssd_kernels.policies import POLICIES
+
+    from .online import OnlinePlan
+
+    function: Callable[..., CachePlan] = OnlinePlan if policy is PolicyName.online else POLICIES[policy.value]
+    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()
+                if parameter.kind is parameter.KEYWORD_ONLY and name != "profile"}
+    found: dict[str, float | str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--parameter must be NAME=VALUE, got {text!r}")
+        if name not in defaults:
+            allowed = f"must be one of {', '.join(defaults)}" if defaults else "cannot be given, it has none"
+            raise ValueError(f"--parameter of policy {policy.value} {allowed}, got {name!r}")
+        if name in found:
+            raise ValueError(f"--parameter {name} must be given once, got it twice")
+        found[name] = _number_or_text(value)
+        if isinstance(found[name], str) != isinstance(defaults[name], str):
+            wanted = "a word" if isinstance(defaults[name], str) else "a number such as 1 or 0.5"
+            raise ValueError(f"--parameter {name} must be {wanted}, got {value!r}")
+    return found
+
+
+def _number_or_text(value: str) -> float | str:
+    try:
+        number = json.loads(value, parse_constant=str)
+    except ValueError:
+        return value
+    return number if type(number) in (int, float) else value
+
+
+def default_budget(policy: PolicyName) -> float:
+    """The budget of a policy for which none is given."""
+    return 1.0 if policy is PolicyName.full else DEFAULT_BUDGET
+
+
 def choose_plan(shape: ModelShape, plan: Path | None, policy: PolicyName | None, budget: float | None,
-                row_buffer: int | None, profile: HeadProfile | None) -> CachePlan:
-    """One plan from the options of `generate`."""
+                row_buffer: int | None, profile: HeadProfile | None,
+                parameters: Mapping[str, Any] | None = None) -> CachePlan:
+    """One plan from the options of `generate`; ``parameters`` are those of `policy_parameters`."""
     from ssd_kernels import CachePlan, policies
 
     if plan is not None:
         return shape.check(CachePlan.load(plan))
     name = PolicyName.full if policy is None else policy
     if budget is None:
-        budget = 1.0 if name is PolicyName.full else DEFAULT_BUDGET
+        budget = default_budget(name)
     if name is PolicyName.online:
         from .online import OnlinePlan
 
-        return OnlinePlan(shape, budget, row_buffer)
-    return policies.build(name.value, shape, budget, row_buffer, profile=profile)
+        return OnlinePlan(shape, budget, row_buffer, **(parameters or {}))
+    return policies.build(name.value, shape, budget, row_buffer, profile=profile, **(parameters or {}))
 
 
 def choose_plans(shape: ModelShape, files: Sequence[Path], policies: Sequence[PolicyName], budgets: Sequence[float],
@@ -141,9 +193,11 @@ def choose_plans(shape: ModelShape, files: Sequence[Path], policies: Sequence[Po
     return plans or {"full": shape.full_plan()}
 
 
-def load_profile(file: Path | None, model: str | None, policies: Sequence[PolicyName],
-                 pipe: Pipeline) -> HeadProfile | None:
+def load_profile(file: Path | None, model: str | None, policies: Sequence[PolicyName], pipe: Pipeline, *,
+                 anyway: bool = False) -> HeadProfile | None:
     """The profile that these policies need, if any does: the given one, or the included model's own.
+
+    With ``anyway`` also where none of them needs it, if there is one.
 
     Warns if it was measured on other weights than the pipeline's; a profile without a fingerprint cannot tell.
     """
@@ -151,8 +205,10 @@ def load_profile(file: Path | None, model: str | None, policies: Sequence[Policy
 
     from .checkpoints import fingerprint, included_profile
 
-    if file is None and model is None and NEED_PROFILE.intersection(policy.value for policy in policies):
-        file = included_profile()
+    needed = bool(NEED_PROFILE.intersection(policy.value for policy in policies))
+    if file is None and model is None and (needed or anyway):
+        with nullcontext() if needed else suppress(FileNotFoundError):
+            file = included_profile()
     if file is None:
         return None
     profile = HeadProfile.load(file)

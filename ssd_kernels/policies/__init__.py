@@ -21,12 +21,13 @@ from typing import Any
 
 from ..plan import CachePlan
 from .profile import HeadProfile
-from .profiled import KINDS, adaptive, margin, predicted_cost, ssd, ssd_guarded
+from .profiled import KINDS, adaptive, head_costs, kind_of, margin, predicted_cost, ssd, ssd_guarded
 from .solve import Policy, Shape
 from .uniform import decayed, full, h2o, heavy, random, rows, streaming_llm, window
 
 __all__ = ["KINDS", "NEED_PROFILE", "POLICIES", "HeadProfile", "Shape", "adaptive", "build", "decayed", "full", "h2o",
-           "heavy", "margin", "predicted_cost", "random", "rows", "ssd", "ssd_guarded", "streaming_llm", "window"]
+           "head_costs", "heavy", "kind_of", "margin", "predicted_cost", "random", "rows", "ssd", "ssd_guarded",
+           "streaming_llm", "window"]
 
 POLICIES: dict[str, Policy] = {policy.__name__: policy for policy in (
     full, window, heavy, decayed, streaming_llm, h2o, rows, random, ssd, ssd_guarded, margin, adaptive)}

@@ -158,35 +158,50 @@ def adaptive(shape: Shape, budget: float, row_buffer: int | None = None, *, prof
 
 
 def predicted_cost(plan: CachePlan, profile: HeadProfile) -> float:
-    """What `adaptive` minimises, for any plan: the total of ``profile.cost`` over heads, in nats per token.
+    """What `adaptive` minimises, for any plan: the total of `head_costs`, in nats per token.
+
+    Raises:
+        ValueError: as `head_costs`.
+    """
+    return float(head_costs(plan, profile).sum())
+
+
+def head_costs(plan: CachePlan, profile: HeadProfile) -> torch.Tensor:
+    """What evicting costs each head of a plan, by ``profile.cost``.
 
     Costs between measured sizes are interpolated linearly in the number of slots, those below the smallest size count
     as at the smallest, and keeping everything costs nothing. Each head counts by its own kind: windows as "window",
     heavy heads that go by positions as "first", by decayed sums as "decayed", those that go by means or protect recent
     tokens as "heavy", else as "sum"; of a kind that the profile lacks, as "heavy".
+
+    Returns:
+        [L, H] float64, nats per token.
+
+    Raises:
+        ValueError: the plan has another number of layers or KV heads than the profile.
     """
+    if (plan.num_layers, plan.num_heads) != (profile.num_layers, profile.num_heads):
+        raise ValueError(f"plan must have the profile's {profile.num_layers} layers x {profile.num_heads} KV heads, "
+                         f"got {plan.num_layers} layers x {plan.num_heads} KV heads")
     tokens = profile.num_visual_tokens
     points, cost = np.array([*profile.sizes, tokens]), profile.cost(plan.row_buffer)
-    total = 0.0
+    found = torch.zeros(plan.num_layers, plan.num_heads, dtype=torch.float64)
     for layer, heads in enumerate(plan.layers):
         for head, spec in enumerate(heads):
             if spec.size is None or spec.size >= tokens:
                 continue
-            kind = _kind(spec)
-            index = profile.kinds.index(kind if kind in profile.kinds else "heavy")
-            costs = [*cost[layer, head, index].tolist(), 0.0]
-            total += float(np.interp(spec.size, points, costs))
-    return total
+            costs = [*cost[layer, head, profile.kinds.index(kind_of(spec, profile))].tolist(), 0.0]
+            found[layer, head] = float(np.interp(spec.size, points, costs))
+    return found
 
 
-def _kind(spec: HeadSpec) -> str:
+def kind_of(spec: HeadSpec, profile: HeadProfile) -> str:
+    """Which of ``profile.kinds`` a window or heavy head counts as, as `head_costs` says."""
     if spec.kind == "window":
         return "window"
-    if spec.score == "position":
-        return "first"
-    if spec.score == "decayed":
-        return "decayed"
-    return "sum" if spec.score == "sum" and not spec.recent else "heavy"
+    kind = "sum" if spec.score == "sum" and not spec.recent else "heavy"
+    kind = {"position": "first", "decayed": "decayed"}.get(spec.score, kind)
+    return kind if kind in profile.kinds else "heavy"
 
 
 KINDS: dict[str, Callable[[int], HeadSpec]] = {

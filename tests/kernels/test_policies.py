@@ -308,3 +308,27 @@ def test_profiles_must_fit() -> None:
         policies.build("ssd", JANUS, 0.2)
     with pytest.raises(ValueError, match=r"profile must be of a model with .* = \(24, 16, 576, 24\), got one with"):
         policies.build("ssd", JANUS, 0.2, profile=PROFILES[SMALL])
+
+
+def test_head_costs_are_each_heads_own() -> None:
+    profile = PROFILES[SMALL]
+    cost, chosen = profile.cost(6), [
+        [HeadSpec.window(3), HeadSpec.full()], [HeadSpec.heavy(6, score="position"), HeadSpec.heavy(6)],
+        [HeadSpec.heavy(12, recent=3), HeadSpec.heavy(1, score="decayed")]]
+    plan = CachePlan(chosen, 6)
+    kinds = [[policies.kind_of(spec, profile) for spec in heads] for heads in chosen]
+    assert kinds == [["window", "sum"], ["first", "sum"], ["heavy", "decayed"]]
+    expected = [[cost[0, 0, 0, 1], 0], [cost[1, 0, 1, 2], cost[1, 1, 3, 2]], [cost[2, 0, 2, 3], cost[2, 1, 4, 0]]]
+    found = policies.head_costs(plan, profile)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, torch.tensor(expected, dtype=torch.float64))
+    assert policies.predicted_cost(plan, profile) == pytest.approx(float(sum(map(sum, expected))), rel=1e-12)
+
+
+@pytest.mark.parametrize("layers, heads", [(2, 2), (4, 2), (3, 1), (3, 3)])
+def test_head_costs_need_a_profile_of_the_plans_heads(layers: int, heads: int) -> None:
+    plan = CachePlan.uniform(HeadSpec.window(3), layers, heads)
+    for predict in (policies.head_costs, policies.predicted_cost):
+        with pytest.raises(ValueError, match=f"plan must have the profile's 3 layers x 2 KV heads, got {layers} layers "
+                                             f"x {heads} KV heads"):
+            predict(plan, PROFILES[SMALL])

@@ -1,0 +1,111 @@
+"""The command ``plan``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import (
+    DEFAULT_BUDGET,
+    Dtype,
+    Model,
+    Parameters,
+    PolicyName,
+    ProfileFile,
+    RowBuffer,
+    app,
+    choose_plan,
+    console,
+    default_budget,
+    load,
+    load_profile,
+    messages,
+    one_line_errors,
+    policy_parameters,
+    show_bytes,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PROMPT = 64  # tokens, of the picture whose bytes are shown
+
+
+@app.command()
+@one_line_errors
+def plan(
+    policy: Annotated[PolicyName, typer.Option(help="The rule to make a plan by.")],
+    budget: Annotated[float | None, typer.Option(help="Share of the picture's tokens that the policy may keep, row "
+                                                      f"buffer included. Default: {DEFAULT_BUDGET}; 1 for "
+                                                      "full.")] = None,
+    row_buffer: RowBuffer = None,
+    parameter: Parameters = None,
+    model: Model = None,
+    profile: ProfileFile = None,
+    dtype: Dtype = None,
+    out: Annotated[Path | None, typer.Option(help="Also save the plan into this file, for `generate --plan`.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw a map of layers and heads into this PNG file (needs "
+                                                      "matplotlib).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a policy gives each head, and why as far as a profile tells; draws nothing."""
+    if policy is PolicyName.online:
+        names = ", ".join(name for name in PolicyName.__members__ if name != "online")
+        raise ValueError(f"--policy must be one of {names}, got online, which decides while a picture is drawn")
+    parameters = policy_parameters(policy, parameter)
+    asked = default_budget(policy) if budget is None else budget
+    pipe = load(model, "cpu", dtype, "auto")
+    known = load_profile(profile, model, [policy], pipe, anyway=True)
+    if known is not None:
+        known.check(pipe.shape)
+    chosen = choose_plan(pipe.shape, None, policy, asked, row_buffer, known, parameters)
+    from . import plan_view
+
+    heads = plan_view.records(chosen, known)
+    tokens = pipe.shape.num_visual_tokens
+    size, full = (each.nbytes(batch_size=2, head_dim=pipe.shape.head_dim, max_prompt=PROMPT, dtype=pipe.model.dtype,
+                              num_visual_tokens=tokens) for each in (chosen, pipe.shape.full_plan()))
+    facts: dict[str, Any] = {
+        "policy": policy.value, "parameters": parameters, "budget": asked, "budget_reached": chosen.budget(tokens),
+        "row_buffer": chosen.row_buffer, "dtype": str(pipe.model.dtype).removeprefix("torch."), "prompt_tokens": PROMPT,
+        "cache_bytes": size, "full_cache_bytes": full,
+        "predicted_cost": None if known is None else sum(head["cost"] for head in heads),
+        "rules": plan_view.rules(chosen), "heads": heads}
+    for file in (out, picture):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        chosen.save(out)
+    if picture is not None:
+        plan_view.save_picture(chosen, picture, _title(facts).replace(": ", ":\n"))
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        console.print(_summary(facts), markup=False, soft_wrap=True)
+        _print_whole(plan_view.table(chosen, heads))
+    if known is None:
+        messages.print("no profile of this model, so no reasons: measure one with `ssd-janus profile`", markup=False,
+                       soft_wrap=True)
+
+
+def _title(facts: dict[str, Any]) -> str:
+    own = "".join(f", {name}={value}" for name, value in facts["parameters"].items())
+    return (f"{facts['policy']}{own}: budget {facts['budget']:.1%} asked, {facts['budget_reached']:.2%} reached, row "
+            f"buffer {facts['row_buffer']}")
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    cost = "" if facts["predicted_cost"] is None else f"; predicted cost {facts['predicted_cost']:.6f} nats per token"
+    heads = ", ".join(f"{count} {name}" for name, count in facts["rules"].items())
+    return (f"{_title(facts)}; {show_bytes(facts['cache_bytes'])} for a guided picture in {facts['dtype']}, "
+            f"{facts['cache_bytes'] / facts['full_cache_bytes']:.1%} of the full cache's "
+            f"{show_bytes(facts['full_cache_bytes'])}{cost}; heads: {heads}")
+
+
+def _print_whole(table: Table) -> None:
+    """Print without shortening cells to the width of a terminal, which a file or a pipe does not even have."""
+    table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    console.print(table, soft_wrap=True)
