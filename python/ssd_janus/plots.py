@@ -104,7 +104,7 @@ def _kinds(figure: Any, profile: HeadProfile, tau: float) -> None:
     left.legend()
     for rows, style in ((1, ":"), (2, "-"), (4, "--"), (8, "-.")):
         loss = profile.window_loss(rows * profile.columns).flatten().sort().values
-        right.plot(torch.linspace(0, 1, len(loss)), loss, style, color="black", label=f"{rows} rows")
+        right.plot(torch.linspace(0, 1, len(loss)), loss, style, color="black", label=f"{rows} row{'s' * (rows > 1)}")
     right.set(xlabel="share of heads", ylabel="visual attention that a window misses", ylim=(0, 1))
     right.legend()
 
