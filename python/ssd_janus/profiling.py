@@ -206,7 +206,9 @@ class HeadStatistics:
             columns=shape.columns, radius=radius)
         for name, value in vars(profile).items():
             if isinstance(value, torch.Tensor):
-                object.__setattr__(profile, name, value.float().cpu())
+                # Large, and only looked at.
+                precision = torch.float16 if name == "place_mass" else torch.float32
+                object.__setattr__(profile, name, value.to("cpu", precision))
         return profile
 
 

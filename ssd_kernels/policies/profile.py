@@ -23,7 +23,7 @@ class HeadProfile:
     """Attention statistics and error curves of every KV head; L layers, H KV heads, T visual tokens, C columns.
 
     Shares are of the attention mass, averaged over steps, rows (with guidance both branches) and the query heads of a
-    group. All float32 on the CPU.
+    group. All float32 on the CPU, but ``place_mass`` in float16.
 
     Attributes:
         sparsity: [L, H] share of the visual mass outside the immediate 2-D neighbourhood (SSD, section 3: the sparsity
