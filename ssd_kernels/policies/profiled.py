@@ -53,6 +53,7 @@ def ssd_guarded(shape: Shape, budget: float, row_buffer: int | None = None, *, p
 
 
 def _fitting(profile: object, shape: Shape) -> HeadProfile:
+    """``profile`` itself, of a model of this shape: `HeadProfile.check` for what may not be a profile at all."""
     if not isinstance(profile, HeadProfile):
         raise TypeError(f"profile must be a HeadProfile, got {profile!r}")
     return profile.check(shape)

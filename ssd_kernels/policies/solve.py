@@ -75,7 +75,12 @@ def check(shape: Shape, budget: object, row_buffer: object) -> int:
 
 
 def check_number(name: str, value: object, low: float, high: float) -> float:
-    """A number within [low, high]."""
+    """``value`` as a number within [low, high].
+
+    Raises:
+        TypeError: not a number (bool does not count as one).
+        ValueError: out of range.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not low <= value <= high:

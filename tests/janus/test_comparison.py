@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +12,10 @@ import pytest
 import tiny
 from test_cli import SHAPE, run
 
-from ssd_janus import ModelShape, Pipeline, plots
+from ssd_janus import ModelShape, Pipeline
 from ssd_janus.checkpoints import fingerprint
-from ssd_janus.evaluation import comparison, findings, report
-from ssd_janus.evaluation.comparison_page import ABSENT, SECTIONS, sections
+from ssd_janus.evaluation import comparison, findings
+from ssd_janus.evaluation.comparison_page import ABSENT, SECTIONS
 from ssd_janus.evaluation.findings import LOW_BUDGETS, PUBLISHED, RIVALS, Goal, Key, goals, prediction, rank_correlation
 from ssd_janus.evaluation.statistics import Groups
 from ssd_janus.options import PolicyName, load_profile
@@ -362,44 +361,3 @@ def test_a_profile_of_other_weights_is_said(folder: Path, profile: HeadProfile, 
                  "--budget", 0.5, "--profile", files["other"])
     assert result.exit_code == 0, result.output
     assert "was measured on other weights (0000000000000000, the" in " ".join(result.stderr.split())
-
-
-def test_the_page_has_all_sections() -> None:
-    report.check_page(PAGE, SECTIONS)
-    empty = {"parts": {}, "profile": None, "grid": {}, "sensitivity": {}, "prediction": None, "goals": []}
-    made = sections(empty, [], {"fidelity": "plot.png"})
-    assert tuple(made) == SECTIONS
-    assert all(text == ABSENT for name, text in made.items() if name != "runs")
-
-
-def test_tables_are_in_order_and_have_intervals() -> None:
-    def entry(policy: str, budget: float, row_buffer: int, kl: float) -> dict[str, Any]:
-        interval = None if row_buffer else {"mean": kl, "low": kl / 2, "high": 2 * kl}
-        families = {"colors": {"mean": 0.5, "low": 0.25, "high": 0.75}}
-        return {"policy": policy, "budget": budget, "row_buffer": row_buffer, "reached": budget,
-                "predicted_cost": kl / 4,
-                "fidelity": {"kl_mean": kl, "kl_p99": kl, "agreement": 0.5, "kl_interval": interval},
-                "quality": {"pictures": 1, "families": families, "overall": families["colors"]}}
-
-    jumbled = [entry("rows", 0.2, 0, 0.01), entry("h2o", 0.3, 24, 0.02), entry("h2o", 0.3, 0, 0.03),
-               entry("h2o", 0.2, 0, 0.04)]
-    groups = [{"budget": 0.2, "row_buffer": 0, "spearman": 1.0, "plans": 2}]
-    record = {"parts": {}, "profile": None, "goals": [], "grid": dict(enumerate(jumbled)),
-              "prediction": {"spearman": 0.5, "plans": 4, "groups": groups},
-              "sensitivity": {"a": {"study": "tau", "setting": "0.2", **entry("ssd", 0.2, 0, 0.05)}}}
-    made = sections(record, ["h2o", "rows"], {})
-    families = made["quality"].partition("<details>")[2]
-    assert re.findall(r"\| (\w+) \| ([\d.]+)% \| (\d+) \|", families) == [
-        ("h2o", "20.0", "0"), ("h2o", "30.0", "0"), ("h2o", "30.0", "24"), ("rows", "20.0", "0")]
-    assert "| h2o | 0 | 30.0% | 0.03 [0.015, 0.06] |" in made["fidelity"]
-    assert "0.02 [" not in made["fidelity"], "without an interval, nothing stands in its place"
-    assert "| ssd | 0.2 | 20.0% | 0.05 [0.025, 0.1] |" in made["sensitivity"]
-    assert "Mean KL over predicted cost, row buffer 24:" in made["prediction"]
-    assert "| h2o | 4 | 4 |" in made["prediction"]
-
-
-def test_no_two_policies_look_alike_in_plots() -> None:
-    colors = pytest.importorskip("matplotlib.colors")
-    styles = [plots._style(number) for number in range(len(PolicyName))]
-    for key in (lambda style: colors.to_hex(style["color"]), lambda style: style["marker"]):
-        assert len(set(map(key, styles))) == len(PolicyName)
