@@ -9,6 +9,7 @@
 #   make bench     the CPU benchmarks: kernel, decoder steps, pictures -> bench/results/, README.md
 #   make quality   scores and fidelity of the included model, full cache beside compressed -> docs/quality.md
 #   make policies  every policy at every budget, with the included model; long -> docs/policy-results.md
+#   make pins      refresh the pinned releases of everything the others install, and say what moved -> constraints/cpu.txt
 #   make lint      ruff, mypy --strict, clang-format       (make format repairs what can be repaired)
 #
 # On a machine with a GPU, `make test CONSTRAINTS=` takes torch as pip finds it, not the CPU build.
@@ -32,7 +33,7 @@ SOURCES     := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/kernels/*.cpp)
 
 .PHONY: demo test triton simulation gpu gpu-build gpu-test gpu-sanitize $(SANITIZERS) gpu-bench bench quality policies \
-	lint format clean
+	lint format pins clean
 
 # Passive waiting: on a busy machine, threads that spin while they wait can turn seconds into minutes.
 demo: export OMP_WAIT_POLICY := passive
@@ -115,6 +116,10 @@ lint: $(VENV)/.built $(VENV)/.lint
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+pins: | $(BIN)/python
+	$(PIP) uv tomli
+	PATH="$(BIN):$$PATH" $(BIN)/python tools/pins.py
 
 clean:
 	rm -rf build ssd_kernels/_C.*.so $(VENV)/.installed $(VENV)/.built $(VENV)/.lint

@@ -45,6 +45,7 @@ def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, 
         sample: with top-k and torch's own generator; else greedy.
     """
     from transformers import DynamicCache, StaticCache
+    from ssd_janus.cache import CACHE_NAME
 
     language, config = model.model.language_model, model.model.language_model.config
     ids = torch.tensor(prompts, device=model.device)
@@ -83,7 +84,7 @@ def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, 
                 stack.enter_context(mock.patch.object(target, name, timing.timed(part, getattr(target, name))))
         tokens = model.generate(input_ids=ids, attention_mask=torch.ones(len(ids), held + ids.shape[1],
                                                                          dtype=torch.long, device=model.device),
-                                past_key_values=cache, generation_mode="image", do_sample=sample, top_k=TOP_K,
+                                **{CACHE_NAME: cache}, generation_mode="image", do_sample=sample, top_k=TOP_K,
                                 guidance_scale=GUIDANCE)
         mark()
     size = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))

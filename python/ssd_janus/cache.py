@@ -6,6 +6,7 @@ itself: the attention function then asks the layer to attend. That is all the co
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
 
@@ -14,10 +15,14 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from ssd_kernels import CachePlan, CompressedCache
 
 ATTENTION = "ssd_janus"
+
+# The argument and the output that hold the cache: renamed in 5.24 of transformers. `inspect.signature` sees through its decorators.
+CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 # Arguments that reach the attention function of a Janus and do not change what it computes. Anything else that is set
 # (softcap, sliding_window, s_aux, position_bias, ...) would be silently ignored, and so is refused.

@@ -18,7 +18,7 @@ from transformers import JanusForConditionalGeneration
 import ssd_kernels
 from ssd_kernels import CachePlan
 
-from .cache import ATTENTION, JanusCache, Observer
+from .cache import ATTENTION, CACHE_NAME, JanusCache, Observer
 from .engine import call, unfuse
 from .online import OnlinePlan, check_observer
 from .shape import ModelShape
@@ -130,7 +130,7 @@ def _generate(self: JanusForConditionalGeneration, *args: Any, **kwargs: Any) ->
     enabled: _Enabled = vars(self)[_ENABLED]
     inner = enabled.inner or types.MethodType(type(self).generate, self)
     text = kwargs.get("generation_mode", "text") == "text"
-    given = kwargs.get("past_key_values")
+    given = kwargs.get(CACHE_NAME, kwargs.get("past_key_values"))
     if isinstance(given, JanusCache) or (given is not None and not text):
         raise ValueError("past_key_values must be left out on an enabled model, which makes a fresh cache for every "
                          f"picture call, got {type(given).__name__}; after ssd_janus.disable(model) transformers' own "
@@ -149,7 +149,7 @@ def _generate(self: JanusForConditionalGeneration, *args: Any, **kwargs: Any) ->
     observer = enabled.plan.observer() if isinstance(enabled.plan, OnlinePlan) else enabled.observer
     cache = JanusCache(enabled.plan, enabled.shape.num_visual_tokens, enabled.backend, observer)
     # Given a cache, transformers makes none of its own (5.13 to 5.17 fail when they try).
-    kwargs["past_key_values"] = cache
+    kwargs[CACHE_NAME] = cache
     try:
         with _attention_of(self.model.language_model, guided):
             return inner(*args, **kwargs)

@@ -19,6 +19,7 @@ from ssd_kernels import CachePlan
 from . import hooks
 from .cache import Observer
 from .checkpoints import included_model
+from .cache import CACHE_NAME
 from .engine import Engine, MemoryReport, Sampling, call, decode, unsupported
 from .images import to_pictures
 from .loading import PictureJanus
@@ -243,7 +244,7 @@ class Pipeline:
                         return_dict_in_generate=True, logits_processor=LogitsProcessorList([step, *logits_processor]),
                         **options)
                 tokens.append(result.sequences.cpu())
-                cache = result.past_key_values.compressed
+                cache = result[CACHE_NAME].compressed
                 runs.append(self._stats(plan, backend=cache.backend, pictures=len(batch), rows=cache.batch_size,
                                         seconds=time.perf_counter() - began, cache_bytes=cache.nbytes,
                                         max_prompt=cache.max_prompt))

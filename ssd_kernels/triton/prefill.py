@@ -51,7 +51,7 @@ def prefill_kernel(k, v, given, prompt_lens, rows, keys, values, scores, positio
         target = tl.load(slot_list + item * PROMPT_BLOCK + token, mask=token < prompt_len, other=-1)
         copy_vectors(k, v, item * prompt_stride + token, keys, values, row * slots + offset + target, target >= 0, D,
                      D_PAD)
-        scored = (target >= 0) & (score_offset >= 0)
+        scored = tl.where(score_offset >= 0, target, -1) >= 0
         scored_at = row * scored_slots + score_offset + target
         if GIVEN:
             first_score = tl.load(given + item * prompt_stride + token, mask=scored, other=0.0)

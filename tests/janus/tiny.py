@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from ssd_janus.cache import CACHE_NAME
 from ssd_kernels import CachePlan, HeadSpec
 
 LAYERS, GRID, HEAD_DIM = 3, 6, 32
@@ -119,7 +120,7 @@ class Oracle:
         config = model.model.language_model.config
         before, config._attn_implementation = config._attn_implementation, "test_oracle"
         try:
-            return model.generate(**options, past_key_values=DynamicCache(), generation_mode="image")
+            return model.generate(**options, **{CACHE_NAME: DynamicCache()}, generation_mode="image")
         finally:
             config._attn_implementation = before
 
