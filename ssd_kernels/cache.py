@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from . import backends, ops
+from .arguments import check_int
 from .layout import KEEP_ALL, RECENT, LayerLayout, RowView
-from .plan import CachePlan, check_int
+from .plan import CachePlan
 from .state import LayerState, Rotary
 
 __all__ = ["CompressedCache"]

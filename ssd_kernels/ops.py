@@ -12,8 +12,8 @@ from typing import cast
 import torch
 
 from . import backends
+from .arguments import check_int
 from .layout import LayerLayout
-from .plan import check_int
 from .state import LayerState, Rotary
 
 _CACHE = ("Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, Tensor(d!) positions, Tensor(e!) cursors, "

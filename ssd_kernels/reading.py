@@ -21,6 +21,7 @@ __all__ = ["Field", "naming", "parse_json", "read_bytes", "read_json", "read_jso
 LONGEST_SHOWN = 60  # characters of a value in a message
 LONGEST_MESSAGE = 240  # characters, what it begins with not counted
 DEEPEST = 64  # lists and objects inside each other
+MOST_MARKS = 2**22  # brackets, commas, quotes and backslashes, by which memory goes, not by bytes
 LARGEST = sys.float_info.max
 MOST_DIGITS = 20  # of an integer: more than 64 bits take
 KINDS_OF_FILES = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -77,10 +78,12 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         OSError, ValueError: as `regular_file`, or the file is larger.
     """
     with open(regular_file(path), "rb") as file, naming(path):
-        data = file.read(max_bytes + 1)
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size, max_bytes) + 1)  # reading takes the memory that it is asked for
+        while size < len(data) <= max_bytes and (more := file.read(min(len(data), max_bytes + 1 - len(data)))):
+            data += more  # it grew, or the system does not tell its size
         if len(data) > max_bytes:
-            raise ValueError(f"must be a file of at most {max_bytes} bytes, got "
-                             f"{max(os.fstat(file.fileno()).st_size, len(data))}")
+            raise ValueError(f"must be a file of at most {max_bytes} bytes, got {max(size, len(data))}")
         return data
 
 
@@ -128,9 +131,11 @@ def parse_json(text: str) -> Any:
     """The JSON value that ``text`` describes, by the letter of the standard.
 
     Raises:
-        ValueError: not JSON, nested more than 64 deep, a name twice in an object, a number that is not finite or an
-            integer of more than 20 digits, or half a surrogate pair.
+        ValueError: not JSON, some million values or more, nested more than 64 deep, a name twice in an object, a
+            number that is not finite, an integer of more than 20 digits, or half a surrogate pair.
     """
+    if sum(text.count(mark) for mark in '[{,"\\') > MOST_MARKS:
+        raise ValueError(f"must hold at most {MOST_MARKS} brackets, commas, quotes and backslashes, got more")
     depth = 0
     for token in STRING_OR_BRACKET.finditer(text):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)

@@ -13,8 +13,8 @@ from typing import cast
 
 import torch
 
+from .heads import DECAY, SCORE_RULES
 from .layout import KEEP_ALL, RECENT, LayerLayout, RowView, pinned_tokens
-from .plan import DECAY, SCORE_RULES
 from .state import LayerState, Rotary
 
 

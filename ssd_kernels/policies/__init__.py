@@ -20,8 +20,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..plan import CachePlan
-from .profile import HeadProfile
-from .profiled import KINDS, adaptive, head_costs, kind_of, margin, predicted_cost, ssd, ssd_guarded
+from .profile import KINDS, HeadProfile
+from .profiled import adaptive, head_costs, kind_of, margin, predicted_cost, ssd, ssd_guarded
 from .solve import Policy, Shape
 from .uniform import decayed, full, h2o, heavy, random, rows, streaming_llm, window
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..plan import DECAY
+from ..heads import DECAY
 
 ARRIVALS = 20  # cursor bits below are the step, those above count programs; both limits are checked on the host
 STEP_MASK = tl.constexpr((1 << ARRIVALS) - 1)
