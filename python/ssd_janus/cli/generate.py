@@ -1,16 +1,14 @@
-"""``ssd-janus``: draw pictures from the command line."""
+"""The command ``generate``."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from . import cli_compare, cli_evaluate, cli_plan  # noqa: F401  # add their commands
 from .options import (
     DEFAULT_BUDGET,
     Backend,
@@ -25,39 +23,19 @@ from .options import (
     PromptsFile,
     RowBuffer,
     Seed,
-    app,
     check_plan_options,
     choose_plan,
-    console,
-    last_run,
     load,
     load_profile,
-    messages,
-    one_line_errors,
     policy_parameters,
-    show_bytes,
     summary,
 )
+from .terminal import console, messages, show_bytes
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from .pipeline import Pipeline, RunStats
-
-DEMO_PROMPTS = (
-    "a red circle",
-    "a photo of a blue star",
-    "two green squares",
-    "three yellow triangles",
-    "a purple heart and an orange ring",
-    "a black diamond and a pink cross",
-    "a white circle above a red square",
-    "a brown triangle left of a blue circle",
-)
+    from ..pipeline import Pipeline
 
 
-@app.command()
-@one_line_errors
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="What to draw, one text per prompt.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("pictures"),
@@ -88,14 +66,14 @@ def generate(
     """Draw prompts and write PNG files."""
     check_plan_options(plan, policy, budget, row_buffer, parameter)
     parameters = policy_parameters(policy, parameter)
-    from .prompts import gather
+    from ..prompts import gather
 
     chosen = gather(prompts, prompts_file)
     pipe = load(model, device, dtype, backend)
     heads = load_profile(profile, model, [policy] if policy else [], pipe)
     cache_plan = choose_plan(pipe.shape, plan, policy, budget, row_buffer, heads, parameters)
     out.mkdir(parents=True, exist_ok=True)
-    from . import drawing
+    from .. import drawing
 
     scale = pipe.guidance(guidance)
     run, count = None, 0
@@ -128,80 +106,3 @@ def _show_memory(pipe: Pipeline) -> None:
     if report.device_peak is not None:
         table.add_row("measured peak", show_bytes(report.device_peak), "by torch, while tokens were drawn")
     messages.print(table)
-
-
-@app.command()
-@one_line_errors
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show what was built and what can run here."""
-    import importlib.metadata
-
-    import ssd_kernels
-
-    facts = ssd_kernels.info()
-    facts["transformers"] = importlib.metadata.version("transformers")
-    facts["included_model"] = _included_model_or_none()
-    if as_json:
-        print(json.dumps(facts))
-        return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name in ("version", "python", "torch", "transformers", "machine", "threads"):
-        table.add_row(name, str(facts[name]))
-    for name, value in facts["extension"].items():
-        table.add_row(f"extension {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-    for name, state in facts["backends"].items():
-        table.add_row(f"backend {name}", "can run here" if state["available"] else f"cannot run: {state['reason']}")
-    table.add_row("included model", facts["included_model"] or "not installed")
-    console.print(table)
-
-
-@app.command()
-@one_line_errors
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures and the contact sheet.")] = Path("demo"),
-    seed: Seed = 0,
-    guidance: Guidance = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    backend: Backend = "auto",
-) -> None:
-    """Draw the same prompts with the full cache and with a 20% plan, side by side on one sheet."""
-    pipe = load(None, device, dtype, backend)
-    from ssd_kernels import policies
-
-    from .images import contact_sheet, file_names, save_picture
-
-    out.mkdir(parents=True, exist_ok=True)
-    plans = {"full": pipe.shape.full_plan(), "20%": policies.heavy(pipe.shape, DEFAULT_BUDGET)}
-    columns: dict[str, list[Image]] = {}
-    runs: dict[str, RunStats] = {}
-    for name, plan in plans.items():
-        messages.print(f"{len(DEMO_PROMPTS)} pictures, {name} cache", markup=False)
-        pictures = pipe(DEMO_PROMPTS, guidance_scale=guidance, seed=seed, plan=plan, progress=True)
-        runs[name] = last_run(pipe)
-        columns[f"{name} cache"] = pictures
-        folder = out / name.rstrip("%")
-        folder.mkdir(exist_ok=True)
-        for file_name, picture in zip(file_names(DEMO_PROMPTS, 1), pictures, strict=True):
-            save_picture(picture, folder / file_name)
-    sheet = out / "contact_sheet.png"
-    save_picture(contact_sheet(columns, DEMO_PROMPTS), sheet)
-    table = Table("cache", "budget", "bytes", "seconds", "pictures/s", box=None, pad_edge=False)
-    for name, run in runs.items():
-        table.add_row(name, f"{run.budget:.1%}", show_bytes(run.cache_bytes), f"{run.seconds + run.decode_seconds:.1f}",
-                      f"{run.pictures_per_second:.2f}")
-    console.print(table)
-    console.print(f"contact sheet: {sheet.resolve()}", markup=False, soft_wrap=True)
-
-
-def _included_model_or_none() -> str | None:
-    from .checkpoints import included_model
-
-    try:
-        return included_model()
-    except FileNotFoundError:
-        return None
-
-
-if __name__ == "__main__":
-    sys.exit(app())

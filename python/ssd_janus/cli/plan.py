@@ -16,17 +16,13 @@ from .options import (
     PolicyName,
     ProfileFile,
     RowBuffer,
-    app,
     choose_plan,
-    console,
     default_budget,
     load,
     load_profile,
-    messages,
-    one_line_errors,
     policy_parameters,
-    show_bytes,
 )
+from .terminal import console, messages, show_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,8 +30,6 @@ if TYPE_CHECKING:
 PROMPT = 64  # tokens, of the picture whose bytes are shown
 
 
-@app.command()
-@one_line_errors
 def plan(
     policy: Annotated[PolicyName, typer.Option(help="The rule to make a plan by.")],
     budget: Annotated[float | None, typer.Option(help="Share of the picture's tokens that the policy may keep, row "
@@ -62,7 +56,7 @@ def plan(
     if known is not None:
         known.check(pipe.shape)
     chosen = choose_plan(pipe.shape, None, policy, asked, row_buffer, known, parameters)
-    from . import plan_view
+    from .. import plan_view
 
     heads = plan_view.records(chosen, known)
     tokens = pipe.shape.num_visual_tokens

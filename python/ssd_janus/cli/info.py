@@ -1,0 +1,43 @@
+"""The command ``info``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .terminal import console
+
+
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show what was built and what can run here."""
+    import importlib.metadata
+
+    import ssd_kernels
+
+    facts = ssd_kernels.info()
+    facts["transformers"] = importlib.metadata.version("transformers")
+    facts["included_model"] = _included_model_or_none()
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name in ("version", "python", "torch", "transformers", "machine", "threads"):
+        table.add_row(name, str(facts[name]))
+    for name, value in facts["extension"].items():
+        table.add_row(f"extension {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    for name, state in facts["backends"].items():
+        table.add_row(f"backend {name}", "can run here" if state["available"] else f"cannot run: {state['reason']}")
+    table.add_row("included model", facts["included_model"] or "not installed")
+    console.print(table)
+
+
+def _included_model_or_none() -> str | None:
+    from ..checkpoints import included_model
+
+    try:
+        return included_model()
+    except FileNotFoundError:
+        return None
