@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from . import compare, demo, evaluate, gallery, generate, info, plan, profile
-from .terminal import one_line_errors
+from .terminal import as_command
 
 __all__ = ["app"]
 
@@ -16,4 +16,4 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Draw pictures with Janus, each attention head keeping its own few tokens.")
 for command in (generate.generate, gallery.gallery, demo.demo, evaluate.evaluate, compare.compare, plan.plan,
                 profile.profile, info.info):
-    app.command()(one_line_errors(command))
+    app.command()(as_command(command))

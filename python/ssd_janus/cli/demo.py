@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from .options import (
     DEFAULT_BUDGET,
@@ -18,7 +17,7 @@ from .options import (
     last_run,
     load,
 )
-from .terminal import console, messages, show_bytes
+from .terminal import console, messages, print_table, show_bytes, table
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,9 +65,7 @@ def demo(
             save_picture(picture, folder / file_name)
     sheet = out / "contact_sheet.png"
     save_picture(contact_sheet(columns, DEMO_PROMPTS), sheet)
-    table = Table("cache", "budget", "bytes", "seconds", "pictures/s", box=None, pad_edge=False)
-    for name, run in runs.items():
-        table.add_row(name, f"{run.budget:.1%}", show_bytes(run.cache_bytes), f"{run.seconds + run.decode_seconds:.1f}",
-                      f"{run.pictures_per_second:.2f}")
-    console.print(table)
+    rows = [(name, f"{run.budget:.1%}", show_bytes(run.cache_bytes), f"{run.seconds + run.decode_seconds:.1f}",
+             f"{run.pictures_per_second:.2f}") for name, run in runs.items()]
+    print_table(table(rows, ("cache", "budget", "bytes", "seconds", "pictures/s")))
     console.print(f"contact sheet: {sheet.resolve()}", markup=False, soft_wrap=True)

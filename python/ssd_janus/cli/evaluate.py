@@ -25,7 +25,7 @@ from .options import (
     load,
     load_profile,
 )
-from .terminal import console, messages
+from .terminal import messages, print_table, table
 
 if TYPE_CHECKING:
     from ..evaluation.report import Result
@@ -96,7 +96,8 @@ def evaluate(
     if as_json:
         print((out / "results.json").read_text(), end="")
     else:
-        console.print(report.terminal(results))
+        head, rows = report.columns(results)
+        print_table(table(rows, head))
         messages.print(f"pictures, results.json and table.md are in {out}", markup=False, soft_wrap=True)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from .options import (
     DEFAULT_BUDGET,
@@ -30,7 +29,7 @@ from .options import (
     policy_parameters,
     summary,
 )
-from .terminal import console, messages, show_bytes
+from .terminal import console, messages, print_table, show_bytes, table
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -97,12 +96,11 @@ def generate(
 
 def _show_memory(pipe: Pipeline) -> None:
     report = pipe.memory_report()
-    table = Table("memory", "bytes", "when", box=None, pad_edge=False)
-    table.add_row("weights", show_bytes(report.weights), "always")
-    table.add_row("cache", show_bytes(report.cache), "while tokens are drawn")
-    table.add_row("step buffers", f"at most {show_bytes(report.step)}", "while tokens are drawn")
-    table.add_row("decoding", show_bytes(report.decode), "afterwards, without the cache")
-    table.add_row("peak", show_bytes(report.peak), "of the two")
+    rows = [("weights", show_bytes(report.weights), "always"),
+            ("cache", show_bytes(report.cache), "while tokens are drawn"),
+            ("step buffers", f"at most {show_bytes(report.step)}", "while tokens are drawn"),
+            ("decoding", show_bytes(report.decode), "afterwards, without the cache"),
+            ("peak", show_bytes(report.peak), "of the two")]
     if report.device_peak is not None:
-        table.add_row("measured peak", show_bytes(report.device_peak), "by torch, while tokens were drawn")
-    messages.print(table)
+        rows.append(("measured peak", show_bytes(report.device_peak), "by torch, while tokens were drawn"))
+    print_table(table(rows, ("memory", "bytes", "when")), messages)

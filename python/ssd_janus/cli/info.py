@@ -6,9 +6,8 @@ import json
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from .terminal import console
+from .terminal import print_table, table
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -23,15 +22,13 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     if as_json:
         print(json.dumps(facts))
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name in ("version", "python", "torch", "transformers", "machine", "threads"):
-        table.add_row(name, str(facts[name]))
+    rows = [(name, str(facts[name])) for name in ("version", "python", "torch", "transformers", "machine", "threads")]
     for name, value in facts["extension"].items():
-        table.add_row(f"extension {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        rows.append((f"extension {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     for name, state in facts["backends"].items():
-        table.add_row(f"backend {name}", "can run here" if state["available"] else f"cannot run: {state['reason']}")
-    table.add_row("included model", facts["included_model"] or "not installed")
-    console.print(table)
+        rows.append((f"backend {name}", "can run here" if state["available"] else f"cannot run: {state['reason']}"))
+    rows.append(("included model", facts["included_model"] or "not installed"))
+    print_table(table(rows))
 
 
 def _included_model_or_none() -> str | None:
