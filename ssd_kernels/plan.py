@@ -89,7 +89,7 @@ def _from_ranges(ranges: object) -> list[int]:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What one KV head keeps (SPEC section 2, "head spec"). Build it with `full`, `window` or `heavy`.
+    """What one KV head keeps (docs/specification.md, section 2). Build it with `full`, `window` or `heavy`.
 
     Attributes:
         kind: ``"full"``, ``"window"`` or ``"heavy"``.
@@ -190,7 +190,8 @@ class HeadSpec:
 def peak_tokens(keep: int | None, first: int, num_visual_tokens: int, row_buffer: int) -> int:
     """Largest number of evictable tokens a head ever holds, the newest one before its eviction included.
 
-    Tokens are evicted down to ``keep`` at the end of every block of ``max(row_buffer, 1)`` steps (SPEC section 3.4).
+    Tokens are evicted down to ``keep`` at the end of every block of ``max(row_buffer, 1)`` steps
+    (docs/specification.md, section 3.4).
 
     Args:
         keep: W or M; None keeps everything.
@@ -270,7 +271,7 @@ class CachePlan:
         """Mean over heads of the largest number of visual slots a head ever holds, over ``num_visual_tokens``.
 
         The row buffer is counted, and so is the slot of the new token that a step appends before it evicts
-        (SPEC section 2, "budget").
+        (docs/specification.md, section 2).
         """
         check_int("num_visual_tokens", num_visual_tokens, 1)
         peaks = [peak_tokens(spec.size, 0, num_visual_tokens, self.row_buffer)
