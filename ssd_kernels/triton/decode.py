@@ -1,4 +1,4 @@
-"""The fused decode step: append, attention, scores and eviction of one layer in one launch (SPEC section 3).
+"""The fused decode step (docs/specification.md, section 3): append, attention, scores and eviction in one launch.
 
 One program serves one (batch row, KV head), so scores and the choice of victims never leave it. Heads start in the
 order of the head table's last column, longest first, so that the launch does not end with one long head on its own.

@@ -103,7 +103,7 @@ def plan_of(*heads: HeadSpec, **options: Any) -> CachePlan:
 
 
 class Oracle:
-    """Attention that keeps every key and masks what a plan has evicted: SPEC section 3 without any cache.
+    """docs/specification.md, section 3 without any cache: every key is kept, and what a plan has evicted is masked.
 
     Registered under its own name and run by transformers' unchanged generation with a `DynamicCache`.
     """
