@@ -222,7 +222,7 @@ def _quiet(local: bool) -> None:
     warnings.filterwarnings("default", message="ssd_kernels")
     warnings.showwarning = lambda message, *_: messages.print(f"note: {message}", markup=False, soft_wrap=True)
     logging.getLogger("torch").setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
+    from transformers import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     if local:
