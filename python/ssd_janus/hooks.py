@@ -177,7 +177,7 @@ def _generate(self: JanusForConditionalGeneration, *args: Any, **kwargs: Any) ->
     observer = enabled.plan.observer() if isinstance(enabled.plan, OnlinePlan) else None
     cache = JanusCache(enabled.plan, enabled.shape.num_visual_tokens, enabled.backend, observer, guided)
     with drawing(self, cache):
-        return inner(*args, **kwargs, **{CACHE_NAME: cache})
+        return inner(*args, **{**kwargs, CACHE_NAME: cache})
 
 
 def _through_engine(model: JanusForConditionalGeneration, enabled: _Enabled, args: tuple[Any, ...],

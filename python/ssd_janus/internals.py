@@ -8,7 +8,7 @@ and why there is no way around it:
   computes them; `AttentionInterface` and `AttentionMaskInterface` have no lookup of a function by name that is public.
 - `sdpa_attention_forward`: the prompt is computed by what transformers computes it with, bit for bit.
 - `prepared_config`, `logits_processors`: what a ``generate`` call samples with, in transformers' own order. They are
-  methods of its models, ``_prepare_generation_config`` and ``_get_logits_processor``.
+  methods of its models: ``_prepare_generation_config``, ``_prepare_special_tokens`` and ``_get_logits_processor``.
 - `GenerationMode`: names the method that a configuration asks for.
 - `STOCK`: the modules whose forward the engine does itself, which it must recognise.
 - `foreign_hooks`: hooks of a module that change what it computes. Some of transformers' own (`IDLE_HOOKS`) stay on a
@@ -76,6 +76,8 @@ def prepared_config(model: Any, config: GenerationConfig | None, **options: Any)
 def logits_processors(model: Any, config: GenerationConfig, given: Sequence[Any] = (), prompt_length: int = 1) -> list:
     """What transformers applies to logits under a prepared ``config``, in its order; ``given`` is the call's own."""
     prompt = torch.zeros(1, prompt_length, dtype=torch.long)
+    config = copy.deepcopy(config)
+    model._prepare_special_tokens(config, True, device="cpu")  # some processors read them
     return list(model._get_logits_processor(
         generation_config=config, input_ids_seq_length=prompt_length, encoder_input_ids=prompt,
         prefix_allowed_tokens_fn=None, logits_processor=LogitsProcessorList(given), device="cpu"))

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from transformers import JanusForConditionalGeneration, JanusProcessor, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 from ssd_kernels import CachePlan
 
@@ -97,7 +103,7 @@ class Pipeline:
         Raises:
             FileNotFoundError: no such folder, or the package came without its model.
             OSError: the hub id cannot be loaded.
-            ValueError: the device is not there.
+            ValueError: the device is not there, or the checkpoint is no Janus of transformers.
         """
         source = included_model() if source is None else fspath(source)
         local = Path(source).is_dir()
@@ -108,6 +114,7 @@ class Pipeline:
             raise ValueError(f"device must be cpu on this machine, where torch sees no GPU, got {device}")
         if dtype is None:
             dtype = torch.float32 if target.type == "cpu" else "auto"
+        _check_kind(source, JanusConfig.get_config_dict(source, local_files_only=local)[0].get("model_type"))
         processor = JanusProcessor.from_pretrained(source, local_files_only=local)
         model = PictureJanus.from_pretrained(source, local_files_only=local, dtype=dtype)
         return cls(model.to(target).eval(), processor, backend)
@@ -319,6 +326,15 @@ def _step_reports(progress: bool | ProgressCallback) -> Iterator[ProgressCallbac
             yield callback
     else:
         yield progress or (lambda done, total: None)
+
+
+def _check_kind(source: str, kind: object) -> None:
+    if kind == "multi_modality":
+        raise ValueError(f"model {source} is in DeepSeek's own format (model_type 'multi_modality'), which "
+                         "transformers does not read; take a converted checkpoint such as deepseek-community/Janus-Pro-1B")
+    if kind != JanusConfig.model_type:
+        raise ValueError(f"model must be a Janus (model_type {JanusConfig.model_type!r} in config.json), got {source} "
+                         f"with model_type {kind!r}")
 
 
 def _check_prompts(prompts: object) -> list[str]:
