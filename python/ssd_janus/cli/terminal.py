@@ -41,8 +41,8 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             messages.print("stopped")
             raise typer.Exit(128 + signal.SIGINT) from None
-        except BrokenPipeError:
-            raise  # who read the output has gone; typer ends quietly
+        except (BrokenPipeError, typer.Exit):
+            raise  # who read the output has gone, and typer ends quietly; or the command chose its exit code
         except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError) as error:
             if os.environ.get("SSD_JANUS_TRACEBACK"):
                 raise
