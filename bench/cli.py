@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ssd_janus.options import one_line_errors
+from ssd_janus.cli.terminal import as_command
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +228,7 @@ def compare(
 
 
 @app.command()
-@one_line_errors
+@as_command
 def plot(files: Files, out: Annotated[Path, typer.Option(help="Folder for PNG and SVG files.")]) -> None:
     """Draw roofline, time against batch and slots, step breakdown and memory, as far as the results go."""
     from .plot import save_all
@@ -239,7 +239,7 @@ def plot(files: Files, out: Annotated[Path, typer.Option(help="Folder for PNG an
 
 
 @app.command()
-@one_line_errors
+@as_command
 def report(
     files: Files,
     out: Annotated[Path | None, typer.Option(help="HTML file to write, self-contained.")] = None,

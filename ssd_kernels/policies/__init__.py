@@ -11,7 +11,7 @@
 
 All raise TypeError or ValueError that names the argument, and ValueError with the smallest possible budget when it is
 too small for the row buffer. A new policy is one such function and one line in `POLICIES` (in this repository also a
-name in `ssd_janus.options.PolicyName` and a row in docs/policies.md; tests say so). Online typing is no function of
+name in `ssd_janus.cli.options.PolicyName` and a row in docs/policies.md; tests say so). Online typing is no function of
 these: it decides while it draws (`ssd_janus.online.OnlinePlan`).
 """
 

@@ -174,7 +174,7 @@ def test_missing_file(tmp_path: Path) -> None:
         CachePlan.load(tmp_path / "nowhere.json")
 
 
-@pytest.mark.parametrize("failing", ["os.fdopen", "os.replace", "os.chmod"])
+@pytest.mark.parametrize("failing", ["os.fdopen", "os.replace", "os.fsync"])
 def test_save_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     """A save that fails half-way leaves the old file as it was, and no litter beside it."""
     path = tmp_path / "plan.json"
@@ -183,7 +183,7 @@ def test_save_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
     fdopen = os.fdopen
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **options: Any) -> None:
         if failing == "os.fdopen":
             with fdopen(*args) as file:
                 file.write(b"{half")
