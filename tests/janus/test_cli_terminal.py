@@ -58,8 +58,8 @@ app = typer.Typer(pretty_exceptions_enable=False)
 @app.command()
 @as_command
 def wait():
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     finally:
         print("cleaned up", flush=True)

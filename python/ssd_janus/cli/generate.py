@@ -29,7 +29,7 @@ from .options import (
     policy_parameters,
     summary,
 )
-from .terminal import console, messages, print_table, show_bytes, table
+from .terminal import console, messages, print_table, say, show_bytes, table
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -48,11 +48,16 @@ def generate(
     row_buffer: RowBuffer = None,
     parameter: Parameters = None,
     profile: ProfileFile = None,
-    images_per_prompt: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    images_per_prompt: Annotated[int | None, typer.Option(min=1, help="Pictures of each prompt. Default: 1; 4 with "
+                                                                      "--layout, as the evaluators are used.")] = None,
     prompts_file: PromptsFile = None,
     layout: Annotated[LayoutName | None, typer.Option(
         help="Write the folders that the evaluators of GenEval or DPG-Bench read. Prompts that have their pictures "
-             "already are skipped, so a killed run goes on.")] = None,
+             "already are skipped, so a killed run goes on; pictures drawn with other settings are refused.")] = None,
+    redraw: Annotated[bool, typer.Option("--redraw", help=(
+        "With --layout: draw anew what was drawn with other settings, and remove what other prompts left."))] = False,
+    skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help=(
+        "Leave out prompts that are wrong or too long for the model, and draw the others."))] = False,
     guidance: Guidance = None,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -65,19 +70,35 @@ def generate(
     """Draw prompts and write PNG files."""
     check_plan_options(plan, policy, budget, row_buffer, parameter)
     parameters = policy_parameters(policy, parameter)
-    from ..prompts import gather
+    if redraw and layout is None:
+        raise ValueError("--redraw needs --layout; without, everything is drawn anew")
+    from ssd_kernels.files import check_folder
 
-    chosen = gather(prompts, prompts_file)
+    from ..prompts import fitting, gather, passing
+
+    def skip(message: str) -> None:
+        say(f"{message}: left out")
+
+    chosen = gather(prompts, prompts_file, skip if skip_invalid else None)
+    check_folder(out)
     pipe = load(model, device, dtype, backend)
     heads = load_profile(profile, model, [policy] if policy else [], pipe)
     cache_plan = choose_plan(pipe.shape, plan, policy, budget, row_buffer, heads, parameters)
-    out.mkdir(parents=True, exist_ok=True)
-    from .. import drawing
+    chosen = fitting(pipe, chosen, skip if skip_invalid else None)
+    from ..drawing import draw
+    from ..layouts import LAYOUTS
 
+    folder = None if layout is None else LAYOUTS[layout.value](out, images_per_prompt)
+    images = (images_per_prompt or 1) if folder is None else folder.images
+    if folder is not None:
+        chosen = passing(chosen, folder.check, skip if skip_invalid else None)
+        for line in folder.advice(chosen):
+            say(line)
     scale = pipe.guidance(guidance)
-    run, count = None, 0
-    for drawn in drawing.draw(pipe, None if layout is None else layout.value, out, chosen, images_per_prompt, guidance,
-                              seed, cache_plan, batch_size):
+    run, runs, count = None, 0, 0
+    for drawn in draw(pipe, folder, out, chosen, images, guidance, seed, cache_plan, batch_size, redraw=redraw,
+                      say=say):
+        runs += run is not drawn.run
         run, count = drawn.run, count + 1
         if as_json:
             record = {"file": str(drawn.file), "prompt": drawn.prompt, "image": drawn.image, "seed": drawn.seed,
@@ -88,8 +109,9 @@ def generate(
             print(json.dumps(record), flush=True)
         else:
             console.print(str(drawn.file), markup=False, soft_wrap=True)
-    done = summary(run) if run and not layout else f"{count} pictures drawn, the others were there already"
-    messages.print(done, markup=False, soft_wrap=True)
+    kept = len(chosen) * images - count
+    done = summary(run) if run and runs == 1 and not kept else f"{count} pictures drawn"
+    messages.print(done + (f", the other {kept} were there already" if kept else ""), markup=False, soft_wrap=True)
     if verbose and run:
         _show_memory(pipe)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .terminal import messages, show_bytes
+from .terminal import messages, say, show_bytes
 
 if TYPE_CHECKING:
     from ssd_kernels import CachePlan
@@ -220,7 +220,7 @@ def _quiet(local: bool) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", message="ssd_kernels")
-    warnings.showwarning = lambda message, *_: messages.print(f"note: {message}", markup=False, soft_wrap=True)
+    warnings.showwarning = lambda message, *_: say(str(message))
     logging.getLogger("torch").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 

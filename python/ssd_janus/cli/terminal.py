@@ -88,6 +88,11 @@ def _ending_on_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def say(line: str) -> None:
+    """A line about the run, on stderr."""
+    messages.print(f"note: {line}", markup=False, soft_wrap=True)
+
+
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] | None = None) -> Table:
     """A table of plain texts: brackets in them are no markup."""
     made = Table(show_header=header is not None, box=None, pad_edge=False)
