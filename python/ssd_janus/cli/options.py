@@ -164,6 +164,8 @@ def choose_plans(shape: ModelShape, files: Sequence[Path], policies: Sequence[Po
     """Named plans from repeated options: every file, and every policy at every budget; the full plan if none."""
     plans = {}
     for file in files:
+        if not file.stem.strip("."):
+            raise ValueError(f"--plan must be a file with a name of its own, got {file}")
         if file.stem in plans:
             raise ValueError(f"--plan files must have different names, got {file.stem} twice")
         plans[file.stem] = choose_plan(shape, file, None, None, None, None)
