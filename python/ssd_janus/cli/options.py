@@ -211,8 +211,16 @@ def load(model: str | None, device: str, dtype: DtypeName | None, backend: str) 
 
         from ..pipeline import Pipeline
 
-        return Pipeline.from_pretrained(model, device=device, backend=backend,
-                                        dtype=None if dtype is None else getattr(torch, dtype.value))
+        try:
+            return Pipeline.from_pretrained(model, device=device, backend=backend,
+                                            dtype=None if dtype is None else getattr(torch, dtype.value))
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            # Only what is downloaded is written without saying where.
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            raise OSError(error.errno, error.strerror, HF_HUB_CACHE) from error
 
 
 def _quiet(local: bool) -> None:
