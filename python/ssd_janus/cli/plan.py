@@ -75,11 +75,10 @@ def plan(
     if as_json:
         print(json.dumps(facts))
     else:
-        console.print(_summary(facts), markup=False, soft_wrap=True)
+        console.print(_summary(facts), soft_wrap=True)
         print_table(plan_view.table(chosen, heads))
     if known is None:
-        messages.print("no profile of this model, so no reasons: measure one with `ssd-janus profile`", markup=False,
-                       soft_wrap=True)
+        messages.print("no profile of this model, so no reasons: measure one with `ssd-janus profile`", soft_wrap=True)
 
 
 def _title(facts: dict[str, Any]) -> str:
