@@ -105,7 +105,7 @@ def settings(pipe: Pipeline, suite: str, plan: CachePlan, guidance_scale: float 
     return {"suite": suite, "weights": fingerprint(pipe.model), "plan": plan.to_dict(),
             "guidance_scale": pipe.guidance(guidance_scale),
             "sampling": {name: getattr(config, name) for name in SAMPLING}, "batch_size": batch_size,
-            "dtype": str(pipe.model.dtype).removeprefix("torch."), "device": pipe.model.device.type,
+            "dtype": str(pipe.dtype).removeprefix("torch."), "device": pipe.device.type,
             "backend": pipe.backend}
 
 
