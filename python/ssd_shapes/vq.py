@@ -24,9 +24,9 @@ import typer
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import JanusVQVAE
-from transformers.models.janus import modeling_janus
 
 import ssd_kernels
+from ssd_janus.internals import modeling_janus
 from ssd_kernels.files import write_atomically
 from ssd_kernels.reading import Field, naming, read_bytes, read_json
 from ssd_kernels.schema import count, mapping_of, number, object_of

@@ -144,6 +144,6 @@ def _machine(pipe: Pipeline) -> str:
     """What the figures were made on, for a reader."""
     import torch
 
-    device = torch.cuda.get_device_name(pipe.model.device) if pipe.model.device.type == "cuda" else "CPU"
+    device = torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else "CPU"
     return (f"{platform.system()} {platform.machine()} ({device}), {os.cpu_count()} cores, torch {torch.__version__} "
             f"with {torch.get_num_threads()} threads")

@@ -232,7 +232,7 @@ def _quiet(local: bool) -> None:
     warnings.filterwarnings("default", message="ssd_kernels")
     warnings.showwarning = lambda message, *_: say(str(message))
     logging.getLogger("torch").setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
+    from transformers import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     if local:

@@ -57,11 +57,11 @@ def plan(
 
     heads = plan_view.records(chosen, known)
     tokens = pipe.shape.num_visual_tokens
-    size, full = (each.nbytes(batch_size=2, head_dim=pipe.shape.head_dim, max_prompt=PROMPT, dtype=pipe.model.dtype,
+    size, full = (each.nbytes(batch_size=2, head_dim=pipe.shape.head_dim, max_prompt=PROMPT, dtype=pipe.dtype,
                               num_visual_tokens=tokens) for each in (chosen, pipe.shape.full_plan()))
     facts: dict[str, Any] = {
         "policy": policy.value, "parameters": parameters, "budget": asked, "budget_reached": chosen.budget(tokens),
-        "row_buffer": chosen.row_buffer, "dtype": str(pipe.model.dtype).removeprefix("torch."), "prompt_tokens": PROMPT,
+        "row_buffer": chosen.row_buffer, "dtype": str(pipe.dtype).removeprefix("torch."), "prompt_tokens": PROMPT,
         "cache_bytes": size, "full_cache_bytes": full,
         "predicted_cost": None if known is None else sum(head["cost"] for head in heads),
         "rules": plan_view.rules(chosen), "heads": heads}
