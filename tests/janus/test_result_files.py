@@ -15,7 +15,7 @@ from mutants import check_json_reader, check_reader, refused, spoiled
 from ssd_janus import Pipeline
 from ssd_janus.evaluation import comparison, fidelity, quality
 from ssd_janus.evaluation.folder import RunFolder, keep_settings, settings
-from ssd_janus.evaluation.results import read_record, read_scores
+from ssd_janus.evaluation.results import read_record
 from ssd_kernels import CachePlan, HeadSpec
 
 SUITE = [{"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": tiny.PROMPTS[0]},
@@ -70,13 +70,6 @@ def test_records_of_comparisons(record: Path) -> None:
     record.write_text(json.dumps(found))
     said = refused(read_record, record) or ""
     assert f"{record}: grid.other.quality.overall.low is missing; remove the file" in said
-
-
-def test_scores_for_the_model_card(tmp_path: Path, pipe: Pipeline, drawn: Path) -> None:
-    found = quality.evaluate(pipe, PLAN, drawn / "quality", prompts=SUITE, batch_size=2)
-    file = tmp_path / "results.json"
-    file.write_text(json.dumps({"suite": "shapes", "prompts": 3, "seeds": 1, "results": {"full": found.as_json()}}))
-    check_json_reader(read_scores, file, r"results\.full\.removed|.*families\.\w+\.removed|.*by_prompt\.\w+\.removed")
 
 
 def test_settings(tmp_path: Path, pipe: Pipeline) -> None:

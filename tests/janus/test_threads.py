@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import JanusForConditionalGeneration
 
 from ssd_janus import Pipeline, disable, enable
-from ssd_janus.engine import Engine, call, unfuse
+from ssd_janus.engine import Engine, call, unfuse, unsupported
 from ssd_kernels import CachePlan, HeadSpec
 
 FULL = CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4)
@@ -201,6 +201,22 @@ def test_an_end_by_force_is_one_callers_own(calls: Calls) -> None:
     assert found == list(errors)
     assert torch.equal(loop, calls.alone("loop")) and torch.equal(text, calls.alone("text"))
     assert state(model) == before
+
+
+def test_what_one_call_puts_up_is_nothing_to_others(calls: Calls) -> None:
+    """The engine draws beside transformers' loop, and whoever meets a hook half put up passes."""
+    found: list[Any] = []
+
+    def look(meet: Meet) -> None:
+        for _ in range(3):
+            meet()
+        language_model = calls.model.model.language_model
+        (hook,) = language_model._forward_pre_hooks.values()
+        found.extend([unsupported(calls.model), hook(language_model, ()), hook(language_model, (), {"input_ids": 0}),
+                      copy.deepcopy(hook)(language_model, (), {})])
+
+    loop, _ = together(calls.calls["loop, unguided"], look)
+    assert torch.equal(loop, calls.alone("loop, unguided")) and found == [None] * 4
 
 
 def test_another_attention_implementation_meanwhile_is_refused(calls: Calls) -> None:
