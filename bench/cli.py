@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ssd_janus import waiting
 from ssd_janus.cli.terminal import as_command
 from ssd_kernels.files import check_folder
 
@@ -34,6 +35,7 @@ Trials = Annotated[int, typer.Option(min=1, help="Rounds over all contenders.")]
 @app.callback()
 def main() -> None:
     """Benchmarks of ssd_kernels: strong rivals, cold caches, one run."""
+    waiting.prepare()
 
 
 @app.command()

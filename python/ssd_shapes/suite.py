@@ -6,6 +6,11 @@ A prompt is a mapping, and a line of the asset: "tag" (the family), "include" an
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from ssd_janus import waiting
+
+    waiting.prepare()  # before torch loads
+
 import json
 from collections.abc import Mapping
 from pathlib import Path

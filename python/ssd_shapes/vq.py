@@ -7,6 +7,11 @@ the edges of objects, where there is something to learn, teach as much as whole 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from ssd_janus import waiting
+
+    waiting.prepare()  # before torch loads
+
 import io
 import json
 import math
