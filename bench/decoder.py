@@ -16,9 +16,9 @@ from ssd_kernels import CachePlan
 from ssd_kernels.policies import build
 
 from . import machine
-from .kernel import OK, first_line
+from .kernel import first_line
 from .loops import CACHES, Drawn, engine_loop, transformers_loop
-from .records import Record, record
+from .records import OK, Record, record
 from .timing import Timing
 
 POLICY = "heavy"

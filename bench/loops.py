@@ -45,7 +45,8 @@ def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, 
         sample: with top-k and torch's own generator; else greedy.
     """
     from transformers import DynamicCache, StaticCache
-    from ssd_janus.cache import CACHE_NAME
+
+    from ssd_janus.internals import CACHE_NAME, compiled
 
     language, config = model.model.language_model, model.model.language_model.config
     ids = torch.tensor(prompts, device=model.device)
@@ -76,8 +77,7 @@ def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, 
         hook = language.register_forward_pre_hook(torch.compiler.disable(mark) if "compile" in kind else mark)
         stack.callback(hook.remove)
         if kind == "static, torch.compile":
-            language.compile()
-            stack.callback(setattr, language, "_compiled_call_impl", None)
+            stack.enter_context(compiled(language))
         if timing is not None:
             for target, name, part in ((functional, "linear", "linear"), (cache, "update", "attention"),
                                        (functional, "scaled_dot_product_attention", "attention")):

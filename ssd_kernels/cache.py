@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from . import backends, ops
+from .arguments import check_int
 from .layout import KEEP_ALL, RECENT, LayerLayout, RowView
-from .plan import CachePlan, check_int
+from .plan import CachePlan
 from .state import LayerState, Rotary
 
 __all__ = ["CompressedCache"]
@@ -22,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class CompressedCache:
-    """Per-head compressed KV cache of B batch rows (SPEC sections 3 and 4).
+    """Per-head compressed KV cache of B batch rows (docs/specification.md, sections 3 and 4).
 
     Inference only: results carry no gradient. Steps past the end raise here; inside torch.compile and CUDA graphs
     Python does not count, and the kernels leave a finished row untouched.
@@ -93,7 +94,7 @@ class CompressedCache:
 
     def prefill(self, layer: int, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int] | torch.Tensor,
                 scores: torch.Tensor | None = None, rows: Sequence[int] | torch.Tensor | None = None) -> None:
-        """Start rows with their prompts (SPEC section 3, "Prefill").
+        """Start rows with their prompts (docs/specification.md, section 3.5).
 
         Args:
             layer: layer index.
@@ -133,7 +134,7 @@ class CompressedCache:
 
     def decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                scale: float | None = None, rotary: Rotary | None = None) -> torch.Tensor:
-        """One decode step of one layer for every row: append, attend, score, evict (SPEC section 3).
+        """One decode step of one layer for every row: append, attend, score, evict (docs/specification.md, section 3).
 
         Args:
             layer: layer index.

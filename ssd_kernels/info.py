@@ -9,6 +9,7 @@ import torch
 
 from . import backends
 from .native import build_info
+from .version import __version__
 
 
 def info() -> dict[str, Any]:
@@ -19,8 +20,6 @@ def info() -> dict[str, Any]:
         threads), ``extension`` (``built``, and either ``reason`` or the compiler, the CPU instruction sets compiled
         and the one in use, and whether CUDA was built) and ``backends`` (name -> ``available``, ``reason``).
     """
-    from . import __version__
-
     return {
         "version": __version__,
         "torch": torch.__version__,

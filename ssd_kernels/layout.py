@@ -7,16 +7,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from .plan import SCORE_RULES, CachePlan, HeadSpec, check_int, peak_tokens
+from .arguments import check_int
+from .heads import SCORE_RULES, HeadSpec
 
 KEEP_ALL = 2**31 - 1
 TABLE_COLUMNS = 8
 RECENT = 4  # the head table's column of protected newest tokens
 WORD_BITS = 32
 KIND_CODES = {"full": 0, "window": 1, "heavy": 2}
+
+
+class Eviction(Protocol):
+    """When a plan evicts, and what; `CachePlan` is one."""
+
+    @property
+    def row_buffer(self) -> int: ...
+    @property
+    def keep_prompt(self) -> bool: ...
+
+
+def peak_tokens(keep: int | None, first: int, num_visual_tokens: int, row_buffer: int) -> int:
+    """Largest number of evictable tokens a head ever holds, the newest one before its eviction included.
+
+    Tokens are evicted down to ``keep`` at the end of every block of ``max(row_buffer, 1)`` steps.
+
+    Args:
+        keep: W or M; None keeps everything.
+        first: evictable tokens present before the first step (the prompt when it is not kept for good, else 0).
+        num_visual_tokens: decode steps of a whole picture.
+        row_buffer: R, in steps.
+    """
+    if keep is None:
+        return first + num_visual_tokens
+    period = max(row_buffer, 1)
+    # The count only ever falls at block ends, so its maximum is at the end of the last whole block or of the rest.
+    last_whole = num_visual_tokens // period * period
+    starts_and_ends = [(last_whole, num_visual_tokens)]
+    if last_whole:
+        starts_and_ends.append((last_whole - period, last_whole))
+    return max(min(keep, first + start) + end - start for start, end in starts_and_ends)
 
 
 @dataclass(frozen=True)
@@ -72,7 +105,7 @@ class LayerLayout:
     longest: int
 
     @classmethod
-    def build(cls, specs: Sequence[HeadSpec], plan: CachePlan, max_prompt: int, num_visual_tokens: int,
+    def build(cls, specs: Sequence[HeadSpec], plan: Eviction, max_prompt: int, num_visual_tokens: int,
               track_scores: bool = False) -> LayerLayout:
         """Lay out one layer's heads one after the other; ``track_scores`` gives all of them scores, not only heavy."""
         check_int("max_prompt", max_prompt, 0)

@@ -12,8 +12,8 @@ from typing import cast
 import torch
 
 from . import backends
+from .arguments import check_int
 from .layout import LayerLayout
-from .plan import check_int
 from .state import LayerState, Rotary
 
 _CACHE = ("Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, Tensor(d!) positions, Tensor(e!) cursors, "
@@ -39,7 +39,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
            pinned: torch.Tensor, max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool,
            largest: int, longest: int, scale: float, backend: str, cos: torch.Tensor | None = None,
            sin: torch.Tensor | None = None) -> torch.Tensor:
-    """One decode step of one layer (SPEC section 3): append, attend, score, evict.
+    """One decode step of one layer (docs/specification.md, section 3): append, attend, score, evict.
 
     Args:
         q: ``[B, Hq, D]`` queries; k, v: ``[B, H, D]`` key and value of the new token; rotated, or to be rotated by
@@ -73,7 +73,7 @@ def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_
             positions: torch.Tensor, cursors: torch.Tensor, table: torch.Tensor, pinned: torch.Tensor,
             max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool, largest: int, longest: int,
             backend: str) -> None:
-    """Restart ``rows`` of one layer with new prompts (SPEC section 3, "Prefill").
+    """Restart ``rows`` of one layer with new prompts (docs/specification.md, section 3.5).
 
     Args:
         k, v: ``[N, H, P, D]``; entry i is valid in ``[0, prompt_lens[i])``.

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from .heads import HeadSpec
 from .layout import LayerLayout
-from .plan import HeadSpec
 
 # cos and sin, float32 [N, D / 2] contiguous: how far a token at each position is turned; N covers every position.
 Rotary = tuple[torch.Tensor, torch.Tensor]

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
-from ssd_kernels.plan import peak_tokens
+from ssd_kernels.layout import peak_tokens
 from ssd_kernels.policies import KINDS, HeadProfile, Shape, adaptive, predicted_cost
 
 from .checkpoints import fingerprint

@@ -11,9 +11,15 @@ import torch
 import typer
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GenerationConfig, JanusForConditionalGeneration, JanusProcessor, PreTrainedTokenizerFast
-from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+from transformers import (
+    GenerationConfig,
+    JanusForConditionalGeneration,
+    JanusImageProcessorPil,
+    JanusProcessor,
+    PreTrainedTokenizerFast,
+)
 
+from ssd_janus.internals import KEPT_WHEN_LOADED
 from ssd_shapes import suite, text, tokens, world
 from ssd_shapes.janus import build_model
 
@@ -130,7 +136,7 @@ def assemble(
         top_k=top_k,  # always written: transformers' own default is 50
         guidance_scale=guidance,
         generation_kwargs={"boi_token_id": text.token_id(tokenizer, text.BOI)},
-        _from_model_config=False,  # or from_pretrained drops these values
+        **KEPT_WHEN_LOADED,
     )
     return model.to(torch.bfloat16).eval()
 

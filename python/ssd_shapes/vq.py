@@ -24,8 +24,8 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import JanusVQVAE
-from transformers.models.janus import modeling_janus
 
+from ssd_janus.internals import modeling_janus
 from ssd_shapes import text, tokens, train, world
 from ssd_shapes.janus import CODE_WIDTH, build_config
 from ssd_shapes.losses import HAS_BFLOAT16

@@ -1,4 +1,4 @@
-"""The fused decode step: append, attention, scores and eviction of one layer in one launch (SPEC section 3).
+"""The fused decode step (docs/specification.md, section 3): append, attention, scores and eviction in one launch.
 
 One program serves one (batch row, KV head), so scores and the choice of victims never leave it. Heads start in the
 order of the head table's last column, longest first, so that the launch does not end with one long head on its own.
@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..plan import DECAY
+from ..heads import DECAY
 
 ARRIVALS = 20  # cursor bits below are the step, those above count programs; both limits are checked on the host
 STEP_MASK = tl.constexpr((1 << ARRIVALS) - 1)

@@ -18,7 +18,7 @@ from ssd_janus import Pipeline, profiling
 from ssd_janus.online import OnlinePlan
 from ssd_janus.plan_view import LOOKS
 from ssd_kernels import CachePlan, policies
-from ssd_kernels.plan import SCORE_RULES
+from ssd_kernels.heads import SCORE_RULES
 from ssd_kernels.policies import HeadProfile
 
 HEADS = [(layer, head) for layer in range(SHAPE.num_layers) for head in range(SHAPE.num_heads)]

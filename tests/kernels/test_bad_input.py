@@ -1,4 +1,4 @@
-"""SPEC section 3, "Bad input": an error that names the argument, before anything is written."""
+"""docs/specification.md, section 3.11: an error that names the argument, before anything is written."""
 
 from __future__ import annotations
 

@@ -54,6 +54,6 @@ def test_import_is_light() -> None:
 
 
 def test_public_names() -> None:
-    """SPEC section 4: "Names below are fixed"."""
+    """docs/specification.md, section 4: "Names below are fixed"."""
     for name in ("HeadSpec", "CachePlan", "CompressedCache", "info"):
         assert hasattr(ssd_kernels, name) and name in ssd_kernels.__all__

@@ -40,7 +40,7 @@ def test_blocks_fit(head_dim: int, item_size: int, group: int, capability: int) 
 
 
 def test_config_does_not_depend_on_the_batch() -> None:
-    """SPEC "Batch invariance": nothing about the batch is asked for."""
+    """docs/specification.md, section 3.9: nothing about the batch is asked for."""
     assert "batch" not in launch.decode_config.__code__.co_varnames
 
 

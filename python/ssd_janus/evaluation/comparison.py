@@ -22,7 +22,7 @@ from ..online import OnlinePlan
 from ..pipeline import Pipeline
 from ..progress import ProgressCallback
 from ..shape import ModelShape
-from . import fidelity, findings, quality
+from . import fidelity, findings, quality, results
 from .folder import keep_settings, settings
 
 CACHES_AT_ONCE = 8  # compressed caches beside the full one while it draws
@@ -213,7 +213,7 @@ class Comparison:
             keep_settings(self.out / "profile", {"profile": _digest(self.profile)})
         file = self.out / "results.json"
         empty: dict[str, Any] = {"parts": {}, "grid": {}, "sensitivity": {}, "prediction": None, "goals": []}
-        self.record = json.loads(file.read_text()) if file.exists() else empty
+        self.record = results.read_record(file) if file.exists() else empty
         known = self.record.get("profile")
         self.record["profile"] = known if self.profile is None else self._cost_of(self.profile)
         lengths = [len(tokens) for tokens in self.pipe.prompt_tokens(self.texts)]
@@ -267,8 +267,7 @@ class Comparison:
         entries = list(self.record["grid"].values())
 
         def figures(measure: str, name: str) -> dict[findings.Key, Any]:
-            # What an older version summed up may lack some.
-            return {findings.key(entry): entry[measure][name] for entry in entries if name in entry.get(measure, {})}
+            return {findings.key(entry): entry[measure][name] for entry in entries if measure in entry}
 
         kl, right = figures("fidelity", "kl_by_picture"), figures("quality", "by_prompt")
         impossible = {findings.key(entry) for entry in entries if "reason" in entry}

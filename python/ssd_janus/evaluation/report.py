@@ -1,4 +1,4 @@
-"""Results of several plans side by side: for a terminal, as Markdown, and as JSON."""
+"""Results of several plans side by side: as a table, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from ..files import write_text
 from .fidelity import Fidelity
@@ -42,15 +40,6 @@ def _fidelity(name: str, result: Fidelity) -> list[str]:
 def _kl(result: Fidelity) -> str:
     interval = result.kl_interval
     return f"{result.kl_mean:.4f}" + (f" [{interval.low:.4f}, {interval.high:.4f}]" if interval else "")
-
-
-def terminal(results: Mapping[str, Result]) -> Table:
-    """A table to print."""
-    head, rows = columns(results)
-    table = Table(*head, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def markdown(results: Mapping[str, Result]) -> str:
