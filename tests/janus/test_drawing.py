@@ -242,7 +242,7 @@ SAMPLE, METADATA = "00001/samples/00001.png", "00001/metadata.jsonl"
     (METADATA, Path.unlink, "is missing"),
     (METADATA, spoil(lambda data: data[:9]), "metadata.jsonl"),
     (METADATA, spoil(lambda data: b""), "metadata.jsonl"),
-], ids=str)
+])
 def test_damage_is_named_and_drawn_anew(pipe: Pipeline, drawn: Path, geneval: Path, tmp_path: Path, name: str,
                                         change: Callable[[Path], object], message: str) -> None:
     out = copy(drawn, tmp_path / "out")
