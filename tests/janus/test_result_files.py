@@ -253,7 +253,8 @@ def test_a_process_that_is_killed_leaves_nothing_that_counts(folder: Path, drawn
     command = ["-m", "ssd_janus.cli", "evaluate", "--model", folder, "--out", tmp_path / "out", "--prompts-file",
                suite_file(tmp_path, SUITE), "--batch-size", 1, "--seeds", 400]
     batches = tmp_path / "out" / "full" / "batches"
-    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     while process.poll() is None and not (batches.is_dir() and any(batches.glob("*.json"))):
         time.sleep(0.01)
     process.kill()
