@@ -68,6 +68,13 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure what plans do to pictures; writes results.json and table.md."""
+    for option, given, needed in (("--seeds", seeds != 1, suite is SuiteName.shapes),
+                                  ("--no-pictures", not pictures, suite is SuiteName.fidelity)):
+        if given and not needed:
+            raise ValueError(f"{option} says nothing with --suite {suite.value}")
+    for option, given in (("--budget", budget), ("--row-buffer", row_buffer is not None), ("--profile", profile)):
+        if given and not policy:
+            raise ValueError(f"{option} says nothing without --policy")
     prompts = suite_prompts(suite, prompts_file, limit)
     from ssd_kernels.files import check_folder
 
@@ -89,6 +96,9 @@ def evaluate(
         report.check_page(page, [suite.value])
     scenes = [prompt.metadata for prompt in fitting(pipe, prompts)]
     common: dict[str, Any] = {"guidance_scale": guidance, "batch_size": batch_size}
+    if suite is SuiteName.shapes:
+        for name, chosen in plans.items():
+            quality.open_folder(pipe, chosen, out / name, prompts=scenes, **common)
     results: dict[str, Result] = {}
     with progress_bar("drawing") as show:
         if suite is SuiteName.fidelity:
@@ -124,7 +134,10 @@ def suite_prompts(suite: SuiteName, file: Path | None, limit: int | None) -> lis
         if not {"tag", "include"} <= prompt.metadata.keys():
             raise ValueError('the shapes suite needs "tag" and "include", as in GenEval\'s metadata, got '
                              f"{json.dumps(prompt.metadata)[:80]}")
+        check_metadata(prompt.metadata)
 
+    if suite is SuiteName.shapes:
+        from ssd_shapes.suite import check as check_metadata
     if file is not None:
         found = read(file)
     else:
