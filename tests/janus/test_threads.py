@@ -6,6 +6,7 @@ import copy
 import itertools
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import JanusForConditionalGeneration
 
 from ssd_janus import Pipeline, disable, enable
-from ssd_janus.engine import Engine, call, unfuse, unsupported
+from ssd_janus.engine import Engine, call, fuse, unfuse, unsupported, weights
 from ssd_kernels import CachePlan, HeadSpec
 
 FULL = CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4)
@@ -263,26 +264,27 @@ def test_enabling_disabling_and_copying_while_others_draw(fresh: Any) -> None:
         assert state(other)["attention"] == before["attention"]
 
 
-def test_weights_are_fused_once_by_whoever_comes_first(fresh: Any) -> None:
-    """Threads that meet while parameters are being moved."""
+def test_weights_are_fused_by_one_at_a_time(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second thread comes when the first is about to look whether weights are fused already."""
     expected = Engine(copy.deepcopy(fresh), packed=False).generate([[0, 9, 3]])
-    tokens: list[Any] = []
+    looking, fused, look = threading.Event(), threading.Event(), weights._consecutive
 
-    def draw(barrier: threading.Barrier) -> None:
-        barrier.wait(WAIT)
-        tokens.append(Engine(fresh, packed=False).generate([[0, 9, 3]]))
+    def consecutive(parameters: Any) -> bool:
+        if not looking.is_set():
+            looking.set()
+            fused.wait(0.3)  # in vain, because the other has to wait for this thread
+        return look(parameters)
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for _ in range(2):
-            barrier = threading.Barrier(3)
-            with ThreadPoolExecutor(3) as pool:
-                list(pool.map(draw, [barrier] * 3))
-            unfuse(fresh)
-    finally:
-        sys.setswitchinterval(interval)
-    assert len(tokens) == 6 and all(torch.equal(each, expected) for each in tokens)
+    def second() -> None:
+        assert looking.wait(WAIT)
+        fuse(fresh)
+        fused.set()
+
+    monkeypatch.setattr(weights, "_consecutive", consecutive)
+    with ThreadPoolExecutor(2) as pool:
+        tokens = pool.submit(lambda: Engine(fresh, packed=False).generate([[0, 9, 3]]))
+        pool.submit(second).result()
+        assert torch.equal(tokens.result(), expected)
 
 
 def test_seeds_are_the_pictures_own(fresh: Any) -> None:
@@ -297,9 +299,15 @@ def test_seeds_are_the_pictures_own(fresh: Any) -> None:
 
 
 def test_a_reason_is_said_once_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(set[str]):
+        def __contains__(self, reason: object) -> bool:
+            known = super().__contains__(reason)
+            time.sleep(0.01)
+            return known
+
     said: list[str] = []
-    monkeypatch.setattr(call, "_said", set())
+    monkeypatch.setattr(call, "_said", Slow())
     monkeypatch.setattr(call._logger, "warning", lambda *args: said.append(args[-1]))
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: call.say_once("planted"), range(64)))
+        list(pool.map(lambda _: call.say_once("planted"), range(8)))
     assert said == ["planted"]
