@@ -23,6 +23,7 @@ POLICY      ?= ssd_guarded
 SEEDS       ?= 1
 OUT         ?= gpu
 COMPARE     ?= --fidelity-prompts 6 --prompts 30
+WORKERS     ?= -n auto --maxprocesses 16
 GPU_TESTS   ?= tests/kernels
 SANITIZERS  := gpu-memcheck gpu-racecheck gpu-initcheck gpu-synccheck
 
@@ -44,13 +45,13 @@ test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.built
 	$(BIN)/python -m tests.kernels.simulation
 	SSD_SIMULATION_SANITIZED=1 $(BIN)/python -m tests.kernels.simulation
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels -k 'triton and not test_triton' -m 'not gpu and not slow and not exhaustive' -W ignore
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS) tests/kernels -k 'triton and not test_triton' -m 'not gpu and not slow and not exhaustive' -W ignore
 
 # Every parameter of the contract tests in Triton's interpreter; `make test` has every test, with some of them.
 triton: export OMP_WAIT_POLICY := passive
 triton: $(VENV)/.built
-	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels -k 'triton and not test_triton' -m 'not gpu' -W ignore
+	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS) tests/kernels -k 'triton and not test_triton' -m 'not gpu' -W ignore
 
 # Installs nothing: a machine with a GPU brings its own torch, Triton and pytest. A part that fails does not keep the
 # others from running, and fails the whole.
@@ -85,12 +86,12 @@ simulation: export OMP_NUM_THREADS := 1
 simulation: $(VENV)/.built
 	$(BIN)/python -m tests.kernels.simulation
 	SSD_SIMULATION_SANITIZED=1 $(BIN)/python -m tests.kernels.simulation
-	for seed in $(SEEDS_OF_THREADS); do SSD_SIMULATION_SEED=$$seed $(BIN)/python -m pytest -q -n auto tests/kernels \
+	for seed in $(SEEDS_OF_THREADS); do SSD_SIMULATION_SEED=$$seed $(BIN)/python -m pytest -q $(WORKERS) tests/kernels \
 		-k simulated_cuda -m 'not gpu' || exit 1; done
 	LD_PRELOAD="$$(for name in asan stdc++; do realpath $$($(or $(CXX),g++) -print-file-name=lib$$name.so); done | xargs)" \
 		SSD_SIMULATION_SANITIZED=1 \
 		SSD_SIMULATION_SEED=3 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 $(BIN)/python -m pytest -q \
-		-n auto tests/kernels -k 'simulated_cuda and not inductor' -m 'not gpu'
+		$(WORKERS) tests/kernels -k 'simulated_cuda and not inductor' -m 'not gpu'
 
 bench: $(VENV)/.built
 	$(BIN)/ssd-bench suite --readme README.md
