@@ -10,6 +10,8 @@
 #   make quality   scores and fidelity of the included model, full cache beside compressed -> docs/quality.md
 #   make policies  every policy at every budget, with the included model; long -> docs/policy-results.md
 #   make pins      refresh the pinned releases of everything the others install, and say what moved -> constraints/cpu.txt
+#   make compat    the essential checks with older and newer releases, and other Pythons -> docs/compatibility.md
+#   make newest    the same with the newest release of everything: what would break
 #   make lint      ruff, mypy --strict, clang-format       (make format repairs what can be repaired)
 #
 # On a machine with a GPU, `make test CONSTRAINTS=` takes torch as pip finds it, not the CPU build.
@@ -22,6 +24,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 POLICY      ?= ssd_guarded
 SEEDS       ?= 1
 OUT         ?= gpu
+COMPAT      ?= --write docs/compatibility.md
 COMPARE     ?= --fidelity-prompts 6 --prompts 30
 WORKERS     ?= -n auto --maxprocesses 16
 GPU_TESTS   ?= tests/kernels
@@ -34,7 +37,7 @@ SOURCES     := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/kernels/*.cpp)
 
 .PHONY: demo test triton simulation gpu gpu-build gpu-test gpu-sanitize $(SANITIZERS) gpu-bench bench quality policies \
-	lint format pins clean
+	lint format pins compat newest clean
 
 # Passive waiting: on a busy machine, threads that spin while they wait can turn seconds into minutes.
 demo: export OMP_WAIT_POLICY := passive
@@ -118,8 +121,18 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
+# Other releases of what this builds on, from folders that are kept (SSD_COMPAT_CACHE, else build/compat: gigabytes).
+# `make compat COMPAT=` only prints the table; `make compat COMPAT="--only triton"` only some of it.
+compat: $(VENV)/.built
+	$(PIP) uv
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/compat.py $(COMPAT)
+
+newest: $(VENV)/.built
+	$(PIP) uv
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/compat.py --newest
+
 pins: | $(BIN)/python
-	$(PIP) uv tomli
+	$(PIP) uv "tomli; python_version < '3.11'"
 	PATH="$(BIN):$$PATH" $(BIN)/python tools/pins.py
 
 clean:
