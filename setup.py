@@ -31,7 +31,7 @@ PACKAGE_DIRS = {
     "ssd_shapes": "python/ssd_shapes",
     "ssd_bench": "bench",
 }
-DATA_PACKAGES = ("ssd_shapes.assets", "ssd_shapes.model")  # folders of files and no code: pyproject.toml says which files
+DATA_PACKAGES = ("ssd_shapes.assets", "ssd_shapes.model")  # files and no code: pyproject.toml says which
 
 
 def nvcc_candidates(env: Mapping[str, str]) -> list[tuple[str, str | None]]:

@@ -129,7 +129,8 @@ def test_every_file_is_packaged(setup_py, tmp_path):
     expected = {f"{name}/{file.relative_to(ROOT / folder)}" for name, folder in setup_py.PACKAGE_DIRS.items()
                 for file in (ROOT / folder).rglob("*")
                 if file.is_file() and file.suffix != ".so" and not left_out & set(file.parts)}
-    assert {str(file.relative_to(tmp_path / "lib")) for file in (tmp_path / "lib").rglob("*") if file.is_file()} == expected
+    lib = tmp_path / "lib"
+    assert {str(file.relative_to(lib)) for file in lib.rglob("*") if file.is_file()} == expected
 
 
 def test_torch_is_never_pinned():
