@@ -38,7 +38,7 @@ InstructionSet& current() {
   return chosen;
 }
 
-// Largest number of evictable tokens a head may hold; the twin of ssd_kernels/plan.py peak_tokens.
+// Largest number of evictable tokens a head may hold; the twin of ssd_kernels/layout.py peak_tokens.
 int64_t peak_tokens(int64_t keep, int64_t first, int64_t num_visual_tokens, int64_t period) {
   const int64_t last_whole = num_visual_tokens / period * period;
   int64_t peak = std::min(keep, first + last_whole) + num_visual_tokens - last_whole;
