@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import nn
 from transformers import JanusConfig, JanusForConditionalGeneration
 
+from .checkpoints import UNUSED
 from .internals import without_weights
 
 
@@ -22,7 +24,7 @@ class _LeftOut(nn.Module):
                          "transformers' JanusForConditionalGeneration to describe pictures or to write text")
 
 
-@without_weights(r"^model\.vision_model\.", r"^model\.aligner\.", r"^lm_head\.")
+@without_weights(*(f"^{re.escape(prefix)}" for prefix in UNUSED))
 class PictureJanus(JanusForConditionalGeneration):
     """A Janus without vision tower, its aligner and the text head, which drawing does not use.
 

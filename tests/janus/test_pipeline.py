@@ -14,6 +14,7 @@ import torch
 from PIL.Image import Image
 
 from ssd_janus import Pipeline, disable, enable
+from ssd_janus.checkpoints import fingerprint
 from ssd_janus.engine import decode, memory
 from ssd_kernels import CachePlan, HeadSpec, policies
 
@@ -68,6 +69,7 @@ def test_drawing_needs_no_vision_tower(folder: Path) -> None:
     names = {name for name, _ in pipe.model.named_parameters()}
     left_out = {name for name, _ in whole.named_parameters()} - names
     assert left_out and all(name.startswith(("model.vision_model.", "model.aligner.", "lm_head.")) for name in left_out)
+    assert fingerprint(pipe.model) == fingerprint(whole)
     assert not any(parameter.is_meta for parameter in pipe.model.parameters())
     assert torch.equal(pipe.generate_tokens("a heart"), Pipeline(whole, pipe.processor).generate_tokens("a heart"))
     with pytest.raises(ValueError, match="loaded for drawing, without its vision tower and text head"):
