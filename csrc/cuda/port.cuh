@@ -83,6 +83,8 @@ inline int32_t atomic_add(int32_t* at, int32_t value) {
   *at = static_cast<int32_t>(static_cast<uint32_t>(old) + static_cast<uint32_t>(value));
   return old;
 }
+inline int32_t load_relaxed(const int32_t* at) { return *at; }
+inline void store_relaxed(int32_t* at, int32_t value) { *at = value; }
 template <class T>
 T load_shared_by_blocks(const T* at) {
   return *at;
@@ -144,6 +146,15 @@ SSD_DEVICE T* whole(T* pointer) {
 // What a block has written before the fence is seen by blocks that see what it wrote after.
 SSD_DEVICE void fence() { __threadfence(); }
 SSD_DEVICE int32_t atomic_add(int32_t* at, int32_t value) { return atomicAdd(at, value); }
+// Of words that other blocks change by atomic_add meanwhile: plain accesses would race with that.
+SSD_DEVICE int32_t load_relaxed(const int32_t* at) {
+  int32_t value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+SSD_DEVICE void store_relaxed(int32_t* at, int32_t value) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
 // Past the first-level cache, which other blocks' writes don't reach.
 SSD_DEVICE float load_shared_by_blocks(const float* at) { return __ldcg(at); }
 SSD_DEVICE int32_t load_shared_by_blocks(const int32_t* at) { return __ldcg(at); }
