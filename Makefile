@@ -10,6 +10,8 @@
 #   make quality   scores and fidelity of the included model, full cache beside compressed -> docs/quality.md
 #   make policies  every policy at every budget, with the included model; long -> docs/policy-results.md
 #   make pins      refresh the pinned releases of everything the others install, and say what moved -> constraints/cpu.txt
+#   make compat    the essential checks with older and newer releases, and other Pythons -> docs/compatibility.md
+#   make newest    the same with the newest release of everything: what would break
 #   make lint      ruff, mypy --strict, clang-format       (make format repairs what can be repaired)
 #
 # On a machine with a GPU, `make test CONSTRAINTS=` takes torch as pip finds it, not the CPU build.
@@ -22,7 +24,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 POLICY      ?= ssd_guarded
 SEEDS       ?= 1
 OUT         ?= gpu
+COMPAT      ?= --write docs/compatibility.md
 COMPARE     ?= --fidelity-prompts 6 --prompts 30
+WORKERS     ?= -n auto --maxprocesses 16
 GPU_TESTS   ?= tests/kernels
 SANITIZERS  := gpu-memcheck gpu-racecheck gpu-initcheck gpu-synccheck
 
@@ -33,7 +37,7 @@ SOURCES     := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/kernels/*.cpp)
 
 .PHONY: demo test triton simulation gpu gpu-build gpu-test gpu-sanitize $(SANITIZERS) gpu-bench bench quality policies \
-	lint format pins clean
+	lint format pins compat newest clean
 
 # Passive waiting: on a busy machine, threads that spin while they wait can turn seconds into minutes.
 demo: export OMP_WAIT_POLICY := passive
@@ -44,13 +48,13 @@ test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.built
 	$(BIN)/python -m tests.kernels.simulation
 	SSD_SIMULATION_SANITIZED=1 $(BIN)/python -m tests.kernels.simulation
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels -k 'triton and not test_triton' -m 'not gpu and not slow and not exhaustive' -W ignore
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS) tests/kernels -k 'triton and not test_triton' -m 'not gpu and not slow and not exhaustive' -W ignore
 
 # Every parameter of the contract tests in Triton's interpreter; `make test` has every test, with some of them.
 triton: export OMP_WAIT_POLICY := passive
 triton: $(VENV)/.built
-	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/kernels -k 'triton and not test_triton' -m 'not gpu' -W ignore
+	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS) tests/kernels -k 'triton and not test_triton' -m 'not gpu' -W ignore
 
 # Installs nothing: a machine with a GPU brings its own torch, Triton and pytest. A part that fails does not keep the
 # others from running, and fails the whole.
@@ -85,12 +89,12 @@ simulation: export OMP_NUM_THREADS := 1
 simulation: $(VENV)/.built
 	$(BIN)/python -m tests.kernels.simulation
 	SSD_SIMULATION_SANITIZED=1 $(BIN)/python -m tests.kernels.simulation
-	for seed in $(SEEDS_OF_THREADS); do SSD_SIMULATION_SEED=$$seed $(BIN)/python -m pytest -q -n auto tests/kernels \
+	for seed in $(SEEDS_OF_THREADS); do SSD_SIMULATION_SEED=$$seed $(BIN)/python -m pytest -q $(WORKERS) tests/kernels \
 		-k simulated_cuda -m 'not gpu' || exit 1; done
 	LD_PRELOAD="$$(for name in asan stdc++; do realpath $$($(or $(CXX),g++) -print-file-name=lib$$name.so); done | xargs)" \
 		SSD_SIMULATION_SANITIZED=1 \
 		SSD_SIMULATION_SEED=3 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 $(BIN)/python -m pytest -q \
-		-n auto tests/kernels -k 'simulated_cuda and not inductor' -m 'not gpu'
+		$(WORKERS) tests/kernels -k 'simulated_cuda and not inductor' -m 'not gpu'
 
 bench: $(VENV)/.built
 	$(BIN)/ssd-bench suite --readme README.md
@@ -117,8 +121,18 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
+# Other releases of what this builds on, from folders that are kept (SSD_COMPAT_CACHE, else build/compat: gigabytes).
+# `make compat COMPAT=` only prints the table; `make compat COMPAT="--only triton"` only some of it.
+compat: $(VENV)/.built
+	$(PIP) uv
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/compat.py $(COMPAT)
+
+newest: $(VENV)/.built
+	$(PIP) uv
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/compat.py --newest
+
 pins: | $(BIN)/python
-	$(PIP) uv tomli
+	$(PIP) uv "tomli; python_version < '3.11'"
 	PATH="$(BIN):$$PATH" $(BIN)/python tools/pins.py
 
 clean:

@@ -31,6 +31,7 @@ PACKAGE_DIRS = {
     "ssd_shapes": "python/ssd_shapes",
     "ssd_bench": "bench",
 }
+DATA_PACKAGES = ("ssd_shapes.assets", "ssd_shapes.model")  # files and no code: pyproject.toml says which
 
 
 def nvcc_candidates(env: Mapping[str, str]) -> list[tuple[str, str | None]]:
@@ -127,7 +128,7 @@ class CMakeBuild(build_ext):
 
 
 def packages() -> list[str]:
-    found = []
+    found = list(DATA_PACKAGES)
     for name, folder in PACKAGE_DIRS.items():
         found += [name, *(f"{name}.{sub}" for sub in find_packages(str(ROOT / folder)))]
     return found

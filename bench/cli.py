@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ssd_janus.options import one_line_errors
+from ssd_janus import waiting
+from ssd_janus.cli.terminal import as_command
+from ssd_kernels.files import check_folder
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +35,13 @@ Trials = Annotated[int, typer.Option(min=1, help="Rounds over all contenders.")]
 @app.callback()
 def main() -> None:
     """Benchmarks of ssd_kernels: strong rivals, cold caches, one run."""
+    waiting.prepare()
 
 
 @app.command()
+@as_command
 def kernel(
+    context: typer.Context,
     batch: Annotated[list[int], typer.Option(help="Rows; a picture with guidance takes two.")] = [16],  # noqa: B006
     heads: Annotated[list[int], typer.Option(help="KV heads of the layer.")] = [16],  # noqa: B006
     head_dim: Annotated[list[int], typer.Option(help="Elements per key.")] = [128],  # noqa: B006
@@ -71,7 +76,9 @@ def kernel(
     from .kernel import Options, any_wrong, measure
     from .point import Point
 
+    _refuse_ignored(context, "--plan" if plan else "--policy" if policy else None, KERNEL_OPTIONS)
     where = _device(device, threads)
+    _check_out(out)
     _check_backends(backend)
     points: list[Point] = []
     buffers: Sequence[int] = row_buffer
@@ -90,6 +97,12 @@ def kernel(
     raise typer.Exit(any_wrong(lines))
 
 
+# What options say nothing, by what decides the lengths: a plan, a policy or the options themselves.
+KERNEL_OPTIONS = {
+    "--plan": ("mean", "full", "spread", "score", "row_buffer", "heads", "budget"),
+    "--policy": ("mean", "full", "spread", "score", "layer"),
+    None: ("layer", "budget", "prompt", "start")}
+
 Model = Annotated[list[str], typer.Option(help="included, 1b or 7b (random weights), or a folder or hub id.")]
 Pictures = Annotated[list[int], typer.Option(help="Pictures at once; two rows each.")]
 DType = Annotated[list[str], typer.Option(help="float32, bfloat16 or float16.")]
@@ -100,6 +113,7 @@ Only = Annotated[list[str] | None, typer.Option(help="Only contenders whose name
 
 
 @app.command()
+@as_command
 def step(
     model: Model = ["included"],  # noqa: B006
     pictures: Pictures = [1, 8],  # noqa: B006
@@ -122,7 +136,9 @@ def step(
 
 
 @app.command()
+@as_command
 def image(
+    context: typer.Context,
     model: Model = ["included"],  # noqa: B006
     pictures: Pictures = [8],  # noqa: B006
     dtype: DType = ["float32"],  # noqa: B006
@@ -139,6 +155,8 @@ def image(
     out: Out = None,
 ) -> None:
     """Whole pictures: pictures per second, cost against the place in the picture, memory."""
+    if largest_in is not None:
+        _refuse_ignored(context, "--largest-in", {"--largest-in": ("pictures",)})
     _decoder(model, pictures, dtype, None, steps, budget, row_buffer, compiled, only, _device(device, threads), trials,
              as_json, out, largest_in)
 
@@ -151,16 +169,23 @@ def _decoder(models: list[str], pictures: list[int], dtypes: list[str], start: i
     from .models import load
     from .point import DTYPES
 
+    _check_out(out)
     for name in dtypes:
         if name not in DTYPES:
             raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}, got {name!r}", param_hint="--dtype")
+    for count in pictures:
+        if count < 1:
+            raise typer.BadParameter(f"must be at least 1, got {count}", param_hint="--pictures")
 
     def job(what: tuple[str, str], report: Any) -> list[Record]:
         name, dtype = what
         report(f"loading {name}")
         model, prompt = load(name, DTYPES[dtype], device)
-        found = [loop for loop in loops(model, prompt, compiled, budgets, row_buffers)
-                 if not only or any(part in loop.name for part in only)]
+        known = list(loops(model, prompt, compiled, budgets, row_buffers))
+        found = [loop for loop in known if not only or any(part in loop.name for part in only)]
+        if not found:
+            raise ValueError(f"only must be part of one of {'; '.join(loop.name for loop in known)}, got "
+                             f"{', '.join(only or ())}")
         label, lines = (name if not Path(name).is_dir() else Path(name).name), []
         if largest_in is not None:
             for loop in found:
@@ -180,31 +205,47 @@ def _decoder(models: list[str], pictures: list[int], dtypes: list[str], start: i
 
 
 @app.command()
+@as_command
 def suite(
     results: Annotated[Path, typer.Option(help="Folder that holds a folder per machine.")] = Path("bench/results"),
     minutes: Annotated[float, typer.Option(help="Begin nothing more after this long.")] = 8,
     threads: Threads = 0,
     readme: Annotated[Path | None, typer.Option(help="Markdown file whose marked table to refresh.")] = None,
 ) -> None:
-    """The CPU set of `make bench`: the kernel beside all rivals, sweeps, steps and pictures of the included model."""
-    from rich.console import Console
+    """The CPU set of `make bench`: the kernel beside all rivals, sweeps, steps and pictures of the included model.
 
+    Exits with 1 when one of our backends computes something wrong.
+    """
+    from .kernel import any_wrong
     from .records import read
-    from .report import refresh, save
+    from .report import check_page, needs_matplotlib, refresh, save
     from .suite import run
+    from .terminal import print_records, status
 
+    check_folder(results)
+    needs_matplotlib()
+    if readme is not None:
+        check_page(readme)
     _device("cpu", threads)
-    with Console(stderr=True).status("starting") as status:
-        folder, left = run(results, minutes, status.update, print_records)
+    measured: list[Record] = []
+
+    def done(lines: list[Record]) -> None:
+        measured.extend(lines)
+        print_records(lines)
+
+    with status() as report:
+        folder, left = run(results, minutes, report, done)
     for what in left:
         typer.echo(f"left out for lack of time: {what}", err=True)
     save(read(folder), folder / "report.html")
     if readme is not None:
         refresh(readme, read(folder / "kernel.jsonl"))
     typer.echo(folder)
+    raise typer.Exit(any_wrong(measured))
 
 
 @app.command()
+@as_command
 def compare(
     before: Annotated[Path, typer.Argument(metavar="A", help="Result file or folder.", exists=True)],
     after: Annotated[Path, typer.Argument(metavar="B", help="Result file or folder.", exists=True)],
@@ -213,22 +254,23 @@ def compare(
     """Ratios B / A of what both measured, and which of them are within the noise."""
     from .compare import COLUMNS, comparison, rows
     from .records import read
+    from .terminal import print_table
 
     try:
         found = comparison(read(before), read(after))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    for warning in found.warnings:
+        typer.echo(f"note: {warning}", err=True)
     if as_json:
         for one in found.pairs:
             typer.echo(json.dumps(one.to_dict()))
         return
-    for warning in found.warnings:
-        typer.echo(f"note: {warning}", err=True)
     print_table("B / A", COLUMNS, rows(found), 2)
 
 
 @app.command()
-@one_line_errors
+@as_command
 def plot(files: Files, out: Annotated[Path, typer.Option(help="Folder for PNG and SVG files.")]) -> None:
     """Draw roofline, time against batch and slots, step breakdown and memory, as far as the results go."""
     from .plot import save_all
@@ -239,7 +281,7 @@ def plot(files: Files, out: Annotated[Path, typer.Option(help="Folder for PNG an
 
 
 @app.command()
-@one_line_errors
+@as_command
 def report(
     files: Files,
     out: Annotated[Path | None, typer.Option(help="HTML file to write, self-contained.")] = None,
@@ -264,11 +306,38 @@ def report(
 
 
 def _read(read: Any, files: list[Path]) -> list[Record]:
+    from .report import mixed
+
     try:
         found: list[Record] = read(*files)
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
+    if note := mixed(found):
+        typer.echo(f"note: {note}", err=True)
     return found
+
+
+def _refuse_ignored(context: typer.Context, chosen: str | None, ignored: Mapping[str | None, Sequence[str]]) -> None:
+    """Refuse options that say nothing beside, or without, another.
+
+    Args:
+        context: of the command.
+        chosen: the option that was given.
+        ignored: parameters that say nothing, by that option.
+    """
+    for name in ignored[chosen]:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            why = f"says nothing beside {chosen}" if chosen else "needs --plan or --policy"
+            raise typer.BadParameter(why, param_hint=f"--{name.replace('_', '-')}")
+
+
+def _check_out(out: Path | None) -> None:
+    """Results must be writable before anything is measured."""
+    if out is not None:
+        if out.is_dir():
+            raise typer.BadParameter(f"must be a file, got the folder {out}", param_hint="--out")
+        check_folder(out.parent)
 
 
 def _device(name: str, threads: int) -> torch.device:
@@ -319,14 +388,13 @@ def _planned(path: Path | None, layer: int, policy: str | None, budgets: Sequenc
 
 def _run(jobs: list[tuple[Any, Any]], as_json: bool, out: Path | None) -> list[Record]:
     """Do the jobs, (what, function of it and of a progress callback), and print or write what each gives at once."""
-    from rich.console import Console
-
     from .records import write
+    from .terminal import print_records, status
 
-    console, lines = Console(stderr=True), []
-    for number, (what, job) in enumerate(jobs, 1):
-        with console.status("starting") as status:
-            found = job(what, lambda text: status.update(f"{number} of {len(jobs)}: {text}"))  # noqa: B023
+    lines: list[Record] = []
+    for number, (what, job) in enumerate(jobs):
+        with status() as report:
+            found = job(what, lambda text: report(f"{number + 1} of {len(jobs)}: {text}", number / len(jobs)))  # noqa: B023
         lines += found
         if out is not None:
             write(lines, out)
@@ -336,29 +404,3 @@ def _run(jobs: list[tuple[Any, Any]], as_json: bool, out: Path | None) -> list[R
         else:
             print_records(found)
     return lines
-
-
-def print_records(lines: Sequence[Record]) -> None:
-    """Print a table per point, with the machine below."""
-    from .tables import describe, machine_line, points
-
-    for group in points(lines):
-        title, columns, rows, texts = describe(group)
-        print_table(title, columns, rows, texts)
-        typer.echo(machine_line(group[0]) + "\n")
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> None:
-    """Print a table whose first ``texts`` columns are text and the others numbers."""
-    import sys
-
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number < texts else "right", no_wrap=number >= texts,
-                         min_width=16 if number < texts else None)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)

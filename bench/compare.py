@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .records import Record, key, measured
+from .records import SAME_MACHINE, Record, differing, key, measured
 
 COLUMNS = ("", "point", "A us", "B us", "B / A", "noise", "verdict")
-SAME_MACHINE = ("processor", "cores", "threads", "instruction_set", "gpu", "driver", "torch")
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,22 @@ def comparison(a: Sequence[Record], b: Sequence[Record]) -> Comparison:
     Raises:
         ValueError: they have no measurement in common.
     """
-    first, second = ({key(line): line for line in measured(lines)} for lines in (a, b))
+    timed = [measured(lines) for lines in (a, b)]
+    first, second = ({key(line): line for line in lines} for lines in timed)
     common = [name for name in first if name in second]
     if not common:
         raise ValueError("A and B have no measurement in common")
     warnings = []
     for name in SAME_MACHINE:
-        values = [sorted({str(line["machine"].get(name)) for line in lines.values()}) for lines in (first, second)]
-        if values[0] != values[1]:
-            warnings.append(f"{name} differs: {', '.join(values[0])} against {', '.join(values[1])}")
-    for label, mine, other in (("A", first, second), ("B", second, first)):
+        # Pair by pair: both sets may hold the same two machines.
+        values = {tuple(str(line["machine"].get(name)) for line in (first[one], second[one])) for one in common}
+        if apart := sorted(pair for pair in values if pair[0] != pair[1]):
+            warnings.append(f"{name} differs: {'; '.join(' against '.join(pair) for pair in apart)}")
+    for label, lines, mine, other in (("A", timed[0], first, second), ("B", timed[1], second, first)):
+        if len(lines) > len(mine):
+            warnings.append(f"{len(lines) - len(mine)} measurements are in {label} more than once; the last ones count")
+        if inside := differing(mine.values()):
+            warnings.append(f"{label} holds results that differ in {', '.join(inside)}")
         alone = len(mine.keys() - other.keys())
         if alone:
             warnings.append(f"{alone} measurements are in {label} only")

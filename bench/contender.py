@@ -99,8 +99,8 @@ def check_output(out: torch.Tensor, q: torch.Tensor, kept: Callable[[int, int], 
                  rows: Sequence[int]) -> None:
     """Compare ``out [B, H, D]`` with float64 attention of ``q [B, H, D]`` over ``kept(row, head)``.
 
-    Allowed is twice the largest error of the same computation done by torch in the same dtype, plus 1e-5 (SPEC
-    section 3, "Tolerance").
+    Allowed is twice the largest error of the same computation done by torch in the same dtype, plus 1e-5
+    (docs/specification.md, section 3.10).
 
     Raises:
         WrongResult: it differs, or is not a number.

@@ -12,10 +12,10 @@ import typer
 
 from ssd_kernels import CachePlan, HeadSpec
 
-from .cli import print_records, print_table
-from .kernel import OK, Options, any_wrong, measure, share
+from .kernel import Options, any_wrong, measure, share
 from .point import Point
-from .records import Record, write
+from .records import OK, Record, write
+from .terminal import print_records, print_table
 
 HEADS, HEAD_DIM, DTYPE = 16, 128, "bfloat16"  # Janus-Pro-1B
 TOKENS, PROMPT, START = 576, 24, 480

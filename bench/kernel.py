@@ -14,12 +14,11 @@ from ssd_kernels import backends
 from . import machine, ours, rivals, rivals_gpu
 from .contender import Arena, Built, Contender, NotInstalled, WrongResult, copies_of, count_launches, fill
 from .point import Point
-from .records import Record, record
+from .records import OK, Record, record
 from .timing import REPETITIONS, TRIALS, Timing, Work, stopwatch, time_in_turn
 
 LARGE = 128 * 2**20  # bytes of a read or copy in which starting it counts for nothing
 READ, READ_LARGE, COPY_LARGE = "read the kept bytes once", "large read", "large copy"
-OK = "ok"
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,20 @@ class Options:
 
 
 def contenders(point: Point, options: Options) -> list[Contender]:
-    """Ours first, then the rivals for the device, as far as ``options.only`` asks for them."""
+    """Ours first, then the rivals for the device, as far as ``options.only`` asks for them.
+
+    Raises:
+        ValueError: it asks for none of them.
+    """
     arena = Arena(point, options.device)
     found = ours.contenders(point, options.backend_names(), options.scored, options.row_buffers, options.device)
     found += rivals.contenders(point, arena, options.device)
     if options.device.type == "cuda":
         found += rivals_gpu.contenders(point, arena, options.device)
+    names = [one.name for one in found]
     found = [one for one in found if not options.only or any(part in one.name for part in options.only)]
+    if not found:
+        raise ValueError(f"only must be part of one of {'; '.join(names)}, got {', '.join(options.only)}")
     available = machine.available_bytes(options.device)
     arena.reserve(max((one.needs for one in found if one.backend is None and one.needs < available), default=0))
     return found

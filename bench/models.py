@@ -38,7 +38,8 @@ def random_model(hidden: int, intermediate: int, layers: int, heads: int, dtype:
                  device: torch.device) -> Any:
     """A Janus of these sizes with random weights, 24 x 24 tokens of 16384 codes, and a small picture decoder."""
     from transformers import GenerationConfig, JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
-    from transformers.initialization import no_init_weights
+
+    from ssd_janus.internals import no_init_weights
 
     text = LlamaConfig(vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate,
                        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
@@ -62,6 +63,6 @@ def random_model(hidden: int, intermediate: int, layers: int, heads: int, dtype:
             tensor.data.mul_(tensor.shape[-1] ** -0.5)
         else:
             tensor.data.fill_(0.0 if name.endswith("bias") else 1.0)
-    model.generation_config = GenerationConfig(bos_token_id=BOS, pad_token_id=PAD, _from_model_config=False,
+    model.generation_config = GenerationConfig(bos_token_id=BOS, pad_token_id=PAD,
                                                generation_kwargs={"boi_token_id": BEGIN})
     return model.to(device).eval()

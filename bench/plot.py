@@ -12,7 +12,7 @@ from ssd_janus.extras import needs
 from ssd_kernels.files import write_atomically
 
 from .kernel import READ
-from .records import Record, measured
+from .records import Record, differing, measured
 from .tables import decoder_title
 
 MARKERS, LINES = "os^Dv*P<X>hp", ("-", "--", "-.", ":")
@@ -91,12 +91,19 @@ def _styles(lines: Sequence[Record]) -> dict[str, dict[str, Any]]:
 
 
 def _panels(lines: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """One panel per device and dtype."""
+    """One panel per device, run and dtype."""
     groups: dict[str, list[Record]] = {}
+    apart = _apart(lines)
     for line in lines:
         where = line["machine"].get("gpu") or line["machine"]["processor"]
-        groups.setdefault(f"{where}, {line['point']['dtype']}", []).append(line)
+        groups.setdefault(f"{where}, {line['point']['dtype']}{apart(line)}", []).append(line)
     return list(groups.items())
+
+
+def _apart(lines: Sequence[Record]) -> Callable[[Record], str]:
+    """What tells the runs among records apart, to be added to a title: numbers of several are never in one panel."""
+    names = list(differing(lines))
+    return lambda line: "".join(f"\n{name} {line['machine'].get(name)}" for name in names)
 
 
 def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
@@ -196,8 +203,9 @@ def _sweep(lines: Sequence[Record], axis: str, xlabel: str, value: Callable[[Rec
 
 def _by_title(lines: Sequence[Record]) -> dict[str, list[Record]]:
     groups: dict[str, list[Record]] = {}
+    apart = _apart(lines)
     for line in lines:
-        groups.setdefault(decoder_title(line), []).append(line)
+        groups.setdefault(decoder_title(line) + apart(line), []).append(line)
     return groups
 
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ssd_janus.extras import needs
 from ssd_kernels.files import write_atomically
+from ssd_kernels.reading import read_text
 
 from .plot import figures, render
-from .records import LEFT_OUT, Record
+from .records import LARGEST, LEFT_OUT, Record, differing
 from .tables import COLUMN_NOTES, DECODER_NOTES, describe, goals, machine_line, markdown, points
 
 BEGIN, END = "<!-- kernel-table:begin -->", "<!-- kernel-table:end -->"
@@ -57,6 +59,7 @@ def page(lines: Sequence[Record]) -> str:
              "<p>One decode step of attention over per-head compressed caches, beside what else can do it on the same "
              "machine in the same run. A contender whose output or kept tokens are wrong gets no number.</p>",
              "<h2>Machines</h2><ul>", *(f"<li>{_text(name)}</li>" for name in machines), "</ul>",
+             *([f"<p>{_text(note)}.</p>"] if (note := mixed(lines)) else ()),
              *(["<h2>Left out for lack of time</h2><ul>", *(f"<li>{_text(name)}</li>" for name in missing), "</ul>"]
                if missing else ()),
              "<h2>How to read the tables</h2><dl>",
@@ -71,11 +74,36 @@ def page(lines: Sequence[Record]) -> str:
             f"<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n")
 
 
+def needs_matplotlib() -> None:
+    """Raises an ImportError that names the extra where `page` could not be made."""
+    with needs("plot", "matplotlib"):
+        import matplotlib  # noqa: F401
+
+
+def mixed(lines: Sequence[Record]) -> str | None:
+    """What a reader must know about results of several runs side by side; None for those of one."""
+    found = [f"{name} ({', '.join(values)})" for name, values in differing(lines).items()]
+    return f"results of several runs, which differ in {'; '.join(found)}" if found else None
+
+
 def save(lines: Sequence[Record], path: Path) -> None:
     """Write `page`; the file appears whole or not at all."""
     text = page(lines)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def check_page(path: Path) -> str:
+    """The text of a Markdown file that `refresh` can change.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: the markers are not there, once each and in order.
+    """
+    text = read_text(path, LARGEST)
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path} must hold {BEGIN} and then {END}, once each")
+    return text
 
 
 def refresh(path: Path, lines: Sequence[Record]) -> None:
@@ -84,9 +112,7 @@ def refresh(path: Path, lines: Sequence[Record]) -> None:
     Raises:
         ValueError: the markers are not there, once each and in order; the file is left as it was.
     """
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} must hold {BEGIN} and then {END}, once each")
+    text = check_page(path)
     tables = []
     for group in points(lines):
         title, columns, rows, texts = describe(group)
@@ -115,9 +141,10 @@ def _table(group: Sequence[Record]) -> str:
 def _machine(line: Record) -> str:
     about: dict[str, Any] = line["machine"]
     cpu = (f"{about['processor']}, {about['cores']} cores, {about['memory_bytes'] / 2**30:.0f} GB, "
-           f"{about['instruction_set']}")
+           f"{about['instruction_set']}, {about['threads']} threads")
     gpu = f"; {about['gpu']}, driver {about['driver']}, CUDA {about['cuda']}" if about.get("gpu") else ""
-    return f"{cpu}{gpu}; Python {about['python']}, torch {about['torch']}, ssd_kernels {about['ssd_kernels']}"
+    return (f"{cpu}{gpu}; Python {about['python']}, torch {about['torch']}, ssd_kernels {about['ssd_kernels']}, commit "
+            f"{about['commit']}")
 
 
 def _cell(tag: str, text: str, left: bool) -> str:

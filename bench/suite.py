@@ -19,6 +19,7 @@ from .tables import describe
 
 if TYPE_CHECKING:
     from .decoder import Setting
+    from .terminal import Report
 
 DTYPES = ("float32", "bfloat16")
 MAIN = Point.of_lengths()  # of the table in the README
@@ -26,7 +27,6 @@ MAIN = Point.of_lengths()  # of the table in the README
 SWEPT = ("cpu: heavy", "mean length", "SDPA padded", "SDPA full")
 BATCHES, MEANS = (1, 4, 64), (30, 80, 200)
 PICTURES = (1, 8, 32)
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Job:
 
     kind: str
     point: dict[str, Any]
-    run: Callable[[Report], list[Record]]
+    run: Callable[[Callable[[str], None]], list[Record]]
 
 
 def kernel_jobs() -> Iterator[Job]:
@@ -73,7 +73,7 @@ def _kernel_job(point: Point, options: Options) -> Job:
     return Job("kernel", point.to_dict() | where, functools.partial(measure, point, options))
 
 
-def _decoder(setting: Setting, report: Report) -> list[Record]:
+def _decoder(setting: Setting, report: Callable[[str], None]) -> list[Record]:
     from . import decoder, models
 
     model, prompt = models.load(setting.model, getattr(torch, setting.dtype), torch.device("cpu"))
@@ -92,22 +92,26 @@ def run(results: Path, minutes: float, report: Report, done: Callable[[list[Reco
     Args:
         results: folder of the machines' folders.
         minutes: no job is begun after this long.
-        report: told what is being done. done: given every job's records.
+        report: told what is being done, and the share of the jobs that are done. done: given every job's records.
 
     Returns:
         the machine's folder, and what was left out for lack of time.
     """
     about = machine.facts(torch.device("cpu"))
     folder, began, left = results / machine.folder_name(about), clock(), []
-    for name, jobs in FILES.items():
+    listed = {name: list(jobs()) for name, jobs in FILES.items()}
+    number, total = 0, sum(map(len, listed.values()))
+    for name, jobs in listed.items():
         lines: list[Record] = []
-        for job in jobs():
+        for job in jobs:
+            share = number / total
+            number += 1
             if clock() - began > 60 * minutes:
                 missing = left_out(job.kind, about, job.point, f"its turn came after {minutes:g} minutes")
                 lines.append(missing)
                 left.append(f"{name}: {describe([missing])[0]}")
             else:
-                found = job.run(lambda text, name=name: report(f"{name}: {text}"))  # type: ignore[misc]
+                found = job.run(lambda text: report(f"{name}, {number} of {total}: {text}", share))  # noqa: B023
                 done(found)
                 lines += found
             write(lines, folder / name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from .kernel import OK, ours_of, share
-from .records import Record
+from .kernel import ours_of, share
+from .records import OK, Record
 
 DECODER_COLUMNS = ("", "ms/step", "+-", "linear", "attention", "rest", "tok/s", "pict./s", "first..last row",
                    "cache MB", "peak MB", "x transf.", "x full")
@@ -79,7 +79,12 @@ def machine_line(line: Record) -> str:
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 2) -> str:
     """A Markdown table; columns after the first ``text_columns`` are aligned right."""
     marks = ["---"] * text_columns + ["---:"] * (len(columns) - text_columns)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, marks, *rows)) + "\n"
+    return "\n".join("| " + " | ".join(map(markdown_cell, row)) + " |" for row in (columns, marks, *rows)) + "\n"
+
+
+def markdown_cell(text: str) -> str:
+    """A text that stays in its cell and is no HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 GOAL_POINT = {"device": "cpu", "batch": 16, "heads": 16, "head_dim": 128, "mean": 120, "full": 600}

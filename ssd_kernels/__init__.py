@@ -5,8 +5,9 @@ import torch  # noqa: F401  # isort: skip
 
 from . import ops  # noqa: F401  # registers torch.ops.ssd_kernels
 from .cache import CompressedCache
+from .heads import HeadSpec
 from .info import info
-from .plan import CachePlan, HeadSpec
+from .plan import CachePlan
+from .version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["CachePlan", "CompressedCache", "HeadSpec", "info"]
+__all__ = ["CachePlan", "CompressedCache", "HeadSpec", "__version__", "info"]

@@ -7,16 +7,50 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from .plan import SCORE_RULES, CachePlan, HeadSpec, check_int, peak_tokens
+from .arguments import check_int
+from .heads import SCORE_RULES, HeadSpec
+from .reading import shown
 
 KEEP_ALL = 2**31 - 1
 TABLE_COLUMNS = 8
 RECENT = 4  # the head table's column of protected newest tokens
 WORD_BITS = 32
 KIND_CODES = {"full": 0, "window": 1, "heavy": 2}
+
+
+class Eviction(Protocol):
+    """When a plan evicts, and what; `CachePlan` is one."""
+
+    @property
+    def row_buffer(self) -> int: ...
+    @property
+    def keep_prompt(self) -> bool: ...
+
+
+def peak_tokens(keep: int | None, first: int, num_visual_tokens: int, row_buffer: int) -> int:
+    """Largest number of evictable tokens a head ever holds, the newest one before its eviction included.
+
+    Tokens are evicted down to ``keep`` at the end of every block of ``max(row_buffer, 1)`` steps.
+
+    Args:
+        keep: W or M; None keeps everything.
+        first: evictable tokens present before the first step (the prompt when it is not kept for good, else 0).
+        num_visual_tokens: decode steps of a whole picture.
+        row_buffer: R, in steps.
+    """
+    if keep is None:
+        return first + num_visual_tokens
+    period = max(row_buffer, 1)
+    # The count only ever falls at block ends, so its maximum is at the end of the last whole block or of the rest.
+    last_whole = num_visual_tokens // period * period
+    starts_and_ends = [(last_whole, num_visual_tokens)]
+    if last_whole:
+        starts_and_ends.append((last_whole - period, last_whole))
+    return max(min(keep, first + start) + end - start for start, end in starts_and_ends)
 
 
 @dataclass(frozen=True)
@@ -72,11 +106,18 @@ class LayerLayout:
     longest: int
 
     @classmethod
-    def build(cls, specs: Sequence[HeadSpec], plan: CachePlan, max_prompt: int, num_visual_tokens: int,
+    def build(cls, specs: Sequence[HeadSpec], plan: Eviction, max_prompt: int, num_visual_tokens: int,
               track_scores: bool = False) -> LayerLayout:
-        """Lay out one layer's heads one after the other; ``track_scores`` gives all of them scores, not only heavy."""
+        """Lay out one layer's heads one after the other; ``track_scores`` gives all of them scores, not only heavy.
+
+        Raises:
+            TypeError, ValueError: ``max_prompt`` or ``num_visual_tokens`` is no int, or too small or too large.
+        """
         check_int("max_prompt", max_prompt, 0)
         check_int("num_visual_tokens", num_visual_tokens, 1)
+        if max_prompt + num_visual_tokens > KEEP_ALL:
+            raise ValueError(f"max_prompt and num_visual_tokens must be together at most {KEEP_ALL}, got "
+                             f"{shown(max_prompt)} and {shown(num_visual_tokens)}")
         heads: list[HeadRange] = []
         offset = score_offset = 0
         for spec in specs:
@@ -89,6 +130,9 @@ class LayerLayout:
                                    SCORE_RULES.index(spec.score), score_offset if scored else -1, ring))
             offset += capacity
             score_offset += capacity if scored else 0
+        if offset > KEEP_ALL:
+            raise ValueError(f"max_prompt = {max_prompt} and num_visual_tokens = {num_visual_tokens} give the heads of "
+                             f"a layer {offset} slots together, more than {KEEP_ALL}")
         return cls(tuple(heads), offset, score_offset, max_prompt, num_visual_tokens, min(plan.row_buffer, KEEP_ALL),
                    plan.keep_prompt, max((head.ring for head in heads if head.kind == "heavy"), default=0),
                    max(head.capacity for head in heads))

@@ -1,4 +1,4 @@
-"""The specification in plain torch: SPEC section 3, one function per rule, one head at a time.
+"""The specification in plain torch: docs/specification.md, section 3, one function per rule, one head at a time.
 
 Runs on any device and dtype and works on the same tensors as the compiled backends. It is the oracle they are
 tested against, so it is written to be read, not to be fast.
@@ -13,14 +13,14 @@ from typing import cast
 
 import torch
 
+from .heads import DECAY, SCORE_RULES
 from .layout import KEEP_ALL, RECENT, LayerLayout, RowView, pinned_tokens
-from .plan import DECAY, SCORE_RULES
 from .state import LayerState, Rotary
 
 
 def decode(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
            rotary: Rotary | None = None) -> torch.Tensor:
-    """One decode step of one layer for every batch row (SPEC section 3).
+    """One decode step of one layer for every batch row (docs/specification.md, section 3).
 
     Args:
         state: the layer's cache, changed in place.

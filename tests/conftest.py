@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-THREADS = 2
+THREADS = 2  # on any number of cores: work is split in every test, and nothing may depend on how many run at once
 
 settings.register_profile("ci", derandomize=True, database=None, deadline=None, max_examples=30,
                           suppress_health_check=[HealthCheck.too_slow])

@@ -17,7 +17,10 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-import tomli
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, PINS = ROOT / "constraints" / "cpu.in", ROOT / "constraints" / "cpu.txt"
@@ -36,7 +39,7 @@ def resolved() -> list[str]:
     Raises:
         subprocess.CalledProcessError: uv found no set of releases; it has said why.
     """
-    build = tomli.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     with tempfile.TemporaryDirectory() as folder:
         tools = Path(folder, "build.in")
         tools.write_text("\n".join(build))

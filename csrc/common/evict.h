@@ -1,4 +1,4 @@
-// The order in which heavy heads lose tokens: SPEC section 3, rule 4.
+// The order in which heavy heads lose tokens: docs/specification.md, section 3.4.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The decode step of SPEC section 3 for a run of (row, head) items, written once and compiled once per instruction
-// set: each kernels_*.cpp defines SSD_ISA and includes this file.
+// The decode step (docs/specification.md, section 3) for a run of (row, head) items, written once and compiled once per
+// instruction set: each kernels_*.cpp defines SSD_ISA and includes this file.
 //
 // An item's kept set is read exactly once, keys and then values. On cold caches the order of reading and what is
 // touched ahead of its use (items.h) decide the speed, not the instruction set.

@@ -1,5 +1,5 @@
-// The fused decode step of SPEC section 3: one block per (row, head), or per part of a long head. docs/cuda.md explains
-// it.
+// The fused decode step (docs/specification.md, section 3): one block per (row, head), or per part of a long head.
+// docs/cuda.md explains it.
 //
 // Logits, scores and ranks stay on chip, unless a head is split: then its last block finds the others' results in
 // memory and finishes the step.

@@ -1,4 +1,4 @@
-// Rule 4 of SPEC section 3 for one head by one block: which tokens lose, and winners into the losers' slots.
+// Rule 4 of docs/specification.md for one head by one block: which tokens lose, and winners into the losers' slots.
 #pragma once
 
 #include "common/evict.h"

@@ -1,5 +1,5 @@
-// Prompts into the slabs, one block per (prompt, head); with keep_prompt false rule 4 of SPEC section 3 is applied
-// once.
+// Prompts into the slabs, one block per (prompt, head); with keep_prompt false rule 4 of
+// docs/specification.md is applied once.
 #include "cuda/decode.h"
 #include "cuda/evict.cuh"
 #include "cuda/port.cuh"

@@ -1,33 +1,25 @@
-"""One `CompressedCache` behind transformers' cache, attention and mask interfaces.
+"""One `CompressedCache` behind transformers' cache interface.
 
 `LlamaAttention` hands whatever ``Cache.update`` returns to the attention function, so a layer of this cache returns
-itself: the attention function then asks the layer to attend. That is all the coupling there is.
+itself: while `internals.routed_attention` lasts, the layer is then asked to attend. That is all the coupling there is.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
 
 import torch
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.models.llama.modeling_llama import LlamaModel
+from transformers import Cache, CacheLayerMixin
 
 from ssd_kernels import CachePlan, CompressedCache
 
-ATTENTION = "ssd_janus"
-
-# The argument and the output that hold the cache: renamed in 5.24 of transformers. `inspect.signature` sees through its decorators.
-CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+from .internals import CACHE_NAME, MODEL_ARGUMENTS, KeyHandle, sdpa_attention_forward
 
 # Arguments that reach the attention function of a Janus and do not change what it computes. Anything else that is set
 # (softcap, sliding_window, s_aux, position_bias, ...) would be silently ignored, and so is refused.
-HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "guidance_scale", "output_attentions",
-                      "output_hidden_states", "return_dict"})
+HARMLESS = MODEL_ARGUMENTS | {"cache_position", "guidance_scale", "output_attentions", "output_hidden_states",
+                              "return_dict"}
 
 
 class Observer(Protocol):
@@ -49,6 +41,7 @@ class _Shared:
         compressed: the cache, made when the first prompt arrives and its shapes are known.
         length: tokens seen per row, left padding included. transformers derives the next position from it.
         next_position: the same count as a 0-d tensor on the device, so that a captured step counts on replay.
+        real: ``[B, P]``, which slots of the prompt hold tokens; None without padding.
         prompt_lens: real prompt tokens of each row.
         order: ``[B, max(prompt_lens)]`` slots of the real prompt tokens, or None without padding.
         finished: the `generate` call that owned this cache is over.
@@ -62,6 +55,7 @@ class _Shared:
         self.compressed: CompressedCache | None = None
         self.length = 0
         self.next_position: torch.Tensor | None = None
+        self.real: torch.Tensor | None = None
         self.prompt_lens: list[int] = []
         self.order: torch.Tensor | None = None
         self.finished = False
@@ -74,17 +68,13 @@ class _Shared:
             self.next_position = torch.zeros((), dtype=torch.long, device=keys.device)
         self.next_position += keys.shape[2]
 
-    def begin(self, query: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> CompressedCache:
-        """Read the real prompt lengths off the prefill's mask [B, 1, P, P] and make the cache."""
+    def begin(self, query: torch.Tensor, values: torch.Tensor) -> CompressedCache:
+        """Make the cache for the prompt's query [B, Hq, P, D] and values [B, H, P, D]."""
         rows, _, slots, head_dim = values.shape
         self.prompt_lens = [slots] * rows
-        if mask is not None:
-            # The last query sees every slot that is not padding.
-            real = mask[:, 0, -1].expand(rows, slots)
-            self.prompt_lens = real.sum(1).tolist()
-            self.order = real.int().argsort(dim=1, descending=True, stable=True)[:, :max(self.prompt_lens)]
-        if min(self.prompt_lens) == 0:
-            raise ValueError("attention_mask must leave at least one prompt token in every row, got a row of padding")
+        if self.real is not None:
+            self.prompt_lens = self.real.sum(1).tolist()
+            self.order = self.real.int().argsort(dim=1, descending=True, stable=True)[:, :max(self.prompt_lens)]
         self.compressed = CompressedCache(
             self.plan, batch_size=rows, num_query_heads=query.shape[1], head_dim=head_dim,
             max_prompt=max(self.prompt_lens), num_visual_tokens=self.num_visual_tokens, dtype=values.dtype,
@@ -96,7 +86,7 @@ class _Shared:
         """``tensor`` [B, H, P, D] with the real prompt tokens of every row moved to the front."""
         if self.order is None:
             return tensor
-        return torch.take_along_dim(tensor, self.order[:, None, :, None], dim=2)
+        return torch.take_along_dim(tensor, self.order[:, None, :, None].to(tensor.device), dim=2)
 
 
 def _unsupported(name: str) -> Callable[..., NoReturn]:
@@ -106,7 +96,7 @@ def _unsupported(name: str) -> Callable[..., NoReturn]:
     return method
 
 
-class CompressedLayer(CacheLayerMixin):
+class CompressedLayer(KeyHandle, CacheLayerMixin):
     """One layer of a `JanusCache`, and the handle that its attention function receives."""
 
     is_sliding = False
@@ -129,8 +119,8 @@ class CompressedLayer(CacheLayerMixin):
             ValueError: the cache was used by an earlier `generate`, or several tokens follow the prompt.
         """
         if self.shared.finished:
-            raise ValueError("past_key_values must be a fresh cache, got the compressed cache of a finished generate "
-                             "call; leave past_key_values out")
+            raise ValueError(f"{CACHE_NAME} must be a fresh cache, got the compressed cache of a finished generate "
+                             f"call; leave {CACHE_NAME} out")
         if self.prefilled and key_states.shape[2] != 1:
             raise ValueError(f"after the prompt a compressed cache takes 1 token per step, got {key_states.shape[2]}")
         if self.index == 0:
@@ -138,9 +128,21 @@ class CompressedLayer(CacheLayerMixin):
         self.pending = key_states, value_states
         return self, self
 
-    def attend(self, module: torch.nn.Module, query: torch.Tensor, mask: torch.Tensor | None,
-               scale: float | None) -> torch.Tensor:
-        """Attention of ``query`` [B, Hq, T, D] over the cache and the tokens of the last `update`: [B, T, Hq, D]."""
+    def attend(self, module: torch.nn.Module, query: torch.Tensor, mask: torch.Tensor | None, scaling: float | None,
+               dropout: float, **kwargs: Any) -> torch.Tensor:
+        """Attention of ``query`` [B, Hq, T, D] over the cache and the tokens of the last `update`: [B, T, Hq, D].
+
+        Raises:
+            ValueError: dropout, attention weights, or an argument this attention does not know.
+        """
+        if dropout:
+            raise ValueError(f"attention dropout must be 0 with a compressed cache, got {dropout}; call model.eval()")
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions must be False with a compressed cache, got True")
+        for name in kwargs.keys() - HARMLESS:
+            if kwargs[name] is not None:
+                raise ValueError(f"attention argument {name!r} is not supported with a compressed cache; allowed are "
+                                 f"{', '.join(sorted(HARMLESS))}")
         if self.pending is None:
             raise ValueError("attention on a compressed cache needs the update of the same step before it, got none")
         (keys, values), self.pending = self.pending, None
@@ -149,17 +151,17 @@ class CompressedLayer(CacheLayerMixin):
         shared = self.shared
         if self.prefilled and shared.compressed is not None:
             token = query[:, :, 0], keys[:, :, 0], values[:, :, 0]
-            out = shared.compressed.decode(self.index, *token, scale)
+            out = shared.compressed.decode(self.index, *token, scaling)
             if shared.observer is not None:
-                shared.observer.decode(self.index, *token, scale, out)
+                shared.observer.decode(self.index, *token, scaling, out)
             return out.unsqueeze(1)
-        compressed = shared.compressed or shared.begin(query, values, mask)
+        compressed = shared.compressed or shared.begin(query, values)
         prompt = shared.without_padding(keys), shared.without_padding(values)
         compressed.prefill(self.index, *prompt, shared.prompt_lens)
         self.prefilled = True
         if shared.observer is not None:
             shared.observer.prefill(compressed, self.index, *prompt, shared.prompt_lens)
-        return sdpa_attention_forward(module, query, keys, values, mask, scaling=scale)[0]
+        return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling)[0]
 
     def get_seq_length(self) -> int | torch.Tensor:
         """Tokens seen, not tokens stored: transformers takes the next position from it."""
@@ -183,11 +185,18 @@ class CompressedLayer(CacheLayerMixin):
 
 
 class JanusCache(Cache):
-    """The KV cache of one `generate` call under a plan."""
+    """The KV cache of one `generate` call under a plan.
+
+    Attributes:
+        guided: the call wants the unconditional rows, which Janus adds whatever the guidance scale.
+        called: the prompt has been handed over.
+    """
 
     def __init__(self, plan: CachePlan, num_visual_tokens: int, backend: str = "auto",
-                 observer: Observer | None = None) -> None:
+                 observer: Observer | None = None, guided: bool = True) -> None:
         self.shared = _Shared(plan, num_visual_tokens, backend, observer)
+        self.guided = guided
+        self.called = False
         super().__init__(layers=[CompressedLayer(index, self.shared) for index in range(plan.num_layers)])
 
     @property
@@ -195,41 +204,37 @@ class JanusCache(Cache):
         """The underlying cache; None before the prompt."""
         return self.shared.compressed
 
+    def inputs(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What the language model is to be called with instead of ``given``, its arguments by name.
+
+        Without guidance these are the conditional rows, the first half, because nothing would halve the logits again.
+        The mask is the prompt's as its attention wants it, [B, 1, P, P]; steps, where padding is gone, have none.
+
+        Raises:
+            ValueError: a row of padding.
+            RuntimeError: the prompt has not come to this cache.
+        """
+        inputs = dict(given)
+        rows = inputs["inputs_embeds"].shape[0]
+        if not self.guided:
+            for name in ("inputs_embeds", "attention_mask", "position_ids"):
+                if inputs.get(name) is not None and inputs[name].shape[0] == rows:
+                    inputs[name] = inputs[name][:rows // 2]
+        mask, inputs["attention_mask"] = inputs.get("attention_mask"), None
+        if self.called and self.compressed is None:
+            raise RuntimeError("the prompt never came to the compressed cache: a layer of the model computes attention "
+                               "without the cache that it is given")
+        if not self.called and mask is not None and not bool(mask.all()):
+            real = mask.bool().to(inputs["inputs_embeds"].device)
+            if not bool(real.any(1).all()):
+                raise ValueError("attention_mask must leave at least one prompt token in every row, got a row of "
+                                 "padding")
+            self.shared.real = real
+            causal = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
+            inputs["attention_mask"] = causal & real[:, None, None]
+        self.called = True
+        return inputs
+
     def finish(self) -> None:
         """Let no other `generate` call continue this cache."""
         self.shared.finished = True
-
-
-def attention(module: torch.nn.Module, query: torch.Tensor, key: Any, value: Any,
-              attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
-              **kwargs: Any) -> tuple[torch.Tensor, None]:
-    """transformers' attention function for a `JanusCache`: query [B, Hq, T, D] to [B, T, Hq, D].
-
-    Raises:
-        TypeError: the keys do not come from a `JanusCache`.
-        ValueError: dropout, attention weights, or an argument this attention does not know.
-    """
-    if not isinstance(key, CompressedLayer):
-        raise TypeError(f"attention {ATTENTION!r} works on the cache of an enabled model inside generate, got keys of "
-                        f"type {type(key).__name__}; call ssd_janus.enable(model, plan) instead of selecting it")
-    if dropout:
-        raise ValueError(f"attention dropout must be 0 with a compressed cache, got {dropout}; call model.eval()")
-    if kwargs.get("output_attentions"):
-        raise ValueError("output_attentions must be False with a compressed cache, got True")
-    for name in kwargs.keys() - HARMLESS:
-        if kwargs[name] is not None:
-            raise ValueError(f"attention argument {name!r} is not supported with a compressed cache; allowed are "
-                             f"{', '.join(sorted(HARMLESS))}")
-    return key.attend(module, query, attention_mask, scaling), None
-
-
-def mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
-    """transformers' mask function: the usual mask for the prompt, none for steps, where padding is gone already."""
-    if kv_length > q_length:
-        return None
-    return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **kwargs)
-
-
-# Without a mask function of the same name transformers would silently drop the padding mask.
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, mask)

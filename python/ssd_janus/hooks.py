@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
 import numbers
+import threading
 import types
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +20,15 @@ from transformers import JanusForConditionalGeneration
 import ssd_kernels
 from ssd_kernels import CachePlan
 
-from .cache import ATTENTION, CACHE_NAME, JanusCache, Observer
-from .engine import call, unfuse
-from .online import OnlinePlan, check_observer
+from .cache import JanusCache
+from .engine import call, fuse, unfuse
+from .internals import CACHE_NAME, checkpoints_layers, end_routing, routed_attention
+from .online import OnlinePlan
 from .shape import ModelShape
 
 _ENABLED = "_ssd_janus"
+_lock = threading.RLock()  # held while models are enabled and disabled, never while they draw
+BY_POSITION = tuple(inspect.signature(JanusForConditionalGeneration.generate).parameters)[1:4]
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class _Enabled:
     """Kept on an enabled model.
 
     Attributes:
-        plan, backend, shape, observer: what the caches are made from.
+        plan, backend, shape: what the caches are made from.
         inner: ``generate`` as found on the instance, or None when it was the class's own.
         engine: let the engine draw what it can.
     """
@@ -40,7 +45,6 @@ class _Enabled:
     backend: str
     shape: ModelShape
     inner: Callable[..., Any] | None
-    observer: Observer | None = None
     engine: bool = True
 
 
@@ -50,7 +54,7 @@ def enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str =
 
     Calls stay literally unchanged, and all of transformers' sampling options work. ``guidance_scale <= 1`` draws with
     one row per picture; None means the model's default. Text generation and plain forward passes are not touched:
-    attention is replaced only while pictures are drawn. Enabling again replaces plan and backend.
+    the call's cache decides what attends. Calls may run in several threads. Enabling again replaces plan and backend.
 
     Args:
         model: transformers' ``JanusForConditionalGeneration``.
@@ -63,22 +67,19 @@ def enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str =
         TypeError: another kind of model, or ``plan`` is no `CachePlan`.
         ValueError: the plan does not fit the model, or the backend is unknown or cannot run here.
     """
-    _enable(model, plan, backend, None, engine)
-
-
-def _enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str, observer: Observer | None,
-            engine: bool = False) -> None:
     _check_model(model)
     shape = ModelShape.of(model)
     shape.check(plan)
-    check_observer(plan, observer)
     _check_backend(backend)
-    current = vars(model).get(_ENABLED)
-    inner = current.inner if current else vars(model).get("generate")
-    setattr(model, _ENABLED, _Enabled(plan, backend, shape, inner, observer, engine))
-    # Copies and pickles of the model must drive themselves. A bound method would be pickled as the name of its function
-    # and come back as transformers' own.
-    model.generate = functools.partial(_generate, model)
+    with _lock:
+        if engine:
+            fuse(model)  # rather than at the first picture, when other threads may be using the model
+        current = vars(model).get(_ENABLED)
+        inner = current.inner if current else vars(model).get("generate")
+        setattr(model, _ENABLED, _Enabled(plan, backend, shape, inner, engine))
+        # Copies and pickles of the model must drive themselves. A bound method would be pickled as the name of its
+        # function and come back as transformers' own.
+        model.generate = functools.partial(_generate, model)
 
 
 def disable(model: JanusForConditionalGeneration) -> None:
@@ -88,13 +89,15 @@ def disable(model: JanusForConditionalGeneration) -> None:
         TypeError: another kind of model.
     """
     _check_model(model)
-    enabled = vars(model).pop(_ENABLED, None)
-    if enabled is None:
-        return
-    del model.generate
-    if enabled.inner is not None:
-        model.generate = enabled.inner
-    unfuse(model)
+    with _lock:
+        enabled = vars(model).pop(_ENABLED, None)
+        if enabled is None:
+            return
+        del model.generate
+        if enabled.inner is not None:
+            model.generate = enabled.inner
+        end_routing(model.model.language_model)
+        unfuse(model)
 
 
 def is_enabled(model: JanusForConditionalGeneration) -> bool:
@@ -109,52 +112,76 @@ def in_force(model: JanusForConditionalGeneration) -> tuple[CachePlan, str] | No
 
 
 @contextmanager
-def applied(model: JanusForConditionalGeneration, plan: CachePlan, backend: str = "auto",
-            observer: Observer | None = None) -> Iterator[None]:
-    """`enable` for the length of a ``with`` block; what was in force before is restored.
+def drawing(model: JanusForConditionalGeneration, cache: JanusCache) -> Iterator[None]:
+    """While this lasts, transformers' own ``generate`` may draw with ``cache``. Other calls notice nothing of it.
 
-    ``observer`` watches the attention of the calls in the block.
+    Raises:
+        ValueError: the model checkpoints gradients.
     """
-    before = {name: vars(model)[name] for name in (_ENABLED, "generate") if name in vars(model)}
-    _enable(model, plan, backend, observer)
+    language_model = model.model.language_model
+    if checkpoints_layers(language_model):
+        raise ValueError("gradient checkpointing must be off while pictures are drawn, because layers that checkpoint "
+                         "take no KV cache; call model.eval() or model.gradient_checkpointing_disable()")
     try:
-        yield
+        with routed_attention(language_model):
+            hook = language_model.register_forward_pre_hook(_Inputs(cache), with_kwargs=True)
+            try:
+                yield
+            finally:
+                hook.remove()
     finally:
-        for name in (_ENABLED, "generate"):
-            vars(model).pop(name, None)
-        vars(model).update(before)
+        cache.finish()
+
+
+class _Inputs:
+    """Forward pre-hook of the language model in the calls that hold one cache; others pass."""
+
+    def __init__(self, cache: JanusCache | None) -> None:
+        self.cache = cache
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A model that is copied meanwhile takes no cache along."""
+        return _Inputs, (None,)
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+                 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # Without keyword arguments it is another thread's call, which met the hook while it was put up or taken down.
+        if self.cache is None or kwargs is None or kwargs.get(CACHE_NAME) is not self.cache:
+            return None
+        return args, self.cache.inputs(kwargs)
 
 
 @functools.wraps(JanusForConditionalGeneration.generate, assigned=("__doc__",))
 def _generate(self: JanusForConditionalGeneration, *args: Any, **kwargs: Any) -> Any:
-    enabled: _Enabled = vars(self)[_ENABLED]
-    inner = enabled.inner or types.MethodType(type(self).generate, self)
+    enabled: _Enabled | None = vars(self).get(_ENABLED)
+    stock = types.MethodType(type(self).generate, self)
+    if enabled is None:  # disabled by another thread after the call began
+        return stock(*args, **kwargs)
+    inner = enabled.inner or stock
     text = kwargs.get("generation_mode", "text") == "text"
     given = kwargs.get(CACHE_NAME, kwargs.get("past_key_values"))
     if isinstance(given, JanusCache) or (given is not None and not text):
-        raise ValueError("past_key_values must be left out on an enabled model, which makes a fresh cache for every "
+        raise ValueError(f"{CACHE_NAME} must be left out on an enabled model, which makes a fresh cache for every "
                          f"picture call, got {type(given).__name__}; after ssd_janus.disable(model) transformers' own "
                          "caches are taken again")
     if text:
         return inner(*args, **kwargs)
-    if _option(self, kwargs, "output_attentions"):
-        raise ValueError("output_attentions must be False on an enabled model, got True: evicted tokens have no "
-                         "attention weights")
+    _refuse_what_would_be_ignored(self, kwargs)
     guided = _settle_guidance(self, kwargs)
+    if enabled.inner is None and len(args) <= len(BY_POSITION) and not kwargs.keys() & set(BY_POSITION[:len(args)]):
+        args, kwargs = (), {**dict(zip(BY_POSITION, args, strict=False)), **kwargs}
+    if kwargs.get("logits_processor") is not None:
+        # transformers appends its guidance to the list that it is given, once more at every call.
+        kwargs["logits_processor"] = copy.copy(kwargs["logits_processor"])
     try:
         return _through_engine(self, enabled, args, kwargs)
     except call.NotForTheEngine as reason:
         if enabled.engine:
             call.say_once(str(reason))
-    observer = enabled.plan.observer() if isinstance(enabled.plan, OnlinePlan) else enabled.observer
-    cache = JanusCache(enabled.plan, enabled.shape.num_visual_tokens, enabled.backend, observer)
-    # Given a cache, transformers makes none of its own (5.13 to 5.17 fail when they try).
-    kwargs[CACHE_NAME] = cache
-    try:
-        with _attention_of(self.model.language_model, guided):
-            return inner(*args, **kwargs)
-    finally:
-        cache.finish()
+    observer = enabled.plan.observer() if isinstance(enabled.plan, OnlinePlan) else None
+    cache = JanusCache(enabled.plan, enabled.shape.num_visual_tokens, enabled.backend, observer, guided)
+    with drawing(self, cache):
+        return inner(*args, **{**kwargs, CACHE_NAME: cache})
 
 
 def _through_engine(model: JanusForConditionalGeneration, enabled: _Enabled, args: tuple[Any, ...],
@@ -165,33 +192,25 @@ def _through_engine(model: JanusForConditionalGeneration, enabled: _Enabled, arg
     if enabled.inner is not None:
         raise call.NotForTheEngine("generate has been replaced on this model")
     if args:
-        raise call.NotForTheEngine("arguments are given by position")
+        raise call.NotForTheEngine("arguments are given twice or too many by position")
     return call.draw(model, enabled.plan, enabled.backend, kwargs)
 
 
-@contextmanager
-def _attention_of(language_model: torch.nn.Module, guided: bool) -> Iterator[None]:
-    """Select the compressed attention; without guidance, also run the language model on conditional rows only."""
-    config: Any = language_model.config
-    with ExitStack() as stack:
-        stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
-        config._attn_implementation = ATTENTION
-        if not guided:
-            stack.callback(language_model.register_forward_pre_hook(_conditional_rows, with_kwargs=True).remove)
-        yield
-
-
-def _conditional_rows(module: torch.nn.Module, args: tuple[Any, ...],
-                      kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Drop the unconditional second half of the batch.
-
-    Janus doubles the batch whatever the guidance scale, and only the guidance itself would halve the logits again.
+def _refuse_what_would_be_ignored(model: JanusForConditionalGeneration, kwargs: dict[str, Any]) -> None:
     """
-    rows = kwargs["inputs_embeds"].shape[0]
-    for name in ("inputs_embeds", "attention_mask", "position_ids"):
-        if kwargs.get(name) is not None and kwargs[name].shape[0] == rows:
-            kwargs[name] = kwargs[name][:rows // 2]
-    return args, kwargs
+    Raises:
+        ValueError: options about the cache or about attention weights, whose caller expects what is not done.
+    """
+    if _option(model, kwargs, "output_attentions"):
+        raise ValueError("output_attentions must be False on an enabled model, got True: evicted tokens have no "
+                         "attention weights")
+    kind = _option(model, kwargs, "cache_implementation")
+    if kind is not None:
+        raise ValueError("cache_implementation must be None on an enabled model, whose plan says what is cached, got "
+                         f"{kind!r}; leave it out, also of model.generation_config, or call ssd_janus.disable(model)")
+    if _option(model, kwargs, "use_cache") is False:
+        raise ValueError("use_cache must be True on an enabled model, which draws with a compressed cache, got False; "
+                         "leave it out, also of model.generation_config, or call ssd_janus.disable(model)")
 
 
 def _option(model: JanusForConditionalGeneration, kwargs: dict[str, Any], name: str) -> Any:

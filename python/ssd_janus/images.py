@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from ssd_kernels.reading import parse_json, read_bytes
 
 from .files import write_atomically
+
+FACTS = "ssd_janus"  # keyword of a PNG's text
+MAX_BYTES = 256 << 20  # of a PNG file
+END = b"IEND\xaeB`\x82"  # the last chunk of every PNG
 
 
 def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
@@ -18,9 +28,40 @@ def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.numpy(), "RGB") for picture in scaled.cpu()]
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG. The file appears whole or not at all."""
-    write_atomically(path, lambda file: picture.save(file, "PNG"))
+def save_picture(picture: Image.Image, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG. The file appears whole or not at all.
+
+    Args:
+        picture: to write.
+        path: of the file.
+        facts: JSON values that `read_picture` returns: what the picture was drawn with. They are a text in the file, so
+            that they go where it goes.
+    """
+    text = PngInfo()
+    if facts is not None:
+        text.add_text(FACTS, json.dumps(facts))
+    write_atomically(path, lambda file: picture.save(file, "PNG", pnginfo=text))
+
+
+def read_picture(path: Path) -> tuple[Image.Image, dict[str, Any] | None]:
+    """A PNG with all its pixels, and the ``facts`` that `save_picture` has put into it; None if there are none.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is damaged, or no PNG; the message names it.
+    """
+    data = read_bytes(path, MAX_BYTES)
+    try:
+        Image.open(io.BytesIO(data), formats=["PNG"]).verify()  # checksums, but not the last one
+        if not data.endswith(END):
+            raise ValueError("it has no end")
+        picture = Image.open(io.BytesIO(data), formats=["PNG"])
+        picture.load()
+        facts = picture.info.get(FACTS)
+        found = parse_json(facts) if isinstance(facts, str) else None
+    except Exception as error:  # a damaged file makes Pillow raise many kinds
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:100]}") from None
+    return picture, found if isinstance(found, dict) else None
 
 
 def file_names(prompts: Sequence[str], num_images_per_prompt: int) -> list[str]:

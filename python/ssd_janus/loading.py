@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 from transformers import JanusConfig, JanusForConditionalGeneration
+
+from .internals import without_weights
 
 
 class _LeftOut(nn.Module):
@@ -20,15 +22,12 @@ class _LeftOut(nn.Module):
                          "transformers' JanusForConditionalGeneration to describe pictures or to write text")
 
 
+@without_weights(r"^model\.vision_model\.", r"^model\.aligner\.", r"^lm_head\.")
 class PictureJanus(JanusForConditionalGeneration):
     """A Janus without vision tower, its aligner and the text head, which drawing does not use.
 
     Their weights are neither read from disk nor kept in memory. Everything else is transformers' class.
     """
-
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^model\.vision_model\.", r"^model\.aligner\.",
-                                                               r"^lm_head\."]
-    _tied_weights_keys: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: JanusConfig) -> None:
         super().__init__(config)  # from_pretrained makes it without memory

@@ -12,19 +12,27 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from transformers import JanusForConditionalGeneration, JanusProcessor, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 from ssd_kernels import CachePlan
 
 from . import hooks
-from .cache import Observer
+from .cache import JanusCache, Observer
 from .checkpoints import included_model
-from .cache import CACHE_NAME
 from .engine import Engine, MemoryReport, Sampling, call, decode, unsupported
+from .engine.sampling import SampledByPicture
 from .images import to_pictures
+from .internals import CACHE_NAME
 from .loading import PictureJanus
+from .online import OnlinePlan, check_observer
 from .progress import ProgressCallback, progress_bar
-from .shape import ModelShape
+from .shape import ModelShape, placement
 
 Preview = Callable[[Sequence[int], list[Image]], Any]
 
@@ -59,13 +67,13 @@ class RunStats:
 
 
 class Pipeline:
-    """A Janus model with its processor.
+    """A Janus model with its processor. Several threads may draw with one pipeline at a time.
 
     Attributes:
         model, processor: transformers' own, in evaluation mode.
         shape: the sizes that plans for this model need.
         backend: ``"auto"`` or a backend of `ssd_kernels`.
-        last_run: statistics of the last call, None before the first.
+        last_run: statistics of the call that ended last, None before the first.
     """
 
     def __init__(self, model: JanusForConditionalGeneration, processor: JanusProcessor,
@@ -76,6 +84,16 @@ class Pipeline:
         self.shape = ModelShape.of(model)
         self.last_run: RunStats | None = None
         self._engine: Engine | None = None  # of the last run
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are drawn: the language model's."""
+        return placement(self.model)[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the language model and the caches."""
+        return placement(self.model)[1]
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str] | None = None, *, device: torch.device | str = "cpu",
@@ -95,7 +113,7 @@ class Pipeline:
         Raises:
             FileNotFoundError: no such folder, or the package came without its model.
             OSError: the hub id cannot be loaded.
-            ValueError: the device is not there.
+            ValueError: the device is not there, or the checkpoint is no Janus of transformers.
         """
         source = included_model() if source is None else fspath(source)
         local = Path(source).is_dir()
@@ -106,6 +124,7 @@ class Pipeline:
             raise ValueError(f"device must be cpu on this machine, where torch sees no GPU, got {device}")
         if dtype is None:
             dtype = torch.float32 if target.type == "cpu" else "auto"
+        _check_kind(source, JanusConfig.get_config_dict(source, local_files_only=local)[0].get("model_type"))
         processor = JanusProcessor.from_pretrained(source, local_files_only=local)
         model = PictureJanus.from_pretrained(source, local_files_only=local, dtype=dtype)
         return cls(model.to(target).eval(), processor, backend)
@@ -119,13 +138,11 @@ class Pipeline:
 
         Args: as `generate_tokens`.
         """
-        tokens = self.generate_tokens(
-            prompts, num_images_per_prompt, guidance_scale, seed, plan, temperature=temperature, top_k=top_k,
-            top_p=top_p, batch_size=batch_size, progress=progress, preview=preview)
+        tokens, run = self._draw(prompts, num_images_per_prompt, guidance_scale, seed, plan, temperature, top_k, top_p,
+                                 batch_size, progress, preview)
         began = time.perf_counter()
         pictures = self.decode(tokens)
-        if self.last_run is not None:
-            self.last_run = replace(self.last_run, decode_seconds=time.perf_counter() - began)
+        self.last_run = replace(run, decode_seconds=time.perf_counter() - began)
         return pictures
 
     def generate_tokens(self, prompts: Sequence[str] | str, num_images_per_prompt: int = 1,
@@ -160,6 +177,17 @@ class Pipeline:
         Raises:
             TypeError, ValueError: an argument is wrong.
         """
+        tokens, self.last_run = self._draw(
+            prompts, num_images_per_prompt, guidance_scale, seed, plan, temperature, top_k, top_p, batch_size, progress,
+            preview, logits_processor, observer)
+        return tokens
+
+    def _draw(self, prompts: Sequence[str] | str, num_images_per_prompt: int, guidance_scale: float | None, seed: int,
+              plan: CachePlan | None, temperature: float | None, top_k: int | None, top_p: float | None,
+              batch_size: int | None, progress: bool | ProgressCallback, preview: Preview | None,
+              logits_processor: Sequence[LogitsProcessor] = (), observer: Observer | None = None
+              ) -> tuple[torch.Tensor, RunStats]:
+        """As `generate_tokens`."""
         if observer is not None and plan is None:
             raise ValueError("observer needs a plan, got plan=None")
         prompts = _check_prompts(prompts)
@@ -172,6 +200,7 @@ class Pipeline:
         if batch_size is not None:
             _check_number("batch_size", batch_size, int, 1)
         plan, backend = self._plan(plan)
+        check_observer(plan, observer)
         reason = unsupported(self.model)
         try:
             sampling = Sampling.of(self.model, **options)
@@ -180,18 +209,17 @@ class Pipeline:
         with _step_reports(progress) as report:
             if reason is not None:
                 call.say_once(reason)
-                return self._with_transformers(texts, guidance_scale, seed, plan, backend, options, batch_size, report,
-                                               logits_processor, observer)
-            self._engine = engine = Engine(self.model, plan, backend=backend)
+                return self._with_transformers(texts, self.guidance(guidance_scale), seed, plan, backend, options,
+                                               batch_size, report, logits_processor, observer)
+            engine = Engine(self.model, plan, backend=backend)
             tokens = engine.generate(
                 self._token_lists(texts), guidance=self.guidance(guidance_scale), seeds=seed, sampling=sampling,
                 batch_size=batch_size, progress=report, observer=observer, logits_processor=logits_processor,
                 on_row=None if preview is None else lambda numbers, part: preview(numbers, self.decode(part)))
-        run = engine.last_run
+        run, self._engine = engine.last_run, engine
         assert run is not None
-        self.last_run = self._stats(plan, backend=run.backend, pictures=run.pictures, rows=run.rows,
-                                    seconds=run.seconds, cache_bytes=run.cache_bytes, max_prompt=run.max_prompt)
-        return tokens
+        return tokens, self._stats(plan, engine.dtype, backend=run.backend, pictures=run.pictures, rows=run.rows,
+                                   seconds=run.seconds, cache_bytes=run.cache_bytes, max_prompt=run.max_prompt)
 
     def guidance(self, guidance_scale: float | None = None) -> float:
         """The guidance scale that a call with this argument draws with: None is the model's default."""
@@ -224,35 +252,36 @@ class Pipeline:
             return self.shape.check(plan), self.backend
         return hooks.in_force(self.model) or (self.shape.full_plan(), self.backend)
 
-    def _with_transformers(self, texts: list[str], guidance_scale: float | None, seed: int, plan: CachePlan,
-                           backend: str, options: dict[str, Any], batch_size: int | None, report: ProgressCallback,
-                           logits_processor: Sequence[LogitsProcessor], observer: Observer | None) -> torch.Tensor:
-        """As `generate_tokens`, for models that the engine cannot run. A batch then has the seed of its first
-        picture."""
+    def _with_transformers(self, texts: list[str], guidance: float, seed: int, plan: CachePlan, backend: str,
+                           options: dict[str, Any], batch_size: int | None, report: ProgressCallback,
+                           logits_processor: Sequence[LogitsProcessor], observer: Observer | None
+                           ) -> tuple[torch.Tensor, RunStats]:
+        """As `_draw`, for models and sampling that the engine does not know."""
         self._engine = None
         size = batch_size or len(texts)
         batches = [texts[first:first + size] for first in range(0, len(texts), size)]
         step = _Step(report, self.shape.num_visual_tokens * len(batches))
         tokens, runs = [], []
-        with hooks.applied(self.model, plan, backend, observer):
-            for number, batch in enumerate(batches):
-                began = time.perf_counter()
-                with torch.random.fork_rng(devices=self._cuda_devices()):
-                    torch.manual_seed(seed + number * size)
-                    result = self.model.generate(
-                        **self._tokenise(batch), generation_mode="image", guidance_scale=guidance_scale,
-                        return_dict_in_generate=True, logits_processor=LogitsProcessorList([step, *logits_processor]),
-                        **options)
-                tokens.append(result.sequences.cpu())
-                cache = result[CACHE_NAME].compressed
-                runs.append(self._stats(plan, backend=cache.backend, pictures=len(batch), rows=cache.batch_size,
-                                        seconds=time.perf_counter() - began, cache_bytes=cache.nbytes,
-                                        max_prompt=cache.max_prompt))
-                # Otherwise the next batch's cache would be made while this one still holds its memory.
-                del result, cache
+        for number, batch in enumerate(batches):
+            began, first = time.perf_counter(), seed + number * size
+            cache = JanusCache(plan, self.shape.num_visual_tokens, backend,
+                               plan.observer() if isinstance(plan, OnlinePlan) else observer, guided=guidance > 1)
+            sampled = SampledByPicture(self.model, guidance, range(first, first + len(batch)), **options)
+            inputs = self._tokenise(batch)
+            with hooks.drawing(self.model, cache):
+                tokens.append(type(self.model).generate(
+                    self.model, **inputs, **{CACHE_NAME: cache}, generation_mode="image", do_sample=False,
+                    guidance_scale=1.0, num_return_sequences=1, return_dict_in_generate=False,
+                    logits_processor=LogitsProcessorList([step, *logits_processor, sampled])).cpu())
+            held = cache.compressed
+            assert held is not None
+            runs.append(self._stats(plan, held.dtype, backend=held.backend, pictures=len(batch), rows=held.batch_size,
+                                    seconds=time.perf_counter() - began, cache_bytes=held.nbytes,
+                                    max_prompt=held.max_prompt))
+            # Otherwise the next batch's cache would be made while this one still holds its memory.
+            del cache, held
         largest = max(runs, key=lambda run: run.cache_bytes)
-        self.last_run = replace(largest, pictures=len(texts), seconds=sum(run.seconds for run in runs))
-        return torch.cat(tokens)
+        return torch.cat(tokens), replace(largest, pictures=len(texts), seconds=sum(run.seconds for run in runs))
 
     def _texts(self, prompts: Sequence[str]) -> Any:
         """The prompts in the checkpoint's chat format, where it has one."""
@@ -269,20 +298,17 @@ class Pipeline:
         if inputs["input_ids"].shape[1] > limit:
             raise ValueError(f"prompts must be at most {limit} tokens long for this model, got one of "
                              f"{inputs['input_ids'].shape[1]}: {texts[longest][:60]!r}")
-        return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        return {name: inputs[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     def _token_lists(self, texts: list[str]) -> list[list[int]]:
         inputs = self._tokenise(texts)
         return [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"],
                                                                strict=True)]
 
-    def _cuda_devices(self) -> list[torch.device]:
-        return [self.model.device] if self.model.device.type == "cuda" else []
-
-    def _stats(self, plan: CachePlan, max_prompt: int, **facts: Any) -> RunStats:
+    def _stats(self, plan: CachePlan, dtype: torch.dtype, max_prompt: int, **facts: Any) -> RunStats:
         steps = self.shape.num_visual_tokens
         full = self.shape.full_plan().nbytes(
-            batch_size=facts["rows"], head_dim=self.shape.head_dim, max_prompt=max_prompt, dtype=self.model.dtype,
+            batch_size=facts["rows"], head_dim=self.shape.head_dim, max_prompt=max_prompt, dtype=dtype,
             num_visual_tokens=steps)
         return RunStats(steps=steps, decode_seconds=0.0, budget=plan.budget(steps), full_cache_bytes=full, **facts)
 
@@ -309,6 +335,15 @@ def _step_reports(progress: bool | ProgressCallback) -> Iterator[ProgressCallbac
             yield callback
     else:
         yield progress or (lambda done, total: None)
+
+
+def _check_kind(source: str, kind: object) -> None:
+    if kind == "multi_modality":
+        raise ValueError(f"model {source} is in DeepSeek's own format (model_type 'multi_modality'), which "
+                         "transformers does not read; take a converted one, such as deepseek-community/Janus-Pro-1B")
+    if kind != JanusConfig.model_type:
+        raise ValueError(f"model must be a Janus (model_type {JanusConfig.model_type!r} in config.json), got {source} "
+                         f"with model_type {kind!r}")
 
 
 def _check_prompts(prompts: object) -> list[str]:

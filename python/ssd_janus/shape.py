@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ssd_kernels import CachePlan, HeadSpec
+
+
+def placement(model: Any) -> tuple[torch.device, torch.dtype]:
+    """Where a Janus draws its tokens, and in which dtype: the language model's, which caches follow.
+
+    ``model.device`` and ``model.dtype`` are the first parameter's, which belongs to the vision tower.
+    """
+    weight = model.model.language_model.get_input_embeddings().weight
+    return weight.device, weight.dtype
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Backend(ABC):
-    """Computes SPEC section 3 on a `LayerState`. Arguments have been validated by the caller.
+    """Computes docs/specification.md, section 3, on a `LayerState`. The caller has validated the arguments.
 
     Shapes: q ``[B, Hq, D]``, k and v ``[B, H, D]``, each with a unit stride in the last dimension.
     """

@@ -58,7 +58,7 @@ class TritonBackend(Backend):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         # From torch's caching allocator, so that all layers share it and a graph keeps it.
         logits = torch.empty((batch, group, layout.scored_slots), dtype=torch.float32, device=q.device)
-        constants, warps = launch.decode_constants(
+        constants, options = launch.decode_constants(
             head_dim, q.element_size(), group, layout.row_buffer, layout.largest, layout.scored_slots > 0,
             layout.keep_prompt, rotary is not None, self.capability(q.device))
         with torch.cuda.device(q.get_device()):
@@ -66,7 +66,7 @@ class TritonBackend(Backend):
                 q, k, v, *state.tensors, out, logits, logits.view(torch.int32), *(rotary or (logits, logits)),
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], batch, heads, slots, layout.scored_slots,
                 layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1), scale,
-                **constants, INTERPRETED=interpreting(), num_warps=warps)
+                **constants, INTERPRETED=interpreting(), **options)
         return out
 
     def warmup(self, states: Sequence[LayerState], query_heads: int, rotary: bool) -> None:
@@ -91,7 +91,7 @@ class TritonBackend(Backend):
                 state.keys.shape[1], layout.scored_slots, layout.max_prompt, layout.num_visual_tokens, layout.pin_words,
                 KEEP_PROMPT=layout.keep_prompt, GIVEN=scores is not None, D=k.shape[3],
                 D_PAD=launch.power_of_two(k.shape[3]), PROMPT_BLOCK=block,
-                BLOCK=launch.decode_config(k.shape[3], k.element_size(), 1, block).block)
+                BLOCK=launch.decode_config(k.shape[3], k.element_size(), 1, block).block, **launch.compile_options())
 
 
 @cache

@@ -11,7 +11,7 @@
 
 All raise TypeError or ValueError that names the argument, and ValueError with the smallest possible budget when it is
 too small for the row buffer. A new policy is one such function and one line in `POLICIES` (in this repository also a
-name in `ssd_janus.options.PolicyName` and a row in docs/policies.md; tests say so). Online typing is no function of
+name in `ssd_janus.cli.options.PolicyName` and a row in docs/policies.md; tests say so). Online typing is no function of
 these: it decides while it draws (`ssd_janus.online.OnlinePlan`).
 """
 
@@ -20,8 +20,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..plan import CachePlan
-from .profile import HeadProfile
-from .profiled import KINDS, adaptive, head_costs, kind_of, margin, predicted_cost, ssd, ssd_guarded
+from .profile import KINDS, HeadProfile
+from .profiled import adaptive, head_costs, kind_of, margin, predicted_cost, ssd, ssd_guarded
 from .solve import Policy, Shape
 from .uniform import decayed, full, h2o, heavy, random, rows, streaming_llm, window
 

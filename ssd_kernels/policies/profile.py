@@ -1,10 +1,11 @@
-"""`HeadProfile`: what was measured about the heads of a model."""
+"""`HeadProfile`: what was measured about the heads of a model, and its files."""
 
 from __future__ import annotations
 
 import bisect
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,30 @@ from typing import Any
 import torch
 
 from ..files import write_atomically
+from ..heads import HeadSpec
+from ..reading import Field, naming, parse_json, read_bytes, shown
+from .uniform import first_and_newest
 
-__all__ = ["HeadProfile"]
+__all__ = ["KINDS", "HeadProfile"]
 
 FORMAT, VERSION = "ssd_kernels.profile", 3
+MAX_BYTES = 2**30  # of a file; one of Janus-Pro-7B takes 2**25
+MAX_HEADER = 2**22  # bytes of its header, which holds the prompts
+SLACK = 0.01  # of sums of shares: measured in float32, stored in float16
+# Parts that are shares of the attention mass, and the dimensions over which they sum to 1 or less.
+SHARES: dict[str, tuple[int, ...]] = {"sparsity": (), "prompt_mass": (), "age_mass": (-1,), "offset_mass": (-2, -1),
+                                      "column_mass": (-1,), "first_mass": (-1,), "place_mass": (-1,)}
+
+KINDS: dict[str, Callable[[int], HeadSpec]] = {
+    "window": HeadSpec.window,
+    "first": first_and_newest,
+    "heavy": lambda size: HeadSpec.heavy(size, recent=size // 2, score="mean"),
+    "sum": HeadSpec.heavy,
+    "decayed": lambda size: HeadSpec.heavy(size, recent=size // 2, score="decayed"),
+}
+"""What a head may keep in a number of slots, as `HeadProfile` measures it and `adaptive` chooses: a window, the first
+tokens and a window, half recent and half by mean attention, the largest attention sums, and half recent and half by
+sums that forget. A profile made before a kind was known lacks it."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +44,7 @@ class HeadProfile:
     """Attention statistics and error curves of every KV head; L layers, H KV heads, T visual tokens, C columns.
 
     Shares are of the attention mass, averaged over steps, rows (with guidance both branches) and the query heads of a
-    group. All float32 on the CPU, but ``place_mass`` in float16.
+    group. All float32 on the CPU, but ``place_mass`` in float16 (or float32).
 
     Attributes:
         sparsity: [L, H] share of the visual mass outside the immediate 2-D neighbourhood (SSD, section 3: the sparsity
@@ -129,28 +150,43 @@ class HeadProfile:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not such a file, another version, or parts missing or of the wrong shape.
+            ValueError: not such a file, another version, or parts unknown, missing, of another type or shape, or with
+                values that nothing measures. The message names the file and the part.
         """
-        from safetensors import SafetensorError, safe_open
+        data = read_bytes(path, MAX_BYTES)
+        with naming(path):
+            metadata = Field(_header(data).get("__metadata__", {}), "__metadata__")
+            metadata.members(optional=None)
+            form, version = metadata.value.get("format"), metadata.value.get("version")
+            if (form, version) != (FORMAT, str(VERSION)):
+                raise ValueError(f"must be of format {FORMAT}, version {VERSION}, got {shown(form)}, version "
+                                 f"{shown(version)}")
+            tensors: dict[str, Any] = _tensors(data)
+            names = [f.name for f in fields(cls) if f.type == "torch.Tensor"]
+            Field(tensors).members(names)
+            rest = Field(parse_json(metadata.members(["profile"], None)["profile"].string()))
+            parts = rest.members([f.name for f in fields(cls) if f.name not in names])
+            parts["meta"].members(optional=None)
+            values: dict[str, Any] = {name: tuple(part.value) if isinstance(part.value, list) else part.value
+                                      for name, part in parts.items()}
+            return cls(**tensors, **values)._checked(parts)
 
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no profile {os.fspath(path)}")
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                head = file.metadata() or {}
-                if head.get("format") != FORMAT or head.get("version") != str(VERSION):
-                    found = f"{head.get('format')}, version {head.get('version')}"
-                    raise ValueError(f"must be of format {FORMAT}, version {VERSION}, got {found}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            rest = json.loads(head["profile"])
-            rest.update({name: tuple(rest[name]) for name in ("sizes", "kinds", "row_buffers", "places")})
-            return cls(**tensors, **rest)._checked()
-        except (SafetensorError, TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"profile {os.fspath(path)}: {error}") from error
-
-    def _checked(self) -> HeadProfile:
+    def _checked(self, rest: dict[str, Field]) -> HeadProfile:
+        """The profile itself when all of it may have been measured; ``rest`` is what is not a tensor."""
+        if self.age_mass.dim() != 3 or not all(self.age_mass.shape):
+            raise ValueError(f"age_mass must be [layers, heads, tokens] of at least 1, got {list(self.age_mass.shape)}")
         layers, heads, tokens = self.age_mass.shape
-        columns = self.columns
+        columns = rest["columns"].integer(1, tokens)
+        if tokens % columns:
+            raise ValueError(f"columns must divide the {tokens} visual tokens of age_mass, got {columns}")
+        rest["radius"].integer(0, tokens)
+        for name, least, most in (("sizes", 1, tokens), ("row_buffers", 0, tokens), ("places", 0, tokens - 1)):
+            values = [part.integer(least, most) for part in rest[name].items(1)]
+            if values != sorted(set(values)):
+                rest[name].refuse("ascending")
+        kinds = [part.choice(tuple(KINDS)) for part in rest["kinds"].items(1)]
+        if len(set(kinds)) < len(kinds) or not {"window", "heavy"} <= set(kinds):
+            rest["kinds"].refuse("different, and with window and heavy")
         shapes = {"age_mass": (layers, heads, tokens), "sparsity": (layers, heads), "prompt_mass": (layers, heads),
                   "column_mass": (layers, heads, columns), "first_mass": (layers, heads, columns),
                   "place_mass": (layers, heads, len(self.places), tokens),
@@ -159,12 +195,44 @@ class HeadProfile:
                   "error": (layers, heads, len(self.row_buffers), len(self.kinds), len(self.sizes)),
                   "sensitivity": (layers,)}
         for name, shape in shapes.items():
-            if tuple(getattr(self, name).shape) != shape:
-                raise ValueError(f"{name} must be {list(shape)}, got {list(getattr(self, name).shape)}")
-            if not getattr(self, name).isfinite().all():
+            tensor = getattr(self, name)
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+            if tensor.dtype != torch.float32 and not (name == "place_mass" and tensor.dtype == torch.float16):
+                raise ValueError(f"{name} must be float32, got {tensor.dtype}")
+            if not tensor.isfinite().all():
                 raise ValueError(f"{name} must be finite")
-        for name in ("sizes", "row_buffers", "places"):
-            values = getattr(self, name)
-            if not values or list(values) != sorted(set(values)):
-                raise ValueError(f"{name} must ascend, got {values}")
+            # Sparsity is one minus a sum, so that rounding may take it below 0.
+            if tensor.min() < (-SLACK if name == "sparsity" else 0):
+                raise ValueError(f"{name} must not be negative, got {tensor.min():.6g}")
+        for name, dims in SHARES.items():
+            tensor = getattr(self, name).float()
+            largest = (tensor.sum(dims) if dims else tensor).max()
+            if largest > 1 + SLACK:
+                raise ValueError(f"{name} must be shares{' that sum to at most 1' if dims else ''}, got {largest:.6g}")
         return self
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    """The header of a safetensors file, which says what follows: its length in 8 bytes, then JSON."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, MAX_HEADER):
+        raise ValueError(f"must be a safetensors file with a header of at most {MAX_HEADER} bytes, got "
+                         f"{length if len(data) >= 8 else 'none'} in a file of {len(data)}")
+    try:
+        header = parse_json(data[8:8 + length].decode())
+    except ValueError as error:
+        raise ValueError(f"must be a safetensors file, got another header: {error}") from None
+    Field(header, "the header").members(optional=None)
+    return dict(header)
+
+
+def _tensors(data: bytes) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(data)
+    except (SafetensorError, KeyError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"must be a safetensors file: {error}") from None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
-from ..plan import CachePlan, HeadSpec, ScoreRule, check_int, peak_tokens
-from .profile import HeadProfile
+from ..arguments import check_int
+from ..heads import HeadSpec, ScoreRule
+from ..layout import peak_tokens
+from ..plan import CachePlan
+from .profile import KINDS, HeadProfile
 from .solve import Shape, Specs, check, check_number, check_share, largest, make
-from .uniform import first_and_newest
 
 
 def ssd(shape: Shape, budget: float, row_buffer: int | None = None, *, profile: HeadProfile, tau: float | None = None,
@@ -203,18 +203,6 @@ def kind_of(spec: HeadSpec, profile: HeadProfile) -> str:
     kind = "sum" if spec.score == "sum" and not spec.recent else "heavy"
     kind = {"position": "first", "decayed": "decayed"}.get(spec.score, kind)
     return kind if kind in profile.kinds else "heavy"
-
-
-KINDS: dict[str, Callable[[int], HeadSpec]] = {
-    "window": HeadSpec.window,
-    "first": first_and_newest,
-    "heavy": lambda size: HeadSpec.heavy(size, recent=size // 2, score="mean"),
-    "sum": HeadSpec.heavy,
-    "decayed": lambda size: HeadSpec.heavy(size, recent=size // 2, score="decayed"),
-}
-"""What a head may keep in a number of slots, as `HeadProfile` measures it and `adaptive` chooses: a window, the first
-tokens and a window, half recent and half by mean attention, the largest attention sums, and half recent and half by
-sums that forget. A profile made before a kind was known lacks it."""
 
 
 def _size(peak: int, tokens: int, buffer: int) -> int:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Protocol
 
-from ..plan import CachePlan, HeadSpec
+from ..heads import HeadSpec
+from ..plan import CachePlan
 
 Specs = Callable[[int, int], HeadSpec]  # (layer, head) -> spec
 

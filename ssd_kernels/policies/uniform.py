@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..plan import CachePlan, HeadSpec, ScoreRule, check_int
+from ..arguments import check_int
+from ..heads import HeadSpec, ScoreRule
+from ..plan import CachePlan
 from .solve import Shape, check, check_share, largest, make
 
 
@@ -54,7 +56,7 @@ def heavy(shape: Shape, budget: float, row_buffer: int | None = None, *, recent:
 def decayed(shape: Shape, budget: float, row_buffer: int | None = None, *, recent: float = 0.5) -> CachePlan:
     """`h2o` by sums that forget half in 17 steps, less than a row of 24, so that what counts is recent attention.
 
-    The factor, `ssd_kernels.plan.DECAY` per step, is the best of those that docs/policy-results.md, "What was tried",
+    The factor, `ssd_kernels.heads.DECAY` per step, is the best of those that docs/policy-results.md, "What was tried",
     has, for the model it names.
 
     Args:

@@ -55,15 +55,15 @@ def compile_decode(architecture: int, dtype: str, head_dim: int, group: int = 1,
     from .decode import decode_kernel
 
     item_size = 4 if dtype == "fp32" else 2
-    constants, warps = decode_constants(head_dim, item_size, group, row_buffer, largest, scored, keep_prompt, rotary,
-                                        architecture)
+    constants, options = decode_constants(head_dim, item_size, group, row_buffer, largest, scored, keep_prompt, rotary,
+                                          architecture)
     constants["INTERPRETED"] = False
     names = decode_kernel.arg_names
     signature = {name: "constexpr" if name in constants else "fp32" if name == "scale" else
                  "*" + (POINTERS[name] or dtype) if name in POINTERS else "i32" for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in POINTERS}
     source = ASTSource(fn=decode_kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    return compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def resources(kernel: Any) -> Resources:

@@ -1,4 +1,4 @@
-"""The fused decode step: append, attention, scores and eviction of one layer in one launch (SPEC section 3).
+"""The fused decode step (docs/specification.md, section 3): append, attention, scores and eviction in one launch.
 
 One program serves one (batch row, KV head), so scores and the choice of victims never leave it. Heads start in the
 order of the head table's last column, longest first, so that the launch does not end with one long head on its own.
@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..plan import DECAY
+from ..heads import DECAY
 
 ARRIVALS = 20  # cursor bits below are the step, those above count programs; both limits are checked on the host
 STEP_MASK = tl.constexpr((1 << ARRIVALS) - 1)
@@ -174,10 +174,14 @@ def raised(highest, logit):
 
 
 @triton.jit
-def attend_one(q, keys, values, logits, new_logit, new_value, total, base, begin, ring, keep_logits, scale,
+def attend_one(q, keys, values, logits, new_logit, new_value, total, base, begin, ring, scored_total, scale,
                D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
                SCORED: tl.constexpr):
-    """Attention of one query [D_PAD] over ``total`` slots and the new token: maximum, sum [1] and output [1, D_PAD]."""
+    """Attention of one query [D_PAD] over ``total`` slots and the new token: maximum, sum [1] and output [1, D_PAD].
+
+    ``scored_total``: of how many slots logits are stored, all or none. Masks come from comparisons only: Triton 3.9's
+    interpreter makes an int32 mask, and refuses it, of a block's bool and a scalar one.
+    """
     highest = new_logit
     norm = 1.0
     acc = new_value  # [D_PAD]
@@ -185,7 +189,7 @@ def attend_one(q, keys, values, logits, new_logit, new_value, total, base, begin
         slot, live, k, v = load_slots(keys, values, start, total, base, begin, ring, D, D_PAD, BLOCK)
         logit = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale
         if SCORED:
-            tl.store(logits + slot, logit, mask=live & keep_logits)
+            tl.store(logits + slot, logit, mask=start + tl.arange(0, BLOCK) < scored_total)
         logit = tl.where(live, logit, -float("inf"))
         new_highest = raised(highest, tl.max(logit, 0))
         weight = tl.exp2(logit - new_highest)
@@ -200,7 +204,7 @@ def attend_one(q, keys, values, logits, new_logit, new_value, total, base, begin
 
 
 @triton.jit
-def attend_group(q, keys, values, logits, new_logit, new_value, total, base, begin, ring, keep_logits, scale,
+def attend_group(q, keys, values, logits, new_logit, new_value, total, base, begin, ring, scored_total, scale,
                  scored_slots, D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
                  BLOCK: tl.constexpr, STAGES: tl.constexpr, SCORED: tl.constexpr, INTERPRETED: tl.constexpr):
     """`attend_one` for the queries [GROUP_PAD, D_PAD] of a group, which read every slot together."""
@@ -215,7 +219,7 @@ def attend_group(q, keys, values, logits, new_logit, new_value, total, base, beg
         logit = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee") * scale  # [GROUP_PAD, BLOCK]
         if SCORED:
             tl.store(logits + member[:, None] * scored_slots + slot[None, :], logit,
-                     mask=(member < GROUP)[:, None] & live[None, :] & keep_logits)
+                     mask=(member < GROUP)[:, None] & (start + tl.arange(0, BLOCK) < scored_total)[None, :])
         logit = tl.where(live[None, :], logit, -float("inf"))
         new_highest = raised(highest, tl.max(logit, 1))
         weight = tl.exp2(logit - new_highest[:, None])
@@ -311,7 +315,8 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
 
     # Attend. The new token is taken from registers: nothing of this step is read back from memory.
     to_log2 = scale * LOG2E
-    keep_logits = score_offset >= 0
+    keep_scores = score_offset >= 0
+    scored_total = tl.where(keep_scores, total, 0)
     query_at = q + row * q_row + (head * GROUP + member)[:, None] * q_head
     queries = tl.load(query_at + dim[None, :], mask=out_mask, other=0.0)  # [GROUP_PAD, D_PAD]
     if ROTARY:
@@ -322,16 +327,16 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     if GROUP == 1:
         query = tl.sum(queries.to(tl.float32), 0)  # [D_PAD]
         highest, norm, acc = attend_one(query, keys, values, logits, tl.sum(new_logit, 0), new_value, total, base,
-                                        begin, ring, keep_logits, to_log2, D, D_PAD, BLOCK, STAGES, SCORED)
+                                        begin, ring, scored_total, to_log2, D, D_PAD, BLOCK, STAGES, SCORED)
     else:
         new_logit = tl.where(in_group, new_logit, 0.0)
         highest, norm, acc = attend_group(queries, keys, values, logits, new_logit, new_value, total, base, begin,
-                                          ring, keep_logits, to_log2, scored_slots, D, D_PAD, GROUP, GROUP_PAD, BLOCK,
+                                          ring, scored_total, to_log2, scored_slots, D, D_PAD, GROUP, GROUP_PAD, BLOCK,
                                           STAGES, SCORED, INTERPRETED)
     tl.store(out_at, rounded(acc / norm[:, None], out.dtype.element_ty, INTERPRETED), mask=out_mask)
 
     if SCORED:
-        if keep_logits:
+        if keep_scores:
             score_at = scores + scored_at
             position_at = positions + scored_at
             tl.debug_barrier()  # logits were written by other threads of this program

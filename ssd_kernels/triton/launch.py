@@ -32,21 +32,26 @@ class DecodeConfig:
         block: slots read at once.
         copy_block: slots moved at once by a refresh.
         warps, stages: of 32 threads; blocks in flight.
+        registers: at most, per thread.
     """
 
     block: int
     copy_block: int
     warps: int
     stages: int
+    registers: int
 
 
 def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, capability: int = 80) -> DecodeConfig:
     """Block sizes by a small table, never by measuring: the first step costs what every other does.
 
     A program streams slots through shared memory, ``stages`` - 1 blocks ahead of the arithmetic, and several programs
-    share a multiprocessor. Blocks of at most 4 KB of keys and as many of values (8 KB in float32) keep a thread near
-    100 registers, so that four or five programs fit and together have some 100 KB under way, several times what hides
-    the latency of memory.
+    share a multiprocessor. Blocks of at most 4 KB of keys and as many of values (8 KB in float32) keep a thread within
+    96 registers, so that four or five programs fit and together have some 100 KB under way, several times what hides
+    the latency of memory. Products of matrices need more, and in float32, without tensor cores, twice the threads.
+
+    Registers are limited to what the blocks need: without a limit, some releases of ptxas aim lower, for one more
+    program that shared memory has no room for, and spill.
 
     Args:
         head_dim: D. item_size: bytes of an element. group: query heads per KV head.
@@ -54,20 +59,35 @@ def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, c
         capability: compute capability, 80 for 8.0; 86 and 89 have less shared memory.
     """
     dim = power_of_two(head_dim)
-    block = max(16, min(32, 4096 // (dim * item_size)))
-    if group > 1:
-        block = max(block, 32)
-    warps = 8 if evict_block > 1024 or (group > 1 and dim > 128) or dim * item_size >= 1024 else 4
+    width = dim * item_size
+    if group == 1:
+        block = max(16, min(32, 4096 // width))
+        warps = 8 if evict_block > 1024 or width >= 1024 else 4
+        registers = 96 if width < 512 else 128
+    else:
+        block = 16 if item_size == 4 else 32
+        warps = 8 if evict_block > 512 or dim > 128 or item_size == 4 else 4
+        registers = 128 if width <= 512 and evict_block <= 512 else 255
     limit = (48 if capability in (86, 89) else 80) * 1024  # of 100 KB and 164 KB, for two programs at least
-    if 2 * block * dim * item_size > limit:
+    if 2 * block * width > limit:
         block //= 2
-    tiles = 2 * block * dim * item_size
+    tiles = 2 * block * width
     stages = 1 + max(1, min(3, limit // tiles))
-    return DecodeConfig(block, max(16, min(32, 4096 // dim)), warps, stages)
+    return DecodeConfig(block, max(16, min(32, 4096 // dim)), warps, stages, registers)
+
+
+def compile_options(**options: int) -> dict[str, int]:
+    """What Triton is told at every launch and every compilation ahead of time: ``options``, and to fuse multiply-adds.
+
+    Fused, a product and its sum take one instruction and are rounded once. Triton's default depends on its release and
+    on the environment, and results must not. A program's arithmetic is the same for every batch, fused or not.
+    """
+    return {"enable_fp_fusion": True, **options}
 
 
 def decode_constants(head_dim: int, item_size: int, group: int, row_buffer: int, largest: int, scored: bool,
-                     keep_prompt: bool, rotary: bool, capability: int = 80) -> tuple[dict[str, int | bool], int]:
+                     keep_prompt: bool, rotary: bool, capability: int = 80
+                     ) -> tuple[dict[str, int], dict[str, int]]:
     """What `decode_kernel` is compiled with, for launches and ahead of time alike.
 
     Args:
@@ -76,14 +96,15 @@ def decode_constants(head_dim: int, item_size: int, group: int, row_buffer: int,
         rotary: whether q and k are rotated in the launch.
 
     Returns:
-        the kernel's constants but INTERPRETED, by name, and the number of warps.
+        the kernel's constants but INTERPRETED, by name, and Triton's options.
     """
     evict_block = max(power_of_two(largest), MIN_EVICT_BLOCK)
     config = decode_config(head_dim, item_size, group, evict_block, capability)
     return {"KEEP_PROMPT": keep_prompt, "EVERY_STEP": row_buffer <= 1, "SCORED": scored, "ROTARY": rotary,
             "D": head_dim, "D_PAD": power_of_two(head_dim), "GROUP": group,
             "GROUP_PAD": 1 if group == 1 else max(MIN_GROUP_BLOCK, power_of_two(group)), "BLOCK": config.block,
-            "EVICT_BLOCK": evict_block, "COPY_BLOCK": config.copy_block, "STAGES": config.stages}, config.warps
+            "EVICT_BLOCK": evict_block, "COPY_BLOCK": config.copy_block, "STAGES": config.stages
+            }, compile_options(num_warps=config.warps, maxnreg=config.registers)
 
 
 def step_bytes(layout: LayerLayout, prompt_len: int, step: int, head_dim: int, item_size: int,

@@ -1,4 +1,4 @@
-"""Prompts into the slabs; with ``keep_prompt=False`` rule 4 of SPEC section 3 is applied to them once."""
+"""Prompts into the slabs; with ``keep_prompt=False`` rule 4 of docs/specification.md is applied to them once."""
 
 from __future__ import annotations
 

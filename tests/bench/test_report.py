@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from ssd_bench.cli import app
 from ssd_bench.plot import figures
 from ssd_bench.records import write
-from ssd_bench.report import BEGIN, END, page, refresh
-from ssd_bench.tables import goals
+from ssd_bench.report import BEGIN, END, mixed, page, refresh
+from ssd_bench.tables import goals, markdown
+from ssd_bench.terminal import log, print_records
 
 OURS, RIVAL = "ssd_kernels cpu: heavy", "SDPA full cache"  # as in conftest.py
 
@@ -59,6 +60,71 @@ def test_plots_need_something_to_show(make):
     assert set(figures([make(), make(RIVAL)])) == {"roofline"}
     assert set(figures([make(mean=30), make(mean=60)])) == {"roofline", "time-slots"}
     assert figures([make(status="failed")]) == {}
+
+
+def test_runs_are_never_in_one_panel(make):
+    lines = [make(batch=batch, machine={"commit": commit}) for batch in (2, 16) for commit in ("old", "new")]
+    for name in ("roofline", "time-batch"):
+        panels = figures(lines)[name].axes
+        assert sorted(axes.get_title(loc="center").splitlines()[1] for axes in panels) == ["commit new", "commit old"]
+    assert figures([make(machine={"commit": "old"}), make(batch=2, machine={"commit": "new"})]).keys() == {"roofline"}
+    steps = [{**make(machine={"commit": commit}), "kind": "step", "contender": {"name": "engine", "backend": "auto"},
+              "split": {"linear": 1, "attention": 1, "rest": 1},
+              "point": {"label": "1b", "batch": 8, "rows": 16, "dtype": "float32", "steps": 4, "start": 480,
+                        "batch_is": "fixed"}} for commit in ("old", "new")]
+    assert len(figures(steps)["step-breakdown"].axes) == 2
+
+
+def test_results_of_several_runs_are_said(tmp_path: Path, make):
+    write([make(), make(batch=2, machine={"commit": "b", "torch": "9"})], tmp_path / "r.jsonl")
+    run = CliRunner().invoke(app, ["report", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "p.html")])
+    note = "results of several runs, which differ in torch (2.13, 9); commit (abc, b)"
+    assert run.exit_code == 0 and run.stderr == f"note: {note}\n"
+    text = (tmp_path / "p.html").read_text()
+    assert f"<p>{note}.</p>" in text and "commit abc</li>" in text and "commit b</li>" in text
+    assert mixed([make(), make(RIVAL)]) is None
+
+
+def test_tables_are_whole_and_plain_when_piped(capsys: pytest.CaptureFixture[str], make):
+    """Brackets are no markup, and no cell is cut, however long."""
+    name = "[bold]a" + 30 * " long name" + "[/bold]"
+    print_records([make(name), make()])
+    shown = capsys.readouterr().out
+    assert name in shown and "\u2026" not in shown and "append" not in shown
+
+
+def test_markdown_cells_stay_in_their_column():
+    rows = markdown(["a", "b"], [["x | y\n<!-- kernel-table:end -->", "2"]], 1).splitlines()
+    assert rows[-1] == r"| x \| y &lt;!-- kernel-table:end --> | 2 |"
+
+
+def test_a_log_has_a_line_at_every_tenth_and_every_half_minute(capsys: pytest.CaptureFixture[str]):
+    now = [0.0]
+    report = log(clock=lambda: now[0])
+    for second in range(101):
+        now[0] = second
+        report(f"[{second}]", 0.25 if second < 80 else 0.3)
+    assert capsys.readouterr().err.split() == ["[0]", "[30]", "[60]", "[80]"]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (("kernel", "--mean", 5, "--policy", "heavy"), "--mean: says nothing beside --policy"),
+    (("kernel", "--score", "--plan", __file__), "--score: says nothing beside --plan"),
+    (("kernel", "--budget", 0.2), "--budget: needs --plan or --policy"),
+    (("kernel", "--start", 0), "--start: needs --plan or --policy"),
+    (("image", "--largest-in", 1, "--pictures", 1), "--pictures: says nothing beside --largest-in"),
+    (("step", "--pictures", 0), "--pictures: must be at least 1"),
+    (("kernel", "--out", "."), "--out: must be a file"),
+    (("suite", "--readme", __file__), "must hold <!-- kernel-table:begin -->"),
+    (("suite", "--results", f"{__file__}/results"), "Not a directory"),
+    (("plot", __file__, "--out", "x"), "test_report.py, line 1: "),
+])
+def test_what_cannot_work_is_said_before_measuring(arguments: tuple[object, ...], said: str, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(app, list(map(str, arguments)))
+    assert run.exit_code == 2 and said in " ".join(run.stderr.replace("\u2502", " ").split()), run.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_plot_values_are_the_records(lines):

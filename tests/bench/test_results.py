@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mutants import check_json_reader
 from typer.testing import CliRunner
 
 from ssd_bench import machine
@@ -27,14 +28,39 @@ def test_files_hold_what_was_written(tmp_path: Path, make):
     assert len(read(tmp_path / "new")) == 3
 
 
-@pytest.mark.parametrize(("text", "word"), [("{", "not JSON"), ("[1]", "ssd_bench"),
-                                            ('{"format": "other"}', "ssd_bench"),
-                                            ('{"format": "ssd_bench", "version": 99}', "version 1")])
+@pytest.mark.parametrize(("text", "word"), [("{", "Expecting"), ("[1]", "must be an object"),
+                                            ('{"format": "other"}', "version is missing"),
+                                            ('{"format": "other", "version": 1}', "format must be 'ssd_bench'"),
+                                            ('{"format": "ssd_bench", "version": 99}', "version must be 1, got 99")])
 def test_foreign_lines_are_refused_with_file_and_line(tmp_path: Path, make, text: str, word: str):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(make()) + "\n" + text + "\n")
     with pytest.raises(ValueError, match=f"x.jsonl, line 2: .*{word}"):
         read(path)
+
+
+@pytest.mark.parametrize("kind", ["kernel", "image"])
+def test_result_files_may_hold_anything(tmp_path: Path, make, kind: str):
+    line = make()
+    if kind == "image":
+        line |= {"kind": kind, "bytes": {"cache": 5, "peak": None}, "split": {"linear": 1, "attention": 0, "rest": 0.5},
+                 "by_row": [0.1, 0.2], "loop_seconds": 2.5, "contender": {"name": "engine", "backend": "auto",
+                                                                         "budget": 0.2, "row_buffer": 24},
+                 "point": {"label": "1b", "batch": 8, "rows": 16, "dtype": "float32", "steps": 4, "start": None,
+                           "batch_is": "fixed"}}
+        del line["ceiling"], line["launches"]
+    path = tmp_path / "x.jsonl"
+    write([make(), line], path)
+    check_json_reader(read, path, line=True, free=(
+        r"machine\.(cores|instruction_set|commit|device.*|load_after\.removed)|(.*\.)?(unknown)|status|launches|"
+        r"contender\.(omits.*|does.*|backend.*|budget.removed)|point\.(prompt|device|row_buffer|start|spread).*|bytes\.peak|"
+        r"(ceiling|launches|split|by_row|loop_seconds).removed"))
+
+
+@pytest.mark.parametrize("file", sorted((machine.ROOT / "bench" / "results").glob("*/*.jsonl")),
+                         ids=lambda file: file.stem)
+def test_committed_results_can_be_read(file: Path):
+    assert read(file)
 
 
 def test_empty_folder_is_said(tmp_path: Path):
@@ -66,6 +92,16 @@ def test_only_the_same_measurement_is_compared(make):
     assert found.warnings == ["2 measurements are in A only", "1 measurements are in B only"]
 
 
+def test_runs_of_one_set_and_pairs_of_two_machines_are_told_apart(make):
+    """Both sets hold results of two machines, and each pair is of both."""
+    one, two = {"torch": "1"}, {"torch": "2"}
+    found = comparison([make(machine=one), make(RIVAL, machine=two)], [make(machine=two), make(RIVAL, machine=one)])
+    assert found.warnings == ["torch differs: 1 against 2; 2 against 1", "A holds results that differ in torch",
+                              "B holds results that differ in torch"]
+    found = comparison([make(), make()], [make()])
+    assert found.warnings == ["1 measurements are in A more than once; the last ones count"]
+
+
 def test_another_machine_is_said(make):
     found = comparison([make()], [make(machine={"processor": "Other"})])
     assert found.warnings == ["processor differs: CPU against Other"]
@@ -77,6 +113,9 @@ def test_compare_command(tmp_path: Path, make):
     write([make(batch=3)], tmp_path / "c.jsonl")
     run = CliRunner().invoke(app, ["compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--json"])
     assert json.loads(run.stdout)["verdict"] == "slower"
+    write([make(machine={"threads": 1})], tmp_path / "d.jsonl")
+    run = CliRunner().invoke(app, ["compare", str(tmp_path / "a.jsonl"), str(tmp_path / "d.jsonl"), "--json"])
+    assert run.stderr == "note: threads differs: 2 against 1\n" and json.loads(run.stdout)["ratio"] == 1
     assert "2.000" in CliRunner().invoke(app, ["compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]).output
     run = CliRunner().invoke(app, ["compare", str(tmp_path / "a.jsonl"), str(tmp_path / "c.jsonl")])
     assert run.exit_code == 2 and "no measurement in common" in run.output

@@ -30,9 +30,11 @@ def test_the_set_stops_in_time_and_says_what_it_left(tmp_path: Path, make, monke
     monkeypatch.setattr(suite, "FILES", {"a.jsonl": lambda: iter([job, job]), "b.jsonl": lambda: iter([job])})
     told: list[str] = []
     done: list = []
-    folder, left = suite.run(tmp_path, 3.9, told.append, done.append, clock=lambda: now[0])
+    folder, left = suite.run(tmp_path, 3.9, lambda text, share: told.append(f"{text} {share:.2f}"), done.append,
+                             clock=lambda: now[0])
     title = "batch 16, 16 heads x 128, skewed, mean 120 of 600, bfloat16, cold caches"
-    assert left == [f"b.jsonl: {title}"] and told == ["a.jsonl: working"] * 2 and len(done) == 2
+    assert left == [f"b.jsonl: {title}"] and told == ["a.jsonl, 1 of 3: working 0.00", "a.jsonl, 2 of 3: working 0.33"]
+    assert len(done) == 2
     assert folder.parent == tmp_path and len(read(folder / "a.jsonl")) == 2
     [missing] = read(folder / "b.jsonl")
     assert missing["status"] == "left out: its turn came after 3.9 minutes" and missing["point"] == job.point
@@ -56,7 +58,7 @@ def test_rewriting_its_own_results_is_no_change(tmp_path: Path, make, monkeypatc
     git("commit", "--quiet", "--message=earlier")
     job = suite.Job("kernel", {}, lambda report: [make(machine=machine.facts(torch.device("cpu")))])
     monkeypatch.setattr(suite, "FILES", {"a.jsonl": lambda: iter([job]), "b.jsonl": lambda: iter([job])})
-    folder, _ = suite.run(tmp_path / "results", 1, str, len)
+    folder, _ = suite.run(tmp_path / "results", 1, lambda text, share: None, len)
     commits = {line["machine"]["commit"] for line in read(folder)}
     assert folder == results and len(commits) == 1 and re.fullmatch("[0-9a-f]{12}", commits.pop())
     machine.commit.cache_clear()

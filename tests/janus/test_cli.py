@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 
 import ssd_janus.cli
 from ssd_janus import ModelShape
+from ssd_janus.cli.options import PolicyName, choose_plans
 from ssd_janus.images import contact_sheet, file_names
-from ssd_janus.options import PolicyName, choose_plans
 from ssd_kernels import policies
 
 SHAPE = ModelShape(tiny.LAYERS, 4, 4, tiny.HEAD_DIM, tiny.TOKENS, tiny.GRID)
@@ -94,7 +94,7 @@ def test_a_damaged_plan_is_named(folder: Path, tmp_path: Path) -> None:
 
 
 def test_every_policy_is_offered() -> None:
-    assert set(ssd_janus.cli.PolicyName.__members__) == set(policies.POLICIES) | {"online"}
+    assert set(PolicyName.__members__) == set(policies.POLICIES) | {"online"}
 
 
 def test_info() -> None:
@@ -106,13 +106,13 @@ def test_info() -> None:
 
 def test_demo_draws_a_contact_sheet(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssd_janus.pipeline.included_model", lambda: str(folder))
-    monkeypatch.setattr("ssd_janus.cli.DEFAULT_BUDGET", 0.5)
+    monkeypatch.setattr("ssd_janus.cli.demo.DEFAULT_BUDGET", 0.5)
     result = run("demo", "--out", tmp_path / "demo")
     assert result.exit_code == 0, result.output
     assert "contact_sheet.png" in result.stdout and "pictures/s" in result.stdout
     with Image.open(tmp_path / "demo" / "contact_sheet.png") as sheet:
         assert sheet.width > 2 * 48 and sheet.height > 8 * 48
-    assert len(list((tmp_path / "demo" / "full").iterdir())) == len(ssd_janus.cli.DEMO_PROMPTS)
+    assert len(list((tmp_path / "demo" / "full").iterdir())) == len(ssd_janus.cli.demo.DEMO_PROMPTS)
 
 
 def test_help_needs_no_heavy_imports() -> None:

@@ -14,11 +14,11 @@ from test_cli import SHAPE, run
 
 from ssd_janus import ModelShape, Pipeline
 from ssd_janus.checkpoints import fingerprint
+from ssd_janus.cli.options import PolicyName, load_profile
 from ssd_janus.evaluation import comparison, findings
 from ssd_janus.evaluation.comparison_page import ABSENT, SECTIONS
 from ssd_janus.evaluation.findings import LOW_BUDGETS, PUBLISHED, RIVALS, Goal, Key, goals, prediction, rank_correlation
 from ssd_janus.evaluation.statistics import Groups
-from ssd_janus.options import PolicyName, load_profile
 from ssd_janus.profiling import measure
 from ssd_kernels import HeadSpec, policies
 from ssd_kernels.policies import HeadProfile

@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib import colors
 
 from ssd_janus import plots
+from ssd_janus.cli.options import PolicyName
 from ssd_janus.evaluation import report
 from ssd_janus.evaluation.comparison_page import ABSENT, SECTIONS, sections
-from ssd_janus.options import PolicyName
 
 PAGE = Path(__file__).parents[2] / "docs" / "policy-results.md"
 

@@ -145,17 +145,17 @@ def test_a_killed_run_goes_on(pipe: Pipeline, tmp_path: Path) -> None:
 
 def test_a_folder_of_other_settings_is_refused(pipe: Pipeline, tmp_path: Path) -> None:
     plan = uniform(HeadSpec.window(9))
-    RunFolder(tmp_path, settings(pipe, "shapes", plan, None, 8), TEXTS, ".json")
-    RunFolder(tmp_path, settings(pipe, "shapes", plan, 2.0, 8), TEXTS, ".json")  # the model's default
+    RunFolder(tmp_path, settings(pipe, "shapes", plan, None, 8), TEXTS, ".json", str)
+    RunFolder(tmp_path, settings(pipe, "shapes", plan, 2.0, 8), TEXTS, ".json", str)  # the model's default
     with pytest.raises(ValueError, match="another guidance_scale .2.0 there, 3.0 now"):
-        RunFolder(tmp_path, settings(pipe, "shapes", plan, 3.0, 8), TEXTS, ".json")
+        RunFolder(tmp_path, settings(pipe, "shapes", plan, 3.0, 8), TEXTS, ".json", str)
     with pytest.raises(ValueError, match="another plan"):
-        RunFolder(tmp_path, settings(pipe, "shapes", uniform(HeadSpec.window(8)), None, 8), TEXTS, ".json")
+        RunFolder(tmp_path, settings(pipe, "shapes", uniform(HeadSpec.window(8)), None, 8), TEXTS, ".json", str)
     with pytest.raises(ValueError, match="another prompts"):
-        RunFolder(tmp_path, settings(pipe, "shapes", plan, None, 8), TEXTS[:2], ".json")
+        RunFolder(tmp_path, settings(pipe, "shapes", plan, None, 8), TEXTS[:2], ".json", str)
     with pytest.raises(ValueError, match="another weights"):
         other = Pipeline(tiny.build_model(seed=1), pipe.processor)
-        RunFolder(tmp_path, settings(other, "shapes", plan, None, 8), TEXTS, ".json")
+        RunFolder(tmp_path, settings(other, "shapes", plan, None, 8), TEXTS, ".json", str)
 
 
 def test_settings_hold_what_the_model_samples_with_and_weights_all_over(fresh: Any) -> None:
@@ -193,7 +193,7 @@ def test_a_model_without_a_default_guidance_is_guided_by_transformers_own(fresh:
 
 
 def test_every_batch_has_its_own_seed(pipe: Pipeline, tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, settings(pipe, "shapes", pipe.shape.full_plan(), None, 2), TEXTS, ".json")
+    folder = RunFolder(tmp_path, settings(pipe, "shapes", pipe.shape.full_plan(), None, 2), TEXTS, ".json", str)
     batches = folder.batches(3)
     assert [batch.first for batch in batches] == [0, 2] * 3
     assert len({folder.sampling_seed(batch) for batch in batches}) == 6

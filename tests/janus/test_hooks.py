@@ -13,11 +13,12 @@ import pytest
 import tiny
 import torch
 from tiny import draw
-from transformers import AttentionInterface, DynamicCache, JanusForConditionalGeneration, LlamaForCausalLM
+from transformers import DynamicCache, JanusForConditionalGeneration, LlamaForCausalLM
 
 from ssd_janus import disable, enable, hooks
-from ssd_janus.cache import attention
+from ssd_janus.cache import JanusCache
 from ssd_janus.hooks import is_enabled
+from ssd_janus.internals import CACHE_NAME
 from ssd_kernels import CachePlan, HeadSpec
 
 FULL = CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4)
@@ -142,25 +143,31 @@ def test_generate_keeps_its_signature(fresh: Any) -> None:
 
 def test_used_caches_are_refused(fresh: Any) -> None:
     enable(fresh, FULL)
-    used = draw(fresh, return_dict_in_generate=True).past_key_values
-    with pytest.raises(ValueError, match="past_key_values must be left out"):
-        draw(fresh, past_key_values=used)
-    with pytest.raises(ValueError, match="past_key_values must be left out.*DynamicCache"):
-        draw(fresh, past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="past_key_values must be left out.*JanusCache"):
-        fresh.generate(**tiny.image_inputs(), past_key_values=used, max_new_tokens=2)
-    with pytest.raises(ValueError, match="past_key_values must be a fresh cache"):
-        fresh.model.language_model(input_ids=torch.tensor([[1]]), past_key_values=used)
+    used = draw(fresh, return_dict_in_generate=True)[CACHE_NAME]
+    for name in {CACHE_NAME, "past_key_values"}:
+        with pytest.raises(ValueError, match=f"{CACHE_NAME} must be left out"):
+            draw(fresh, **{name: used})
+        with pytest.raises(ValueError, match=f"{CACHE_NAME} must be left out.*DynamicCache"):
+            draw(fresh, **{name: DynamicCache()})
+        with pytest.raises(ValueError, match=f"{CACHE_NAME} must be left out.*JanusCache"):
+            fresh.generate(**tiny.image_inputs(), **{name: used}, max_new_tokens=2)
+    with pytest.raises(ValueError, match=f"{CACHE_NAME} must be a fresh cache"):
+        fresh.model.language_model(input_ids=torch.tensor([[1]]), **{CACHE_NAME: used})
     disable(fresh)
-    with pytest.raises(ValueError, match="past_key_values must be a fresh cache"):
-        draw(fresh, past_key_values=used)
+    with pytest.raises(ValueError, match=f"{CACHE_NAME} must be a fresh cache"):
+        draw(fresh, **{CACHE_NAME: used})
+    unused = JanusCache(FULL, tiny.TOKENS)
+    for implementation in ("sdpa", "eager"):
+        fresh.set_attn_implementation(implementation)
+        with pytest.raises(ValueError, match="a compressed cache works inside generate only"):
+            fresh.model.language_model(input_ids=torch.tensor([[1]]), **{CACHE_NAME: unused})
 
 
 @pytest.mark.parametrize("name, argument", [("crop", 1), ("reorder_cache", torch.tensor([0])), ("reset", None),
                                             ("batch_repeat_interleave", 2), ("batch_select_indices", [0])])
 def test_what_a_compressed_cache_cannot_do(fresh: Any, name: str, argument: Any) -> None:
     enable(fresh, FULL)
-    used = draw(fresh, return_dict_in_generate=True).past_key_values
+    used = draw(fresh, return_dict_in_generate=True)[CACHE_NAME]
     with pytest.raises(NotImplementedError, match=f"{name} is not possible on a compressed KV cache"):
         getattr(used, name)(*([] if argument is None else [argument]))
 
@@ -185,29 +192,18 @@ def test_guidance_is_checked(fresh: Any, scale: Any, error: type[Exception]) -> 
                                    {"position_bias": torch.zeros(1)}, {"something_new": 1}])
 def test_unknown_attention_arguments_are_refused(fresh: Any, extra: dict[str, Any]) -> None:
     enable(fresh, FULL, engine=False)
-
-    def stranger(module: Any, *args: Any, **kwargs: Any) -> Any:
-        return attention(module, *args, **kwargs, **extra)
-
-    AttentionInterface.register("ssd_janus", stranger)
-    try:
-        with pytest.raises(ValueError, match=f"attention argument '{next(iter(extra))}' is not supported"):
-            draw(fresh)
-    finally:
-        AttentionInterface.register("ssd_janus", attention)
+    for layer in fresh.model.language_model.layers:
+        layer.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs | extra), with_kwargs=True)
+    with pytest.raises(ValueError, match=f"attention argument '{next(iter(extra))}' is not supported"):
+        draw(fresh)
 
 
-def test_training_mode_and_foreign_use_are_refused(fresh: Any) -> None:
+def test_dropout_is_refused(fresh: Any) -> None:
     enable(fresh, FULL)
     for layer in fresh.model.language_model.layers:
         layer.self_attn.attention_dropout = 0.1
     fresh.train()
     with pytest.raises(ValueError, match="dropout must be 0"):
-        draw(fresh)
-    fresh.eval()
-    disable(fresh)
-    fresh.set_attn_implementation({"text_config": "ssd_janus"})
-    with pytest.raises(TypeError, match="ssd_janus.enable"):
         draw(fresh)
 
 

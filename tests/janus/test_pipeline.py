@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from PIL.Image import Image
 
 from ssd_janus import Pipeline, disable, enable
+from ssd_janus.engine import decode, memory
 from ssd_kernels import CachePlan, HeadSpec, policies
 
 
@@ -158,6 +161,46 @@ def test_from_pretrained_says_what_is_missing(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("ssd_janus.checkpoints.resources.files", lambda package: tmp_path)
     with pytest.raises(FileNotFoundError, match="the included model is not installed"):
         Pipeline.from_pretrained()
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("multi_modality", "is in DeepSeek's own format .*deepseek-community/Janus-Pro-1B"),
+    ("llama", "model must be a Janus .*with model_type 'llama'"), (None, "with model_type None")])
+def test_other_checkpoints_are_named_in_one_line(tmp_path: Path, kind: str | None, message: str) -> None:
+    config = {"architectures": ["MultiModalityCausalLM"]} | ({} if kind is None else {"model_type": kind})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as error:
+        Pipeline.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("engine", [True, False])
+def test_caches_follow_the_language_model(dtype: torch.dtype, engine: bool) -> None:
+    """Whatever dtypes the other parts are in, which drawing tokens does not use."""
+    model, other = tiny.build_model(), torch.bfloat16 if dtype == torch.float32 else torch.float32
+    pipes = [Pipeline(each, tiny.build_processor()) for each in (model.to(dtype), copy.deepcopy(model))]
+    mixed = pipes[1].model.model
+    for part in (mixed.vision_model, mixed.aligner, mixed.vqmodel):
+        part.to(other)
+    assert pipes[1].model.dtype == other
+    plan = policies.heavy(pipes[0].shape, 0.5)
+    if not engine:
+        for pipe in pipes:
+            pipe.model.model.language_model.norm.register_forward_hook(lambda module, args, output: output)
+    tokens = [pipe.generate_tokens(list(tiny.PROMPTS), plan=plan, seed=7) for pipe in pipes]
+    assert torch.equal(*tokens)
+    runs = [pipe.last_run for pipe in pipes]
+    assert runs[0] is not None and runs[1] is not None
+    assert (runs[0].cache_bytes, runs[0].full_cache_bytes) == (runs[1].cache_bytes, runs[1].full_cache_bytes)
+    assert runs[0].cache_bytes == plan.nbytes(batch_size=8, head_dim=tiny.HEAD_DIM, max_prompt=9, dtype=dtype,
+                                              num_visual_tokens=tiny.TOKENS)
+    for pipe in pipes:
+        enable(pipe.model, plan)
+    assert torch.equal(*(tiny.draw(pipe.model) for pipe in pipes))
+    assert memory.step_bytes(pipes[1].model, 4, 8, 9) == memory.step_bytes(pipes[0].model, 4, 8, 9)
+    assert memory.decode_bytes(pipes[1].model, 1) == memory.decode_bytes(model.to(other), 1)
+    assert torch.equal(next(decode(pipes[1].model, tokens[1])), next(decode(model, tokens[1])))
 
 
 def test_dtype_and_backend(folder: Path) -> None:

@@ -18,7 +18,7 @@ from ssd_janus import Pipeline, profiling
 from ssd_janus.online import OnlinePlan
 from ssd_janus.plan_view import LOOKS
 from ssd_kernels import CachePlan, policies
-from ssd_kernels.plan import SCORE_RULES
+from ssd_kernels.heads import SCORE_RULES
 from ssd_kernels.policies import HeadProfile
 
 HEADS = [(layer, head) for layer in range(SHAPE.num_layers) for head in range(SHAPE.num_heads)]
@@ -141,7 +141,7 @@ def test_parameters_reach_the_plan(folder: Path, file: Path, tmp_path: Path, mon
         ("ssd", "tau=0.9", "ratio=2"): policies.ssd(SHAPE, 0.7, profile=profile, tau=0.9, ratio=2),
         ("online", "loss=0.3"): OnlinePlan(SHAPE, 0.7, loss=0.3)}
     drawn: list[CachePlan] = []
-    monkeypatch.setattr("ssd_janus.drawing.draw", lambda *arguments: drawn.append(arguments[7]) or iter(()))
+    monkeypatch.setattr("ssd_janus.drawing.draw", lambda *arguments, **_: drawn.append(arguments[7]) or iter(()))
     for (policy, *parameters), plan in expected.items():
         common = ("--policy", policy, "--budget", 0.7, "--model", folder, "--profile", file,
                   *(word for parameter in parameters for word in ("--parameter", parameter)))

@@ -5,28 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     AttentionInterface,
+    AttentionMaskInterface,
     DynamicCache,
     GenerationConfig,
     JanusConfig,
     JanusForConditionalGeneration,
+    JanusImageProcessorPil,
     JanusProcessor,
     JanusVisionConfig,
     JanusVQVAEConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
-from ssd_janus.cache import CACHE_NAME
+from ssd_janus.internals import CACHE_NAME
 from ssd_kernels import CachePlan, HeadSpec
 
 LAYERS, GRID, HEAD_DIM = 3, 6, 32
 TOKENS = GRID * GRID
-RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 PROMPTS = ("a red circle", "two blue squares and a green star", "a heart", "three pink rings above a black cross")
 SPECIALS = ["<bos>", "<eos>", "<pad>", "<begin_of_image>", "<end_of_image>", "<image_placeholder>"]
 CHAT_TEMPLATE = ("{% for message in messages %}<|User|>: {{ message['content'][0]['text'] }}\n\n{% endfor %}"
@@ -47,8 +47,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(chat_template: str | None = None) -> JanusProcessor:
-    from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
-
     return JanusProcessor(JanusImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3), build_tokenizer(),
                           chat_template=chat_template, num_image_tokens=TOKENS)
 
@@ -91,9 +89,6 @@ def image_inputs(prompts: tuple[str, ...] = PROMPTS) -> dict[str, torch.Tensor]:
 def draw(model: JanusForConditionalGeneration, seed: int = 0, **options: Any) -> Any:
     """The user's call, the same with an enabled and with a stock model."""
     torch.manual_seed(seed)
-    if "generate" not in vars(model) and "past_key_values" not in options and (5, 13) <= RELEASE < (5, 18):
-        # These releases fail to make their own cache.
-        options["past_key_values"] = DynamicCache()
     return model.generate(**{**image_inputs(), **options}, generation_mode="image")
 
 
@@ -103,7 +98,7 @@ def plan_of(*heads: HeadSpec, **options: Any) -> CachePlan:
 
 
 class Oracle:
-    """Attention that keeps every key and masks what a plan has evicted: SPEC section 3 without any cache.
+    """docs/specification.md, section 3 without any cache: every key is kept, and what a plan has evicted is masked.
 
     Registered under its own name and run by transformers' unchanged generation with a `DynamicCache`.
     """

@@ -26,7 +26,7 @@ class Case:
         name: its name in `ssd_kernels.backends`.
         device: where its caches live.
         dtypes: storage types it serves.
-        compiled: bitwise promises (SPEC section 3, "Batch invariance") hold for compiled backends only.
+        compiled: bitwise promises (docs/specification.md, section 3.9) hold for compiled backends only.
     """
 
     name: str

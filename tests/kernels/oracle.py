@@ -1,4 +1,4 @@
-"""An independent oracle of SPEC section 3: float64, dense attention with a mask, explicit sets of kept tokens.
+"""An independent oracle (docs/specification.md, section 3): float64, dense attention, explicit sets of kept tokens.
 
 Written from the specification and not from `ssd_kernels`: it remembers every key and value ever given, keeps a python
 dict of the tokens that are still kept, and knows nothing of slots, rings or blocks.

@@ -22,7 +22,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def poison(cache: CompressedCache) -> None:
-    """Fill all slots with NaN and impossible positions, as SPEC section 3 asks of tests."""
+    """Fill all slots with NaN and impossible positions, as docs/specification.md, section 3.7 asks of tests."""
     for state in cache._layers:
         for tensor in (state.keys, state.values, state.scores):
             tensor.fill_(float("nan"))
@@ -122,7 +122,7 @@ class Pair:
         return torch.stack(outs)
 
     def compare_outputs(self, layer: int, out: torch.Tensor, exact: torch.Tensor, native: torch.Tensor) -> None:
-        """SPEC "Tolerance", for every query head by itself."""
+        """docs/specification.md, section 3.10, for every query head by itself."""
         assert out.dtype == self.dtype and out.shape == exact.shape
         error = (out.double() - exact).abs().amax(-1)
         allowed = 2 * (native - exact).abs().amax(-1) + 1e-5

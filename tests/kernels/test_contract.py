@@ -1,4 +1,4 @@
-"""SPEC section 3, sentence by sentence, on every backend beside the float64 oracle (`Pair` compares every step)."""
+"""docs/specification.md, section 3, sentence by sentence: every backend beside the oracle (`Pair` compares steps)."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def cuobjdump(*arguments: str | Path) -> str:
     # It starts nvdisasm by name.
     path = tool_path()
     return subprocess.run([str(shutil.which("cuobjdump", path=path)), *map(str, arguments)], capture_output=True,
-                          text=True, check=True, timeout=120, env={**os.environ, "PATH": path}).stdout
+                          text=True, check=True, env={**os.environ, "PATH": path}).stdout
 
 
 def compiler_setting(name: str) -> list[str]:
@@ -194,7 +194,7 @@ def occupancy(kernels: Sequence[Kernel]) -> dict[str, dict[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "occupancy"
         subprocess.run([str(simulation.compiler()), "-std=c++17", "-isystem", str(occupancy_header()),
-                        str(Path(__file__).with_name("occupancy.cpp")), "-o", str(program)], check=True, timeout=120)
+                        str(Path(__file__).with_name("occupancy.cpp")), "-o", str(program)], check=True)
         answer = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
     blocks: dict[str, dict[str, int]] = {kernel.key: {} for kernel in kernels}
     for (kernel, device), number in zip(asked, map(int, answer.split()), strict=True):

@@ -17,7 +17,8 @@ from .cases import CASES
 def test_info_says_what_runs_and_why_not_the_rest() -> None:
     """"what was built, which backends can run here and why not the others"."""
     info = ssd_kernels.info()
-    assert set(info) == {"version", "torch", "python", "machine", "threads", "extension", "backends"}
+    assert set(info) == {"version", "torch", "python", "machine", "threads", "cpus", "cpu_quota", "waiting",
+                         "openmp", "extension", "backends"}
     assert info["version"] == ssd_kernels.__version__ and info["torch"] == torch.__version__
     assert set(info["backends"]) == set(backends.backend_names()) >= {"reference", "cpu"}
     for backend in info["backends"].values():
@@ -54,6 +55,6 @@ def test_import_is_light() -> None:
 
 
 def test_public_names() -> None:
-    """SPEC section 4: "Names below are fixed"."""
+    """docs/specification.md, section 4: "Names below are fixed"."""
     for name in ("HeadSpec", "CachePlan", "CompressedCache", "info"):
         assert hasattr(ssd_kernels, name) and name in ssd_kernels.__all__

@@ -95,7 +95,7 @@ def test_plans_do_not_follow_the_lists_they_were_made_of() -> None:
 
 
 def held_tokens(size: int | None, prompt: int, tokens: int, row_buffer: int) -> int:
-    """The most evictable tokens a head ever holds, by playing SPEC section 3 with nothing but a counter."""
+    """The most evictable tokens a head ever holds, by playing the rules with nothing but a counter."""
     held = most = prompt if size is None else min(prompt, size)
     for t in range(tokens):
         held += 1
@@ -151,7 +151,7 @@ def test_compressed_caches_are_small() -> None:
     """The point of it all: Janus-Pro-1B at a 20% budget takes a fifth of the full cache's bytes and a little more."""
     sizes = {"batch_size": 8, "head_dim": 128, "max_prompt": 0, "dtype": torch.bfloat16}
     full = CachePlan.uniform(HeadSpec.full(), 24, 16).nbytes(**sizes)
-    assert full == pytest.approx(8 * 576 * 196_608, rel=1e-4)  # SPEC section 6: 196,608 bytes per token and row
+    assert full == pytest.approx(8 * 576 * 196_608, rel=1e-4)  # Janus-Pro-1B: 196,608 bytes per token and row
     small = CachePlan.uniform(HeadSpec.heavy(114), 24, 16)
     assert small.budget() == pytest.approx(0.2, abs=1e-3)
     assert 0.2 < small.nbytes(**sizes) / full / small.budget() * 0.2 < 0.206

@@ -264,7 +264,7 @@ def test_profiles_are_saved_and_checked(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, path, {"format": "other"})
-    with pytest.raises(ValueError, match="format ssd_kernels.profile, version 3, got other"):
+    with pytest.raises(ValueError, match="format ssd_kernels.profile, version 3, got 'other'"):
         HeadProfile.load(path)
     replace(profile, age_mass=profile.age_mass * float("nan")).save(path)
     with pytest.raises(ValueError, match="age_mass must be finite"):

@@ -43,7 +43,7 @@ def pairs(draw: st.DrawFn, case: Case) -> Pair:
 @each_backend
 @given(data=st.data())
 def test_random_caches_follow_the_oracle(case: Case, data: st.DataObject) -> None:
-    """All of SPEC section 3 for whatever plan a user may write, with rows that restart at any step."""
+    """docs/specification.md, section 3, for whatever plan a user may write, with rows that restart at any step."""
     pair = data.draw(pairs(case), "pair")
     length = st.integers(0, pair.max_prompt)
     if data.draw(st.booleans(), "prefill"):

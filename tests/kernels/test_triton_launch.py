@@ -31,6 +31,7 @@ def test_power_of_two(n: int, power: int) -> None:
 def test_blocks_fit(head_dim: int, item_size: int, group: int, capability: int) -> None:
     """Powers of two, and tiles of which every multiprocessor's shared memory holds two programs' worth."""
     config = launch.decode_config(head_dim, item_size, group, 256, capability)
+    assert config.registers * 32 * config.warps <= 65536
     for size in (config.block, config.copy_block, config.warps):
         assert size & (size - 1) == 0
     assert config.block >= 16 and config.stages >= 2
@@ -39,7 +40,7 @@ def test_blocks_fit(head_dim: int, item_size: int, group: int, capability: int) 
 
 
 def test_config_does_not_depend_on_the_batch() -> None:
-    """SPEC "Batch invariance": nothing about the batch is asked for."""
+    """docs/specification.md, section 3.9: nothing about the batch is asked for."""
     assert "batch" not in launch.decode_config.__code__.co_varnames
 
 
@@ -89,7 +90,7 @@ def test_auto_takes_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_launches_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton takes the current device; both kernels are launched while that is the tensors' own."""
+    """Triton takes the current device; both kernels are launched while that is the tensors' own, and told to fuse."""
     events: list[object] = []
 
     @contextmanager
@@ -100,7 +101,7 @@ def test_launches_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) 
 
     class Kernel:
         def __getitem__(self, grid: object) -> Callable[..., None]:
-            return lambda *arguments, **constants: events.append("launch")
+            return lambda *arguments, **constants: events.append(constants["enable_fp_fusion"])
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 3)
@@ -110,7 +111,7 @@ def test_launches_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) 
     x = torch.ones(1, 1, 64)
     TritonBackend().decode(state, x, x, x, 1.0)
     TritonBackend().prefill(state, x[:, :, None], x[:, :, None], [1], None, [0])
-    assert events == [3, "launch", "leave"] * 2
+    assert events == [3, True, "leave"] * 2
 
 
 def test_import_needs_no_triton() -> None:

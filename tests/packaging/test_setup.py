@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -115,7 +116,21 @@ def test_every_folder_is_packaged(setup_py):
     folders = {name: ROOT / folder for name, folder in setup_py.PACKAGE_DIRS.items()}
     expected = {".".join((name, *init.parent.relative_to(folder).parts))
                 for name, folder in folders.items() for init in folder.rglob("__init__.py")}
-    assert set(setup_py.packages()) == expected
+    assert set(setup_py.packages()) == expected | set(setup_py.DATA_PACKAGES)
+
+
+def test_every_file_is_packaged(setup_py, tmp_path):
+    """Code and data land in the build, and setuptools has nothing to say about folders that it would leave out."""
+    built = subprocess.run([sys.executable, "setup.py", "egg_info", "--egg-base", tmp_path, "build_py", "--build-lib",
+                            tmp_path / "lib"], cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT).stdout
+    assert "ignored" not in built and "not found" not in built, built
+    left_out = {"__pycache__", "results"}  # results: of our own benchmark runs
+    expected = {f"{name}/{file.relative_to(ROOT / folder)}" for name, folder in setup_py.PACKAGE_DIRS.items()
+                for file in (ROOT / folder).rglob("*")
+                if file.is_file() and file.suffix != ".so" and not left_out & set(file.parts)}
+    lib = tmp_path / "lib"
+    assert {str(file.relative_to(lib)) for file in lib.rglob("*") if file.is_file()} == expected
 
 
 def test_torch_is_never_pinned():

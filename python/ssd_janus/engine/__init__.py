@@ -7,7 +7,7 @@ from .engine import Engine, unconditional_prompt
 from .memory import MemoryReport, available_memory, decode_bytes, max_batch
 from .sampling import Sampling
 from .timing import StepTiming
-from .weights import unfuse, unsupported
+from .weights import fuse, unfuse, unsupported
 
 __all__ = ["Engine", "MemoryReport", "Sampling", "StepTiming", "available_memory", "decode", "decode_bytes",
-           "max_batch", "unconditional_prompt", "unfuse", "unsupported"]
+           "fuse", "max_batch", "unconditional_prompt", "unfuse", "unsupported"]

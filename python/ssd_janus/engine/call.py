@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.generation import GenerationMode
 
 from ssd_kernels import CachePlan
 
+from ..internals import GenerationMode, prepared_config
 from .engine import Engine, unconditional_prompt
 from .sampling import Sampling
 from .weights import unsupported
 
 _logger = logging.getLogger("ssd_janus")
 _said: set[str] = set()
+_saying = threading.Lock()
 
 
 class NotForTheEngine(Exception):
@@ -34,6 +36,8 @@ def draw(model: Any, plan: CachePlan, backend: str, arguments: Mapping[str, Any]
     options = dict(arguments)
     options.pop("generation_mode", None)
     ids, mask = options.pop("input_ids", None), options.pop("attention_mask", None)
+    if ids is None:
+        ids = options.pop("inputs", None)
     if options.pop("logits_processor", None):
         raise NotForTheEngine("logits_processor is given")
     if ids is None or mask is None or ids.dim() != 2 or mask.shape != ids.shape:
@@ -41,7 +45,9 @@ def draw(model: Any, plan: CachePlan, backend: str, arguments: Mapping[str, Any]
     reason = unsupported(model)
     if reason is not None:
         raise NotForTheEngine(reason)
-    config, others = model._prepare_generation_config(options.pop("generation_config", None), **options)
+    options.pop("pixel_values", None)  # of which drawing makes no use
+    config, others = prepared_config(model, options.pop("generation_config", None),
+                                     **{name: value for name, value in options.items() if value is not None})
     if others:
         raise NotForTheEngine(f"{', '.join(sorted(others))} is given")
     if config.get_generation_mode() not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
@@ -70,6 +76,8 @@ def draw(model: Any, plan: CachePlan, backend: str, arguments: Mapping[str, Any]
 
 def say_once(reason: str) -> None:
     """Tell why transformers' loop runs instead of the engine, the first time for every reason."""
-    if reason not in _said:
+    with _saying:
+        new = reason not in _said
         _said.add(reason)
+    if new:
         _logger.warning("transformers' own loop draws, not the engine: %s", reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from .batch import Batch
 # Steps of the picture that run one operation at a time first: libraries set up their workspaces in them. They are
 # real steps, so nothing has to be put back before the capture.
 WARM_STEPS = 2
+_capturing = threading.Lock()
 CAPTURABLE = frozenset({"triton", "cuda"})
 
 
@@ -28,7 +30,9 @@ def capture(batch: Batch) -> Callable[[], None]:
     """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize(batch.weights.device)
-    with torch.cuda.device(batch.weights.device), torch.cuda.graph(graph):
+    # Captures share a stream, so one at a time; what other threads launch meanwhile is theirs.
+    with (_capturing, torch.cuda.device(batch.weights.device),
+          torch.cuda.graph(graph, capture_error_mode="thread_local")):
         batch.advance()
 
     def step() -> None:

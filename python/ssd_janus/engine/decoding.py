@@ -24,8 +24,8 @@ def decode(model: Any, tokens: torch.Tensor, chunk: int | None = None) -> Iterat
         chunk: pictures decoded at once; None for as many as fit, at most `DECODE_CHUNK`.
 
     Yields:
-        [up to chunk, height, width, 3], floats in about [-1, 1], on the model's device; without the rows still to be
-        drawn.
+        [up to chunk, height, width, 3], floats in about [-1, 1], on the picture decoder's device and in its dtype;
+        without the rows still to be drawn.
 
     Raises:
         ValueError: no whole number of rows.
@@ -35,11 +35,12 @@ def decode(model: Any, tokens: torch.Tensor, chunk: int | None = None) -> Iterat
     if tokens.dim() != 2 or tokens.shape[1] % columns or not 0 < tokens.shape[1] <= whole:
         raise ValueError(f"tokens must be [pictures, n] with n a multiple of {columns} up to {whole}, got "
                          f"{list(tokens.shape)}")
+    device = next(model.model.vqmodel.parameters()).device
     if chunk is None:
-        room = memory.available_memory(model.device) * memory.USABLE_SHARE
+        room = memory.available_memory(device) * memory.USABLE_SHARE
         chunk = max(1, min(DECODE_CHUNK, int(room // memory.decode_bytes(model, 1))))
     for part in tokens.split(chunk):
-        yield _pixels(model, part.to(model.device), columns)
+        yield _pixels(model, part.to(device), columns)
 
 
 def _pixels(model: Any, tokens: torch.Tensor, columns: int) -> torch.Tensor:

@@ -14,10 +14,11 @@ from transformers import GenerationConfig
 
 from ssd_kernels import CachePlan, CompressedCache
 
+from .. import waiting
 from ..cache import Observer
 from ..online import OnlinePlan, check_observer
 from ..progress import ProgressCallback
-from ..shape import ModelShape
+from ..shape import ModelShape, placement
 from . import capture, memory
 from .batch import PACKED_ROW_MULTIPLE, ROW_MULTIPLE, Batch, LogitsProcessor
 from .decoding import DECODE_CHUNK, decode
@@ -83,6 +84,7 @@ class Engine:
 
     Attributes:
         model, plan, backend, shape: as given, and the model's sizes.
+        device, dtype: of the language model and the cache.
         exact, packed: as decided.
         last_run: statistics of the last call, None before the first.
     """
@@ -112,7 +114,8 @@ class Engine:
         if packed and compile:
             raise ValueError("packed must be None or False with compile=True: torch.compile cannot read packed weights")
         self.packed = not compile and memory.packs(model, packed)
-        in_float32 = model.device.type == "cpu" and (self.packed or model.dtype == torch.float32)
+        self.device, self.dtype = placement(model)
+        in_float32 = self.device.type == "cpu" and (self.packed or self.dtype == torch.float32)
         self.exact = in_float32 if exact is None else exact
         self.last_run: EngineRun | None = None
 
@@ -157,8 +160,8 @@ class Engine:
         count = len(request.prompts)
         size = count if batch_size is None else min(count, _positive("batch_size", batch_size))
         size = self._fitting(request, size)
-        if self.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.model.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         began, done, first, halved = time.perf_counter(), 0, 0, False
         tokens: list[torch.Tensor] = []
         runs: list[EngineRun] = []
@@ -177,7 +180,7 @@ class Engine:
             if drawn is None:
                 halved, done, size = True, base, (len(numbers) + 1) // 2
                 _logger.warning("out of memory with %d pictures at once; going on with %d", len(numbers), size)
-                if self.model.device.type == "cuda":
+                if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 continue
             tokens.append(drawn[0])
@@ -187,8 +190,8 @@ class Engine:
         self.last_run = EngineRun(
             pictures=count, steps=request.steps, rows=largest.rows, batches=tuple(run.pictures for run in runs),
             seconds=time.perf_counter() - began, max_prompt=largest.max_prompt, cache_bytes=largest.cache_bytes,
-            backend=largest.backend, device_peak=None if self.model.device.type != "cuda"
-            else torch.cuda.max_memory_allocated(self.model.device))
+            backend=largest.backend, device_peak=None if self.device.type != "cuda"
+            else torch.cuda.max_memory_allocated(self.device))
         return torch.cat(tokens)
 
     def decode(self, tokens: torch.Tensor, chunk: int | None = None) -> Iterator[torch.Tensor]:
@@ -214,7 +217,7 @@ class Engine:
     def max_batch(self, memory_bytes: int | None = None, *, guided: bool = True, max_prompt: int = 64) -> int:
         """Most pictures at once (`memory.max_batch`) in ``memory_bytes``; None for what is available."""
         if memory_bytes is None:
-            free = memory.available_memory(self.model.device)
+            free = memory.available_memory(self.device)
             memory_bytes = int(free * memory.USABLE_SHARE) + memory.weight_bytes(self.model)
         return memory.max_batch(self.plan, self.model, memory_bytes, guided=guided, max_prompt=max_prompt,
                                 packed=self.packed)
@@ -295,6 +298,8 @@ class Engine:
         request.step_done()
         self._report_row(request, batch, numbers, back)
         step, captured = batch.step, not self.capture
+        if self.model.device.type == "cpu":
+            step = waiting.watched(step)
         while batch.done < request.steps:
             if not captured and batch.done > capture.WARM_STEPS and capture.can_capture(batch):
                 step, captured = capture.capture(batch), True
@@ -313,7 +318,7 @@ class Engine:
         longest = max(map(len, prompts))
         weights = Weights.of(self.model, longest + self.shape.num_visual_tokens).prepared(self.packed)
         cache = CompressedCache(self.plan, len(prompts), self.shape.num_query_heads, self.shape.head_dim, longest,
-                                self.shape.num_visual_tokens, self.model.dtype, weights.device, self.backend)
+                                self.shape.num_visual_tokens, self.dtype, weights.device, self.backend)
         cache.warmup(rotary=True)
         seeds = None if request.seeds is None else [request.seeds[i] for i in order]
         noise = None if request.sampling.greedy else Noise(len(order), weights.codes, seeds, weights.device)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.activations import ACT2FN
+
+from ..internals import ACT2FN
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 # oneDNN's names of activations that it applies while a product is still in registers.

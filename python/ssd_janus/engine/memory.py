@@ -8,7 +8,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from ssd_kernels import CachePlan
+from ssd_kernels.process import control_groups
 
-from ..shape import ModelShape
+from ..shape import ModelShape, placement
 from .batch import PREFILL_TOKENS, ROW_MULTIPLE
 from .linear import can_pack
 from .weights import TABLE_CODES
@@ -78,9 +79,10 @@ def packs(model: Any, packed: bool | None = None) -> bool:
     """
     if packed is False:
         return False
-    place, possible = model.device.type, can_pack(model.dtype)
+    device, dtype = placement(model)
+    place, possible = device.type, can_pack(dtype)
     if packed and not (place == "cpu" and possible):
-        raise ValueError(f"packed must be None or False for {model.dtype} on {place}: only a CPU whose torch has "
+        raise ValueError(f"packed must be None or False for {dtype} on {place}: only a CPU whose torch has "
                          "oneDNN packs, and half precision only where the CPU has no instructions for it")
     return bool(packed) or (place == "cpu" and possible and packed_bytes(model) <= PACKED_SHARE * total_memory())
 
@@ -96,7 +98,7 @@ def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int) -> int:
         max_prompt: longest prompt, tokens.
     """
     shape, config = ModelShape.of(model), model.model.language_model.config
-    size = 4 if packs(model) else model.dtype.itemsize
+    size = 4 if packs(model) else placement(model)[1].itemsize
     codes = model.model.generation_head.vision_head.out_features
     widths = (shape.num_query_heads + 2 * shape.num_heads) * shape.head_dim
     rotary = 2 * 4 * (max_prompt + shape.num_visual_tokens) * shape.head_dim
@@ -128,7 +130,7 @@ def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, 
         0 when not even one picture fits, be it its cache or its decoding.
     """
     shape = ModelShape.of(model)
-    sizes = {"head_dim": shape.head_dim, "max_prompt": max_prompt, "dtype": model.dtype,
+    sizes = {"head_dim": shape.head_dim, "max_prompt": max_prompt, "dtype": placement(model)[1],
              "num_visual_tokens": shape.num_visual_tokens}
     one, two = (plan.nbytes(batch_size=rows, **sizes) for rows in (1, 2))
     free = memory - weight_bytes(model)
@@ -156,14 +158,15 @@ def decode_bytes(model: Any, pictures: int) -> int:
     The decoder runs on tensors without contents, which count what a real run would hold. What libraries take inside a
     convolution is not in it.
     """
-    return pictures * _decode_bytes_of_one(model.config.vq_config.to_json_string(use_diff=False), model.dtype)
+    dtype = next(model.model.vqmodel.parameters()).dtype
+    return pictures * _decode_bytes_of_one(model.config.vq_config.to_json_string(use_diff=False), dtype)
 
 
 @functools.lru_cache(maxsize=8)
 def _decode_bytes_of_one(config: str, dtype: torch.dtype) -> int:
     settings = JanusVQVAEConfig(**json.loads(config))
     with torch.device("meta"), torch.no_grad():
-        vq = JanusVQVAE._from_config(settings, dtype=dtype).eval()
+        vq = JanusVQVAE(settings).to(dtype).eval()
         codes = torch.zeros(1, settings.num_patches ** 2, dtype=torch.long)
         return _peak_bytes(lambda: vq.decode(codes))
 
@@ -202,26 +205,12 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
 
 def _control_groups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
     """Of this process, innermost first: folder, files of limit and use, and the name of idle page cache in
-    ``memory.stat``; of version 2 and version 1 of control groups. Some folders do not exist."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            mounts = ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
-            names = "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            mounts = ["sys/fs/cgroup/memory"]
-            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    ``memory.stat``. Some folders do not exist."""
+    for version, folder in control_groups("memory", root):
+        if version == 2:
+            yield folder, "memory.max", "memory.current", "inactive_file"
         else:
-            continue
-        inner = PurePosixPath(path.lstrip("/"))
-        for mount in mounts:
-            # In a container the path may be the host's, and the group itself the root of the mount.
-            for group in (inner, *inner.parents):
-                yield (root / mount / group, *names)
+            yield folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 
 
 def _numbers(file: Path) -> dict[str, int]:

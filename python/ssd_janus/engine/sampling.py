@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from transformers import (
+    ClassifierFreeGuidanceLogitsProcessor,
     GenerationConfig,
-    LogitsProcessorList,
+    LogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from ..internals import logits_processors, prepared_config
 
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
@@ -57,17 +60,14 @@ class Sampling:
         Raises:
             ValueError: it would use something that the engine does not know; the message names it.
         """
-        config, _ = model._prepare_generation_config(copy.deepcopy(config), **options)
-        return cls.of_config(model, config)
+        return cls.of_config(model, prepared_config(model, config, **options)[0])
 
     @classmethod
     def of_config(cls, model: Any, config: GenerationConfig) -> Sampling:
         """As `of`, of a config in which nothing is left open."""
         config = copy.deepcopy(config)
         config.guidance_scale = None  # the engine guides each picture by its own scale
-        found = model._get_logits_processor(
-            generation_config=config, input_ids_seq_length=1, encoder_input_ids=torch.zeros(1, 1, dtype=torch.long),
-            prefix_allowed_tokens_fn=None, logits_processor=LogitsProcessorList(), device="cpu")
+        found = logits_processors(model, config)
         for processor in found:
             if type(processor) not in WARPERS:
                 raise ValueError(f"{type(processor).__name__} is in force")
@@ -84,6 +84,41 @@ class Sampling:
         if self.greedy or noise is None:
             return logits.argmax(-1)
         return (logits.softmax(-1) / noise).argmax(-1)
+
+
+class SampledByPicture(LogitsProcessor):
+    """Makes a greedy ``model.generate`` of transformers sample, every picture with its own seed.
+
+    It is given as the last of the call's logits processors. It guides, restricts and chooses as transformers would
+    after it, and leaves the choice as the only code with a finite logit. torch's own generator, which other threads
+    draw from, is not touched.
+    """
+
+    def __init__(self, model: Any, guidance: float, seeds: Sequence[int], **options: Any) -> None:
+        """
+        Args:
+            guidance: scale; up to 1 there are no unconditional rows.
+            seeds: one per picture.
+            options: of ``generate``, about sampling.
+        """
+        config, _ = prepared_config(model, None, **options)
+        config.guidance_scale = None
+        found = logits_processors(model, config, [self])
+        self.after = found[found.index(self) + 1:]
+        if guidance > 1:
+            self.after.insert(0, ClassifierFreeGuidanceLogitsProcessor(guidance))
+        self.sampling = Sampling(greedy=not config.do_sample)
+        self.seeds = seeds
+        self.noise: Noise | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for processor in self.after:
+            scores = processor(input_ids, scores)
+        if not self.sampling.greedy:
+            self.noise = self.noise or Noise(*scores.shape, self.seeds, scores.device)
+            self.noise.draw()
+        chosen = self.sampling.choose(scores, self.noise.values if self.noise else None)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
 class Noise:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,20 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaMLP,
-    LlamaModel,
-    LlamaRMSNorm,
-)
 
+from ..internals import STOCK, foreign_hooks
 from .linear import Chain, Gated, Linear, PackedGated, PackedLinear
 
 # Up to so many image codes the inputs of the next step are kept in a table. With more it would cost more than it saves:
 # a picture needs only as many inputs as it has tokens.
 TABLE_CODES = 4096
+_fusing = threading.RLock()  # held while parameters become views of one another, or stop to be
 
 
 @dataclass(frozen=True)
@@ -133,8 +128,10 @@ class Weights:
         embed = language_model.embed_tokens.weight.detach()
         cos, sin = language_model.rotary_emb(torch.empty(0, dtype=torch.float32, device=embed.device),
                                              torch.arange(positions, device=embed.device)[None])
+        with _fusing:
+            layers = tuple(_layer(layer) for layer in language_model.layers)
         return cls(
-            layers=tuple(_layer(layer) for layer in language_model.layers), norm=language_model.norm.weight.detach(),
+            layers=layers, norm=language_model.norm.weight.detach(),
             epsilon=language_model.norm.variance_epsilon, embed=embed,
             image_embed=model.model.generation_embeddings.weight.detach(),
             aligner=Chain.of([aligner.fc1, *aligner.hidden_layers], aligner.activation_fn),
@@ -145,12 +142,8 @@ class Weights:
             codes=head.vision_head.out_features)
 
 
-# Stay on a model whose attention weights or hidden states were asked for once, and do nothing outside such calls.
-IDLE_HOOKS = "transformers.utils.output_capturing"
 PARTS = ("language_model", "generation_embeddings", "generation_aligner", "generation_head")
-# Modules whose forward the engine does itself. Activations and rotary embeddings it calls, so they may be others.
-STOCK = (LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, JanusVQVAEAlignerMLP, JanusVQVAEHead,
-         nn.Linear, nn.Embedding, nn.ModuleList)
+# Activations and rotary embeddings the engine calls, so they may be others than transformers' own.
 CALLED = re.compile(r"(act_fn|activation_fn|rotary_emb)(\.|$)")
 IN_ONE_MATRIX = re.compile(r"\b(q|k|v|gate|up)_proj\.")
 # Tables of these kinds do not depend on how long the sequence has become.
@@ -164,8 +157,7 @@ def unsupported(model: Any) -> str | None:
     for part, root in parts.items():
         for name, module in root.named_modules():
             place = f"{part}.{name}".rstrip(".")
-            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            if "forward" in vars(module) or any(getattr(hook, "__module__", "") != IDLE_HOOKS for hook in hooks):
+            if foreign_hooks(module):
                 return f"{place} has hooks, which the engine would not call"
             if type(module) not in STOCK and not CALLED.search(name):
                 return f"{place} is a {type(module).__name__}, whose forward the engine would not call"
@@ -209,10 +201,21 @@ def _stacked(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
         first = parameters[0].detach()
         if _consecutive(parameters):
             return first.as_strided((sum(rows), *first.shape[1:]), first.stride(), first.storage_offset())
-        stacked = torch.cat([parameter.detach() for parameter in parameters])
+        before = [parameter.detach() for parameter in parameters]  # stay alive for who reads them in another thread
+        stacked = torch.cat(before)
         for parameter, view in zip(parameters, stacked.split(rows), strict=True):
             parameter.data = view
         return stacked
+
+
+def fuse(model: Any) -> None:
+    """Fuse the projections of a ``JanusForConditionalGeneration``, if the engine can run it.
+
+    Later draws then find them fused. The first would change parameters, in place and without changing a value, and that
+    is better not done while other threads compute with them.
+    """
+    if unsupported(model) is None:
+        Weights.of(model, 1)
 
 
 def unfuse(model: Any) -> None:
@@ -221,10 +224,11 @@ def unfuse(model: Any) -> None:
     Who writes storages instead of tensors, as ``safetensors.torch.save_model``, refuses fused ones. The engine fuses
     again when it draws next.
     """
-    for name, parameter in model.model.language_model.named_parameters():
-        if IN_ONE_MATRIX.search(name) and parameter.untyped_storage().nbytes() > parameter.nbytes:
-            with _kept(parameter):
-                parameter.data = parameter.detach().clone()
+    with _fusing:
+        for name, parameter in model.model.language_model.named_parameters():
+            if IN_ONE_MATRIX.search(name) and parameter.untyped_storage().nbytes() > parameter.nbytes:
+                with _kept(parameter):
+                    parameter.data = parameter.detach().clone()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ..online import OnlinePlan
 from ..pipeline import Pipeline
 from ..progress import ProgressCallback
 from ..shape import ModelShape
-from . import fidelity, findings, quality
+from . import fidelity, findings, quality, results
 from .folder import keep_settings, settings
 
 CACHES_AT_ONCE = 8  # compressed caches beside the full one while it draws
@@ -213,7 +213,7 @@ class Comparison:
             keep_settings(self.out / "profile", {"profile": _digest(self.profile)})
         file = self.out / "results.json"
         empty: dict[str, Any] = {"parts": {}, "grid": {}, "sensitivity": {}, "prediction": None, "goals": []}
-        self.record = json.loads(file.read_text()) if file.exists() else empty
+        self.record = results.read_record(file) if file.exists() else empty
         known = self.record.get("profile")
         self.record["profile"] = known if self.profile is None else self._cost_of(self.profile)
         lengths = [len(tokens) for tokens in self.pipe.prompt_tokens(self.texts)]
@@ -267,8 +267,7 @@ class Comparison:
         entries = list(self.record["grid"].values())
 
         def figures(measure: str, name: str) -> dict[findings.Key, Any]:
-            # What an older version summed up may lack some.
-            return {findings.key(entry): entry[measure][name] for entry in entries if name in entry.get(measure, {})}
+            return {findings.key(entry): entry[measure][name] for entry in entries if measure in entry}
 
         kl, right = figures("fidelity", "kl_by_picture"), figures("quality", "by_prompt")
         impossible = {findings.key(entry) for entry in entries if "reason" in entry}
@@ -296,6 +295,7 @@ class Comparison:
                 labels.setdefault((scale, case.plan_name), []).append(case.label)
         draw, size = (self._fidelity, CACHES_AT_ONCE) if step.measure == "fidelity" else (self._quality, 1)
         for scale, named in plans.items():
+            self._open(step.measure, named, scale)
             remaining = iter(named.items())
             while chunk := dict(islice(remaining, size)):
                 def run(progress: ProgressCallback, chunk: dict[str, CachePlan] = chunk, scale: float = scale) -> None:
@@ -327,16 +327,29 @@ class Comparison:
             entry["predicted_cost"] = predicted_cost(plan, self.profile)
         return plan
 
+    def _open(self, measure: str, plans: Mapping[str, CachePlan], scale: float) -> None:
+        """Refuse folders of other settings before hours of drawing, not after."""
+        if measure == "fidelity":
+            fidelity.open_folders(self.pipe, plans, self._folder(measure, scale), prompts=self.texts,
+                                  guidance_scale=scale, batch_size=self.batch_size, pictures=False)
+            return
+        for name, plan in plans.items():
+            quality.open_folder(self.pipe, plan, self._folder(measure, scale) / name, prompts=self.prompts,
+                                guidance_scale=scale, batch_size=self.batch_size)
+
+    def _folder(self, measure: str, scale: float) -> Path:
+        return self.out / measure / f"guidance-{scale:g}"
+
     def _fidelity(self, plans: Mapping[str, CachePlan], scale: float,
                   progress: ProgressCallback) -> Mapping[str, fidelity.Fidelity]:
-        return fidelity.evaluate(self.pipe, plans, self.out / "fidelity" / f"guidance-{scale:g}", prompts=self.texts,
+        return fidelity.evaluate(self.pipe, plans, self._folder("fidelity", scale), prompts=self.texts,
                                  guidance_scale=scale, batch_size=self.batch_size, pictures=False, progress=progress)
 
     def _quality(self, plans: Mapping[str, CachePlan], scale: float,
                  progress: ProgressCallback) -> Mapping[str, quality.Quality]:
-        return {name: quality.evaluate(self.pipe, plan, self.out / "quality" / f"guidance-{scale:g}" / name,
-                                       prompts=self.prompts, seeds=self.seeds, guidance_scale=scale,
-                                       batch_size=self.batch_size, progress=progress)
+        return {name: quality.evaluate(self.pipe, plan, self._folder("quality", scale) / name, prompts=self.prompts,
+                                       seeds=self.seeds, guidance_scale=scale, batch_size=self.batch_size,
+                                       progress=progress)
                 for name, plan in plans.items()}
 
 

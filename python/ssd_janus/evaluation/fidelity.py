@@ -7,6 +7,10 @@ every step compares two next-token distributions after the same past, and not tw
 from __future__ import annotations
 
 import io
+import math
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +22,7 @@ from PIL.Image import Image
 from transformers import LogitsProcessor
 
 from ssd_kernels import CachePlan, CompressedCache
+from ssd_kernels.reading import naming, read_bytes
 
 from ..engine import available_memory
 from ..extras import needs
@@ -25,10 +30,14 @@ from ..files import write_atomically
 from ..images import file_names, save_picture
 from ..pipeline import Pipeline
 from ..progress import ProgressCallback
-from .folder import Batch, RunFolder, settings
+from .folder import Batch, RunFolder, check_pictures, settings
 from .statistics import Interval, mean_interval
 
 FORBIDDEN = -1e4  # a logit; finite, because guidance subtracts logits
+ROOM = 1024  # bytes that a file of figures takes for each of them besides the values, at most
+# What zipfile and numpy raise, besides ValueError, for files that are none of theirs.
+DAMAGED = (zipfile.BadZipFile, KeyError, EOFError, OSError, NotImplementedError, RuntimeError, SyntaxError, MemoryError,
+           OverflowError, tokenize.TokenError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -184,9 +193,8 @@ def evaluate(pipe: Pipeline, plans: Mapping[str, CachePlan], out: Path, *, promp
         raise ValueError("prompts must hold at least one text, got none")
     with needs("evaluate", "skimage"):
         import skimage.metrics  # noqa: F401  # before hours of drawing, not after
-    chosen = {name: settings(pipe, "fidelity", plan, guidance_scale, batch_size) | {"pictures": pictures}
-              for name, plan in plans.items()}
-    folders = {name: RunFolder(out / name, chosen[name], prompts, ".npz") for name in plans}
+    folders = open_folders(pipe, plans, out, prompts=prompts, guidance_scale=guidance_scale, batch_size=batch_size,
+                           pictures=pictures)
     steps, texts = pipe.shape.num_visual_tokens, file_names(list(prompts), 1)
     todo: dict[Batch, list[str]] = {}
     for name, folder in folders.items():
@@ -205,7 +213,7 @@ def evaluate(pipe: Pipeline, plans: Mapping[str, CachePlan], out: Path, *, promp
             done += steps
             return tokens
 
-        scale = chosen[names[0]]["guidance_scale"]
+        scale = folders[names[0]].settings["guidance_scale"]
         attention = Observers([AttentionError(plans[name], pipe.backend) for name in names])
         full = Recorder(scale)
         tokens = draw(pipe.shape.full_plan(), full, attention)
@@ -216,15 +224,69 @@ def evaluate(pipe: Pipeline, plans: Mapping[str, CachePlan], out: Path, *, promp
             if pictures:
                 drawn["plan"] = pipe.decode(draw(plans[name]))
             for kind, images in drawn.items():
-                folder = out / name / "pictures" / kind
-                folder.mkdir(parents=True, exist_ok=True)
+                target = out / name / "pictures" / kind
+                target.mkdir(parents=True, exist_ok=True)
                 for index, picture in enumerate(images, batch.first):
-                    save_picture(picture, folder / texts[index])
+                    save_picture(picture, target / texts[index])
             buffer = io.BytesIO()
             np.savez(buffer, allow_pickle=False, **_figures(full, forced, errors, drawn))
             write_atomically(folders[name].file(batch), lambda file: file.write(buffer.getvalue()))  # noqa: B023
-    return {name: _summarise([dict(np.load(path, allow_pickle=False)) for path in folder.done_files(1)], pipe,
-                             plans[name]) for name, folder in folders.items()}
+    return {name: _summarise(list(folder.contents(1)), pipe, plans[name]) for name, folder in folders.items()}
+
+
+def open_folders(pipe: Pipeline, plans: Mapping[str, CachePlan], out: Path, *, prompts: Sequence[str],
+                 guidance_scale: float | None, batch_size: int,
+                 pictures: bool) -> dict[str, RunFolder[dict[str, np.ndarray]]]:
+    """The folders of the plans' figures, by name; args as of `evaluate`.
+
+    Raises:
+        ValueError: one holds results made with other settings.
+    """
+    texts = file_names(list(prompts), 1)
+
+    def folder(name: str, plan: CachePlan) -> RunFolder[dict[str, np.ndarray]]:
+        def read(file: Path, batch: Batch) -> dict[str, np.ndarray]:
+            if pictures:
+                check_pictures(out / name / "pictures" / kind / texts[index] for kind in ("full", "plan")
+                               for index in range(batch.first, batch.first + len(batch.prompts)))
+            return _read(file, len(batch.prompts), pictures, plan, pipe.shape.num_visual_tokens)
+
+        wanted = settings(pipe, "fidelity", plan, guidance_scale, batch_size) | {"pictures": pictures}
+        return RunFolder(out / name, wanted, prompts, ".npz", read)
+
+    return {name: folder(name, plan) for name, plan in plans.items()}
+
+
+def _read(file: Path, count: int, pictures: bool, plan: CachePlan, steps: int) -> dict[str, np.ndarray]:
+    """The figures of a batch of ``count`` pictures.
+
+    Raises:
+        ValueError: they are not of such a batch, or damaged; the message names file and field.
+    """
+    heads = (plan.num_layers, plan.num_heads)
+    expected = {"kl": ((count, steps), "float32"), "agreement": ((count, steps), "bool"), "error": (heads, "float64"),
+                "norm": (heads, "float64"), "distances": ((count if pictures else 0, 2), "float64")}
+    sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in expected.items()}
+    found = {}
+    with naming(file):
+        data = read_bytes(file, sum(sizes.values()) + ROOM * len(sizes))
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                for name, (shape, dtype) in expected.items():
+                    # Stored as it is: no more than the file holds can come out, and a checksum is compared.
+                    member = archive.getinfo(f"{name}.npy")
+                    if member.file_size > sizes[name] + ROOM:
+                        raise ValueError(f"{name} must be {sizes[name]} bytes, got {member.file_size}")
+                    values = np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)
+                    if values.shape != shape or values.dtype != dtype:
+                        raise ValueError(f"{name} must be {dtype} {list(shape)}, got {values.dtype} "
+                                         f"{list(values.shape)}")
+                    if (values < 0).any():
+                        raise ValueError(f"{name} must be at least 0, got {values.min()}")
+                    found[name] = values
+        except DAMAGED as error:
+            raise ValueError(f"must be the figures of a batch, got a damaged file ({error})") from None
+    return found
 
 
 def _figures(full: Recorder, forced: Recorder, attention: AttentionError,

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ssd_kernels import CachePlan
+from ssd_kernels.reading import Field, naming, read_json
 
 from ..extras import needs
 from ..files import write_text
 from ..images import file_names, save_picture
 from ..pipeline import Pipeline
 from ..progress import ProgressCallback
-from .folder import RunFolder, settings
+from .folder import LARGEST, Batch, RunFolder, check_pictures, settings
 from .statistics import Interval, family_scores
 
 
@@ -47,7 +48,8 @@ def evaluate(pipe: Pipeline, plan: CachePlan, out: Path, *, prompts: Sequence[Ma
     """Draw every prompt once per seed, judge the pictures, and sum up.
 
     Pictures go to ``out/pictures/seed-S``, verdicts to ``out/batches``; both stay, and what is there is not drawn
-    again, so a killed run goes on where it was and more seeds may be added later.
+    again, so a killed run goes on where it was and more seeds may be added later. A batch of which a file is damaged
+    or a picture missing is drawn again, and a warning names it.
 
     Args:
         pipe: the model; its pictures must be of the shapes world.
@@ -66,8 +68,8 @@ def evaluate(pipe: Pipeline, plan: CachePlan, out: Path, *, prompts: Sequence[Ma
     with needs("evaluate", "scipy"):
         from ssd_shapes import detector
     texts = [prompt["prompt"] for prompt in prompts]
-    folder = RunFolder(out, settings(pipe, "shapes", plan, guidance_scale, batch_size), texts, ".json")
     names = file_names(texts, 1)
+    folder = open_folder(pipe, plan, out, prompts=prompts, guidance_scale=guidance_scale, batch_size=batch_size)
     remaining, steps = folder.open_batches(seeds), pipe.shape.num_visual_tokens
     for number, batch in enumerate(remaining):
         pictures = pipe(list(batch.prompts), guidance_scale=guidance_scale, seed=folder.sampling_seed(batch), plan=plan,
@@ -82,8 +84,49 @@ def evaluate(pipe: Pipeline, plan: CachePlan, out: Path, *, prompts: Sequence[Ma
                             "file": str((target / names[index]).relative_to(out)), "correct": verdict.correct,
                             "reason": verdict.reason})
         write_text(folder.file(batch), json.dumps(records, indent=1) + "\n")
-    return summarise([record for path in folder.done_files(seeds) for record in json.loads(path.read_text())],
-                     plan.budget(steps))
+    return summarise([record for records in folder.contents(seeds) for record in records], plan.budget(steps))
+
+
+def open_folder(pipe: Pipeline, plan: CachePlan, out: Path, *, prompts: Sequence[Mapping[str, Any]],
+                guidance_scale: float | None, batch_size: int) -> RunFolder[list[dict[str, Any]]]:
+    """The folder of a plan's verdicts; args as of `evaluate`.
+
+    Raises:
+        ValueError: it holds results made with other settings.
+    """
+    texts = [prompt["prompt"] for prompt in prompts]
+    names = file_names(texts, 1)
+
+    def read(file: Path, batch: Batch) -> list[dict[str, Any]]:
+        records = _read(file, batch, prompts)
+        check_pictures(out / "pictures" / f"seed-{batch.seed}" / names[record["index"]] for record in records)
+        return records
+
+    metadata = [{name: value for name, value in prompt.items() if name != "prompt"} for prompt in prompts]
+    wanted = settings(pipe, "shapes", plan, guidance_scale, batch_size) | {"metadata": metadata}
+    return RunFolder(out, wanted, texts, ".json", read)
+
+
+def _read(file: Path, batch: Batch, prompts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The verdicts of a batch.
+
+    Raises:
+        ValueError: they are not of this batch, or damaged; the message names file and field.
+    """
+    count = len(batch.prompts)
+    found = Field(read_json(file, LARGEST))
+    with naming(file):
+        for index, record in enumerate(found.items(count, count), batch.first):
+            members = record.members(("prompt", "tag", "seed", "index", "file", "correct", "reason"))
+            expected = {"prompt": prompts[index]["prompt"], "tag": prompts[index]["tag"], "seed": batch.seed,
+                        "index": index}
+            for name, value in expected.items():
+                members[name].choice([value])
+            members["correct"].boolean()
+            for name in ("file", "reason"):
+                members[name].string()
+    records: list[dict[str, Any]] = found.value
+    return records
 
 
 def summarise(records: Sequence[Mapping[str, Any]], budget: float) -> Quality:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,26 +16,17 @@ from .options import (
     PolicyName,
     ProfileFile,
     RowBuffer,
-    app,
     choose_plan,
-    console,
     default_budget,
     load,
     load_profile,
-    messages,
-    one_line_errors,
     policy_parameters,
-    show_bytes,
 )
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from .terminal import console, messages, print_table, show_bytes
 
 PROMPT = 64  # tokens, of the picture whose bytes are shown
 
 
-@app.command()
-@one_line_errors
 def plan(
     policy: Annotated[PolicyName, typer.Option(help="The rule to make a plan by.")],
     budget: Annotated[float | None, typer.Option(help="Share of the picture's tokens that the policy may keep, row "
@@ -62,15 +53,15 @@ def plan(
     if known is not None:
         known.check(pipe.shape)
     chosen = choose_plan(pipe.shape, None, policy, asked, row_buffer, known, parameters)
-    from . import plan_view
+    from .. import plan_view
 
     heads = plan_view.records(chosen, known)
     tokens = pipe.shape.num_visual_tokens
-    size, full = (each.nbytes(batch_size=2, head_dim=pipe.shape.head_dim, max_prompt=PROMPT, dtype=pipe.model.dtype,
+    size, full = (each.nbytes(batch_size=2, head_dim=pipe.shape.head_dim, max_prompt=PROMPT, dtype=pipe.dtype,
                               num_visual_tokens=tokens) for each in (chosen, pipe.shape.full_plan()))
     facts: dict[str, Any] = {
         "policy": policy.value, "parameters": parameters, "budget": asked, "budget_reached": chosen.budget(tokens),
-        "row_buffer": chosen.row_buffer, "dtype": str(pipe.model.dtype).removeprefix("torch."), "prompt_tokens": PROMPT,
+        "row_buffer": chosen.row_buffer, "dtype": str(pipe.dtype).removeprefix("torch."), "prompt_tokens": PROMPT,
         "cache_bytes": size, "full_cache_bytes": full,
         "predicted_cost": None if known is None else sum(head["cost"] for head in heads),
         "rules": plan_view.rules(chosen), "heads": heads}
@@ -84,11 +75,10 @@ def plan(
     if as_json:
         print(json.dumps(facts))
     else:
-        console.print(_summary(facts), markup=False, soft_wrap=True)
-        _print_whole(plan_view.table(chosen, heads))
+        console.print(_summary(facts), soft_wrap=True)
+        print_table(plan_view.table(chosen, heads))
     if known is None:
-        messages.print("no profile of this model, so no reasons: measure one with `ssd-janus profile`", markup=False,
-                       soft_wrap=True)
+        messages.print("no profile of this model, so no reasons: measure one with `ssd-janus profile`", soft_wrap=True)
 
 
 def _title(facts: dict[str, Any]) -> str:
@@ -103,9 +93,3 @@ def _summary(facts: dict[str, Any]) -> str:
     return (f"{_title(facts)}; {show_bytes(facts['cache_bytes'])} for a guided picture in {facts['dtype']}, "
             f"{facts['cache_bytes'] / facts['full_cache_bytes']:.1%} of the full cache's "
             f"{show_bytes(facts['full_cache_bytes'])}{cost}; heads: {heads}")
-
-
-def _print_whole(table: Table) -> None:
-    """Print without shortening cells to the width of a terminal, which a file or a pipe does not even have."""
-    table.width = console.measure(table, options=console.options.update(max_width=1000)).maximum
-    console.print(table, soft_wrap=True)

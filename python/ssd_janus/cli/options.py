@@ -1,8 +1,7 @@
-"""What the commands of ``ssd-janus`` share: the app, common options, loading, and messages."""
+"""Options that several commands have, and what they ask for: plans, profiles, a loaded model."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import logging
@@ -15,19 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from .terminal import messages, say, show_bytes
 
 if TYPE_CHECKING:
     from ssd_kernels import CachePlan
     from ssd_kernels.policies import HeadProfile
 
-    from .pipeline import Pipeline, RunStats
-    from .shape import ModelShape
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Draw pictures with Janus, each attention head keeping its own few tokens.")
-console = Console(highlight=False)
-messages = Console(stderr=True, highlight=False)
+    from ..pipeline import Pipeline, RunStats
+    from ..shape import ModelShape
 
 DEFAULT_BUDGET = 0.2
 
@@ -61,23 +56,6 @@ class DtypeName(str, Enum):
     float16 = "float16"
 
 
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Report what the user can put right in one line and exit with code 2."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-            if os.environ.get("SSD_JANUS_TRACEBACK"):
-                raise
-            text = " ".join(str(error).split()) or type(error).__name__
-            messages.print(f"error: {text}", style="red", markup=False, soft_wrap=True)
-            raise typer.Exit(2) from None
-
-    return run
-
-
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Dtype = Annotated[DtypeName | None, typer.Option(help="Of weights and caches. Default: float32 on a CPU, else the "
                                                       "checkpoint's.")]
@@ -98,6 +76,12 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the first picture; the n
                                                "plan and seed repeat a picture, whatever is drawn beside it.")]
 Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance; 1 turns it off. Default: "
                                                      "the model's own.")]
+Plans = Annotated[list[Path] | None, typer.Option("--plan", help="Plan file; may be repeated.")]
+Policies = Annotated[list[PolicyName] | None, typer.Option(
+    "--policy", help="Make a plan by this rule; may be repeated. Default without --plan: full.")]
+Budgets = Annotated[list[float] | None, typer.Option(
+    "--budget", help=f"Share of the picture's tokens that each policy may keep; may be repeated. Default: "
+                     f"{DEFAULT_BUDGET}.")]
 
 
 def check_plan_options(plan: Path | None, policy: PolicyName | None, budget: float | None,
@@ -122,7 +106,7 @@ def policy_parameters(policy: PolicyName | None, given: Sequence[str] | None) ->
         return {}
     from ssd_kernels.policies import POLICIES
 
-    from .online import OnlinePlan
+    from ..online import OnlinePlan
 
     function: Callable[..., CachePlan] = OnlinePlan if policy is PolicyName.online else POLICIES[policy.value]
     defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()
@@ -169,7 +153,7 @@ def choose_plan(shape: ModelShape, plan: Path | None, policy: PolicyName | None,
     if budget is None:
         budget = default_budget(name)
     if name is PolicyName.online:
-        from .online import OnlinePlan
+        from ..online import OnlinePlan
 
         return OnlinePlan(shape, budget, row_buffer, **(parameters or {}))
     return policies.build(name.value, shape, budget, row_buffer, profile=profile, **(parameters or {}))
@@ -180,6 +164,8 @@ def choose_plans(shape: ModelShape, files: Sequence[Path], policies: Sequence[Po
     """Named plans from repeated options: every file, and every policy at every budget; the full plan if none."""
     plans = {}
     for file in files:
+        if not file.stem.strip("."):
+            raise ValueError(f"--plan must be a file with a name of its own, got {file}")
         if file.stem in plans:
             raise ValueError(f"--plan files must have different names, got {file.stem} twice")
         plans[file.stem] = choose_plan(shape, file, None, None, None, None)
@@ -203,7 +189,7 @@ def load_profile(file: Path | None, model: str | None, policies: Sequence[Policy
     """
     from ssd_kernels.policies import NEED_PROFILE, HeadProfile
 
-    from .checkpoints import fingerprint, included_profile
+    from ..checkpoints import fingerprint, included_profile
 
     needed = bool(NEED_PROFILE.intersection(policy.value for policy in policies))
     if file is None and model is None and (needed or anyway):
@@ -223,10 +209,18 @@ def load(model: str | None, device: str, dtype: DtypeName | None, backend: str) 
     with messages.status("loading the model"):
         import torch
 
-        from .pipeline import Pipeline
+        from ..pipeline import Pipeline
 
-        return Pipeline.from_pretrained(model, device=device, backend=backend,
-                                        dtype=None if dtype is None else getattr(torch, dtype.value))
+        try:
+            return Pipeline.from_pretrained(model, device=device, backend=backend,
+                                            dtype=None if dtype is None else getattr(torch, dtype.value))
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            # Only what is downloaded is written without saying where.
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            raise OSError(error.errno, error.strerror, HF_HUB_CACHE) from error
 
 
 def _quiet(local: bool) -> None:
@@ -236,9 +230,9 @@ def _quiet(local: bool) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", message="ssd_kernels")
-    warnings.showwarning = lambda message, *_: messages.print(f"note: {message}", markup=False, soft_wrap=True)
+    warnings.showwarning = lambda message, *_: say(str(message))
     logging.getLogger("torch").setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
+    from transformers import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     if local:
@@ -249,10 +243,6 @@ def last_run(pipe: Pipeline) -> RunStats:
     if pipe.last_run is None:
         raise RuntimeError("the pipeline has drawn nothing")
     return pipe.last_run
-
-
-def show_bytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
 def summary(run: RunStats) -> str:

@@ -1,0 +1,5 @@
+"""``python -m ssd_janus.cli`` is ``ssd-janus``."""
+
+from . import app
+
+app(prog_name="ssd-janus")

@@ -1,0 +1,128 @@
+"""The command ``generate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import (
+    DEFAULT_BUDGET,
+    Backend,
+    Device,
+    Dtype,
+    Guidance,
+    LayoutName,
+    Model,
+    Parameters,
+    PolicyName,
+    ProfileFile,
+    PromptsFile,
+    RowBuffer,
+    Seed,
+    check_plan_options,
+    choose_plan,
+    load,
+    load_profile,
+    policy_parameters,
+    summary,
+)
+from .terminal import console, messages, print_table, say, show_bytes, table
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw, one text per prompt.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("pictures"),
+    seed: Seed = 0,
+    model: Model = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan file: what each head keeps.")] = None,
+    policy: Annotated[PolicyName | None, typer.Option(help="Make a plan by this rule. Default: full, nothing is "
+                                                           "evicted.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Share of the picture's tokens that the policy may keep, row "
+                                                      f"buffer included. Default: {DEFAULT_BUDGET}.")] = None,
+    row_buffer: RowBuffer = None,
+    parameter: Parameters = None,
+    profile: ProfileFile = None,
+    images_per_prompt: Annotated[int | None, typer.Option(min=1, help="Pictures of each prompt. Default: 1; 4 with "
+                                                                      "--layout, as the evaluators are used.")] = None,
+    prompts_file: PromptsFile = None,
+    layout: Annotated[LayoutName | None, typer.Option(
+        help="Write the folders that the evaluators of GenEval or DPG-Bench read. Prompts that have their pictures "
+             "already are skipped, so a killed run goes on; pictures drawn with other settings are refused.")] = None,
+    redraw: Annotated[bool, typer.Option("--redraw", help=(
+        "With --layout: draw anew what was drawn with other settings, and remove what other prompts left."))] = False,
+    skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help=(
+        "Leave out prompts that are wrong or too long for the model, and draw the others."))] = False,
+    guidance: Guidance = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Most pictures drawn at once; fewer where memory is "
+                                                        "short.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per picture on stdout.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Also show what memory was used for.")] = False,
+) -> None:
+    """Draw prompts and write PNG files."""
+    check_plan_options(plan, policy, budget, row_buffer, parameter)
+    parameters = policy_parameters(policy, parameter)
+    if redraw and layout is None:
+        raise ValueError("--redraw needs --layout; without, everything is drawn anew")
+    from ssd_kernels.files import check_folder
+
+    from ..prompts import fitting, gather, passing
+
+    def skip(message: str) -> None:
+        say(f"{message}: left out")
+
+    chosen = gather(prompts, prompts_file, skip if skip_invalid else None)
+    check_folder(out)
+    pipe = load(model, device, dtype, backend)
+    heads = load_profile(profile, model, [policy] if policy else [], pipe)
+    cache_plan = choose_plan(pipe.shape, plan, policy, budget, row_buffer, heads, parameters)
+    chosen = fitting(pipe, chosen, skip if skip_invalid else None)
+    from ..drawing import draw
+    from ..layouts import LAYOUTS
+
+    folder = None if layout is None else LAYOUTS[layout.value](out, images_per_prompt)
+    images = (images_per_prompt or 1) if folder is None else folder.images
+    if folder is not None:
+        chosen = passing(chosen, folder.check, skip if skip_invalid else None)
+        for line in folder.advice(chosen):
+            say(line)
+    scale = pipe.guidance(guidance)
+    run, runs, count = None, 0, 0
+    for drawn in draw(pipe, folder, out, chosen, images, guidance, seed, cache_plan, batch_size, redraw=redraw,
+                      say=say):
+        runs += run is not drawn.run
+        run, count = drawn.run, count + 1
+        if as_json:
+            record = {"file": str(drawn.file), "prompt": drawn.prompt, "image": drawn.image, "seed": drawn.seed,
+                      "width": drawn.size[0], "height": drawn.size[1], "plan_budget": round(run.budget, 4),
+                      "guidance_scale": scale, "cache_bytes": run.cache_bytes,
+                      "full_cache_bytes": run.full_cache_bytes,
+                      "pictures_per_second": round(run.pictures_per_second, 4), "backend": run.backend}
+            print(json.dumps(record), flush=True)
+        else:
+            console.print(str(drawn.file), soft_wrap=True)
+    kept = len(chosen) * images - count
+    done = summary(run) if run and runs == 1 and not kept else f"{count} pictures drawn"
+    messages.print(done + (f", the other {kept} were there already" if kept else ""), soft_wrap=True)
+    if verbose and run:
+        _show_memory(pipe)
+
+
+def _show_memory(pipe: Pipeline) -> None:
+    report = pipe.memory_report()
+    rows = [("weights", show_bytes(report.weights), "always"),
+            ("cache", show_bytes(report.cache), "while tokens are drawn"),
+            ("step buffers", f"at most {show_bytes(report.step)}", "while tokens are drawn"),
+            ("decoding", show_bytes(report.decode), "afterwards, without the cache"),
+            ("peak", show_bytes(report.peak), "of the two")]
+    if report.device_peak is not None:
+        rows.append(("measured peak", show_bytes(report.device_peak), "by torch, while tokens were drawn"))
+    print_table(table(rows, ("memory", "bytes", "when")), messages)

@@ -1,0 +1,77 @@
+"""The command ``profile``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import (
+    PROMPTS_FILE,
+    Backend,
+    Device,
+    Dtype,
+    Guidance,
+    Model,
+    Seed,
+    load,
+)
+from .terminal import console, messages
+
+
+def profile(
+    out: Annotated[Path, typer.Option(help="Folder for profile.safetensors and plots.")],
+    model: Model = None,
+    prompts_file: Annotated[Path | None, typer.Option("--prompts-file", "--prompts", help=PROMPTS_FILE)] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Only the first so many prompts.")] = 16,
+    radius: Annotated[int, typer.Option(min=0, help="Of the neighbourhood that the sparsity score leaves out, "
+                                                    "tokens.")] = 1,
+    tau: Annotated[float | None, typer.Option(min=0, max=1,
+                                              help="Line in the plots. Default: the median score.")] = None,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (needs matplotlib).")] = True,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line on stdout.")] = False,
+) -> None:
+    """Measure what every head looks at and what evicting costs it, for the policies that need to know.
+
+    Without --prompts-file, prompts of the shapes world that the suite of `evaluate` does not use.
+    """
+    from ssd_kernels.files import check_folder
+
+    from ..prompts import calibration, fitting, gather, read
+
+    chosen = read(prompts_file)[:limit] if prompts_file else gather(calibration(limit), None)
+    check_folder(out)
+    if plots:
+        from ..extras import needs
+
+        with needs("plot", "matplotlib"):
+            import matplotlib  # noqa: F401  # before the long part, not after
+    pipe = load(model, device, dtype, backend)
+    texts = [prompt.text for prompt in fitting(pipe, chosen)]
+    from .. import plots as plotting
+    from ..profiling import measure
+    from ..progress import progress_bar
+
+    with progress_bar("profiling") as show:
+        measured = measure(pipe, texts, guidance_scale=guidance, seed=seed, radius=radius, batch_size=batch_size,
+                           progress=show)
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / "profile.safetensors"]
+    measured.save(files[0])
+    if plots:
+        files += plotting.save_all(measured, out, tau)
+    facts = {"files": [str(file) for file in files], "prompts": len(texts), "seconds": measured.meta["seconds"]}
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for file in files:
+        console.print(str(file), soft_wrap=True)
+    messages.print(f"{len(texts)} prompts in {measured.meta['seconds']} s")

@@ -1,0 +1,283 @@
+"""Folders as the official evaluators of GenEval and DPG-Bench read them: what is written, and what is there already."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image, new
+
+from ssd_kernels.files import sweep
+from ssd_kernels.reading import read_json, shown
+
+from .files import write_text
+from .images import read_picture, save_picture
+from .prompts import FilePrompt
+
+MAX_BYTES = 16 << 20  # of a file with metadata
+
+Facts = Mapping[str, Any]  # what a picture was drawn with, JSON values
+
+
+class Layout:
+    """How one evaluator wants its folder.
+
+    Attributes:
+        out: the folder.
+        images: pictures of each prompt, by default as many as the evaluators are used with.
+    """
+
+    usual_images = 4
+
+    def __init__(self, out: Path, images: int | None = None) -> None:
+        self.out, self.images = out, self.usual_images if images is None else images
+
+    def files(self, prompt: FilePrompt) -> list[Path]:
+        """The PNG files of a prompt."""
+        raise NotImplementedError
+
+    def write(self, prompt: FilePrompt, pictures: Sequence[Image], facts: Facts) -> list[Path]:
+        """Write a prompt's pictures; returns the file of each picture."""
+        raise NotImplementedError
+
+    def file_size(self, width: int, height: int) -> tuple[int, int]:
+        """Pixels of a PNG file, from those of a picture."""
+        return width, height
+
+    def check(self, prompt: FilePrompt) -> None:
+        """Raises ValueError: the evaluator cannot find this prompt's pictures."""
+
+    def advice(self, prompts: Sequence[FilePrompt]) -> Iterator[str]:
+        """What to know about evaluating these prompts before they are drawn."""
+        raise NotImplementedError
+
+    def damage(self, prompt: FilePrompt) -> str | None:
+        """What is wrong with files of a prompt other than pictures; None if nothing."""
+        return None
+
+    def differences(self, prompt: FilePrompt) -> Iterator[str]:
+        """How files of a prompt other than pictures differ from what would be written."""
+        return iter(())
+
+    def reopen(self, prompt: FilePrompt) -> None:
+        """Mark a prompt as not complete before it is drawn anew."""
+
+    def strangers(self, prompts: Sequence[FilePrompt]) -> Iterator[Path]:
+        """What is there that the evaluator would read, and belongs to none of ``prompts``."""
+        raise NotImplementedError
+
+
+class GenEval(Layout):
+    """``00000/samples/00000.png`` ... and ``00000/metadata.jsonl``, numbered by prompt and by picture; the metadata are
+    written last. The evaluator (``evaluation/evaluate_images.py``) reads every folder whose name is a number, in its
+    samples every file whose name begins with a number and ".png", and fails where there are no metadata."""
+
+    def _folder(self, prompt: FilePrompt) -> Path:
+        return self.out / f"{prompt.number:05d}"
+
+    def files(self, prompt: FilePrompt) -> list[Path]:
+        return [self._folder(prompt) / "samples" / f"{image:05d}.png" for image in range(self.images)]
+
+    def write(self, prompt: FilePrompt, pictures: Sequence[Image], facts: Facts) -> list[Path]:
+        files = self.files(prompt)
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        for file, picture in zip(files, pictures, strict=True):
+            save_picture(picture, file, facts)
+        write_text(self._folder(prompt) / "metadata.jsonl", json.dumps(prompt.metadata) + "\n")
+        return files
+
+    def advice(self, prompts: Sequence[FilePrompt]) -> Iterator[str]:
+        lacking = [prompt for prompt in prompts if not {"tag", "include"} <= prompt.metadata.keys()]
+        if lacking:
+            yield (f'GenEval\'s evaluator needs "tag" and "include" for every prompt and fails without; {len(lacking)} '
+                   f"of {len(prompts)} have none ({lacking[0].where}): they are in its evaluation_metadata.jsonl")
+
+    def damage(self, prompt: FilePrompt) -> str | None:
+        file = self._folder(prompt) / "metadata.jsonl"
+        try:
+            read_json(file, MAX_BYTES)
+        except FileNotFoundError:
+            return f"{file} is missing" if file.parent.exists() else None
+        except (OSError, ValueError) as error:
+            return str(error)
+        return None
+
+    def differences(self, prompt: FilePrompt) -> Iterator[str]:
+        with suppress(OSError, ValueError):
+            found = read_json(self._folder(prompt) / "metadata.jsonl", MAX_BYTES)
+            if found != prompt.metadata:
+                yield f"metadata ({shown(found)} there, {shown(prompt.metadata)} now)"
+
+    def reopen(self, prompt: FilePrompt) -> None:
+        (self._folder(prompt) / "metadata.jsonl").unlink(missing_ok=True)
+
+    def strangers(self, prompts: Sequence[FilePrompt]) -> Iterator[Path]:
+        own = {self._folder(prompt).name: set(self.files(prompt)) for prompt in prompts}
+        for folder in _entries(self.out):
+            if not folder.name.isdigit() or not folder.is_dir():
+                continue
+            if folder.name not in own:
+                yield folder
+                continue
+            yield from (file for file in _entries(folder / "samples")
+                        if re.match(r"\d+\.png", file.name) and file not in own[folder.name])
+
+
+class DPGBench(Layout):
+    """One ``NAME.png`` per prompt with its pictures in a square, row by row, 2 x 2 for the usual four. The evaluator
+    (ELLA, ``dpg_bench/compute_dpg_bench.py``) opens every file of the folder, and finds its questions by the name up to
+    the first dot; its ``--resolution`` is the side of one picture."""
+
+    def files(self, prompt: FilePrompt) -> list[Path]:
+        return [self.out / f"{prompt.name}.png"]
+
+    def write(self, prompt: FilePrompt, pictures: Sequence[Image], facts: Facts) -> list[Path]:
+        (file,) = self.files(prompt)
+        self.out.mkdir(parents=True, exist_ok=True)
+        width, height = pictures[0].size
+        sheet = new("RGB", self.file_size(width, height))
+        for number, picture in enumerate(pictures):
+            sheet.paste(picture, (number % self._side * width, number // self._side * height))
+        save_picture(sheet, file, facts)
+        return [file] * len(pictures)
+
+    @property
+    def _side(self) -> int:
+        return math.ceil(math.sqrt(self.images))
+
+    def file_size(self, width: int, height: int) -> tuple[int, int]:
+        return self._side * width, math.ceil(self.images / self._side) * height
+
+    def check(self, prompt: FilePrompt) -> None:
+        if "." in prompt.name:
+            raise ValueError(f"item_id must hold no dot, where DPG-Bench's evaluator would cut it, got "
+                             f"{shown(prompt.name)}")
+
+    def advice(self, prompts: Sequence[FilePrompt]) -> Iterator[str]:
+        lacking = [prompt for prompt in prompts if not prompt.has_id]
+        if lacking:
+            yield (f"DPG-Bench's evaluator finds its questions by item_id; {len(lacking)} of {len(prompts)} prompts "
+                   f"have none ({lacking[0].where}): they are in its dpg_bench.csv, or the file names of its prompts")
+        if self.images != self.usual_images:
+            readable = self.images if self.images < self.usual_images else 0
+            yield (f"DPG-Bench's evaluator reads the {self.usual_images} pictures of a 2 x 2 sheet; for sheets of "
+                   f"{self.images} " + (f"give it --pic-num {readable}" if readable else "it reads the wrong ones"))
+
+    def strangers(self, prompts: Sequence[FilePrompt]) -> Iterator[Path]:
+        own = {file for prompt in prompts for file in self.files(prompt)}
+        yield from (file for file in _entries(self.out)
+                    if file not in own and (file.suffix.lower() == ".png" or file.name.isdigit() and file.is_dir()))
+
+
+LAYOUTS: dict[str, type[Layout]] = {"geneval": GenEval, "dpg": DPGBench}
+
+
+@dataclass
+class Found:
+    """What a folder holds of what a call would write.
+
+    Attributes:
+        done: numbers of the prompts that need not be drawn.
+        damaged: what is wrong with files that will be drawn anew, one line each.
+        differing: what was drawn with other settings, one line each.
+        strangers: what the evaluator would read beside.
+    """
+
+    done: set[int] = field(default_factory=set)
+    damaged: list[str] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
+    strangers: list[Path] = field(default_factory=list)
+
+
+def examine(layout: Layout, prompts: Sequence[FilePrompt], facts: Mapping[int, Facts],
+            size: Callable[[], tuple[int, int]]) -> Found:
+    """Look at every file that is there, pixels included.
+
+    Args:
+        layout: of the folder.
+        prompts: to draw.
+        facts: what each prompt would be drawn with, by its number.
+        size: returns width and height of one picture.
+
+    Raises:
+        ValueError: a folder or device has the name of a picture.
+    """
+    found = Found()
+    for prompt in prompts:
+        files = layout.files(prompt)
+        sweep(files[0].parent)
+        there = [file for file in files if file.exists()]
+        if not there:
+            continue
+        damaged = [problem] if (problem := layout.damage(prompt)) else []
+        damaged += [f"{file} is missing" for file in files if file not in there]
+        differing: list[str] = []
+        for file in there:
+            if not file.is_file():
+                raise ValueError(f"{file} must be a file, or not there")
+            try:
+                picture, old = read_picture(file)
+            except (OSError, ValueError) as error:
+                damaged.append(str(error) if str(file) in str(error) else f"{file}: {error}")
+                continue
+            if old is None:
+                wanted = layout.file_size(*size())
+                if picture.size != wanted:
+                    damaged.append(f"{file} must be {wanted[0]} x {wanted[1]} pixels large, got "
+                                   f"{picture.size[0]} x {picture.size[1]}")
+                else:
+                    differing.append(f"{file} does not say what it was drawn with")
+            elif names := [name for name in {**facts[prompt.number], **old}
+                           if old.get(name) != facts[prompt.number].get(name)]:
+                values = ", ".join(f"{name} ({shown(old.get(name))} there, {shown(facts[prompt.number].get(name))} now)"
+                                   for name in names)
+                differing.append(f"{file} was drawn with another {values}")
+            elif picture.size != layout.file_size(*size()):
+                damaged.append(f"{file} has another size than when it was drawn")
+        differing += [f"{there[0]} has other {text}" for text in layout.differences(prompt)]
+        found.damaged += damaged
+        found.differing += differing
+        if not damaged and not differing:
+            found.done.add(prompt.number)
+    found.strangers = list(layout.strangers(prompts))
+    return found
+
+
+def remove(strangers: Iterable[Path]) -> None:
+    """Remove files and folders that this package has drawn.
+
+    Raises:
+        ValueError: something was not drawn by it; nothing is removed then.
+    """
+    strangers = list(strangers)
+    for path in strangers:
+        for file in [path] if path.is_file() else [inside for inside in path.rglob("*") if not inside.is_dir()]:
+            if file.name != "metadata.jsonl" and not _drawn_here(file):
+                raise ValueError(f"{file} must not be there, where the evaluator would read it, and was not drawn "
+                                 "here; move it")
+    for path in strangers:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _drawn_here(file: Path) -> bool:
+    try:
+        return read_picture(file)[1] is not None
+    except (OSError, ValueError):
+        return False
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
