@@ -1,8 +1,8 @@
-"""What Triton's interpreter and the simulation of CUDA run in `make test`: every contract test, with some parameters.
+"""What Triton's interpreter and the executor of PTX run in `make test`: every contract test, with some parameters.
 
-One program takes the interpreter some 10 ms, so that all parameters take many minutes: `make triton`. The simulation is
-faster; `make simulation` runs all on it, in several orders of threads and under sanitizers. Of a test that is not
-listed here, and of one whose parameters match no more, the first parameters run.
+One program takes the interpreter some 10 ms, so that all parameters take many minutes: `make triton`. `make simulation`
+runs all on the executor, under several schedules. Of a test that is not listed here, and of one whose parameters match
+no more, the first parameters run.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = defaultdict(list)
     for item in items:
         name, _, parameters = item.nodeid.partition("[")
-        if "simulated_cuda" in parameters or "ptx" in parameters or (INTERPRETED and "triton" in parameters):
+        if "ptx" in parameters or (INTERPRETED and "triton" in parameters):
             tests[name].append(item)
     for name, cases in tests.items():
         pattern = SELECTED.get(name.rpartition("::")[2])

@@ -117,22 +117,22 @@ def build_module() -> Path:
 
 
 @cache
-def _nvcc_version() -> bytes:
-    return _run([str(nvcc()), "--version"])
+def nvcc_version() -> str:
+    """What nvcc says of itself."""
+    return _run([str(nvcc()), "--version"]).decode()
 
 
-def cuda_ptx(name: str, sources: Path = SOURCES) -> str:
-    """The PTX that nvcc makes of ``cuda/NAME.cu``.
+def compile_cuda(name: str, sources: Path = SOURCES) -> str:
+    """The PTX that nvcc makes of ``cuda/NAME.cu`` in ``sources``: csrc, or a changed copy of it."""
+    return _run([str(nvcc()), *NVCC_FLAGS, f"-I{sources}", str(sources / "cuda" / f"{name}.cu"), "-o", "-"]).decode()
 
-    Args:
-        sources: csrc, or a changed copy of it.
-    """
-    read = [path for folder in ("common", "cuda") for path in sorted((sources / folder).iterdir())
+
+def cuda_ptx(name: str) -> str:
+    """`compile_cuda` of csrc, kept."""
+    read = [path for folder in ("common", "cuda") for path in sorted((SOURCES / folder).iterdir())
             if path.suffix in (".h", ".cuh") or path.name == f"{name}.cu"]
-    digest = _digest(_nvcc_version(), " ".join(NVCC_FLAGS), *(path.read_bytes() for path in read))
-    command = [str(nvcc()), *NVCC_FLAGS, f"-I{sources}", str(sources / "cuda" / f"{name}.cu")]
-    return _made(BUILD / "cuda" / f"{name}.{digest}.ptx",
-                 lambda path: _run([*command, "-o", str(path)])).read_text()
+    digest = _digest(nvcc_version(), " ".join(NVCC_FLAGS), *(path.read_bytes() for path in read))
+    return _made(BUILD / "cuda" / f"{name}.{digest}.ptx", lambda path: path.write_text(compile_cuda(name))).read_text()
 
 
 CUDA_MODULES = ("decode_f32", "decode_bf16", "decode_f16", "prefill")

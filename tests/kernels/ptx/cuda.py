@@ -24,7 +24,7 @@ class PTXBackend(CUDABackend):
         if self._module is None:
             self._module = build.module()
             schedules.use(schedules.usual())
-            for name in build.CUDA_MODULES:
+            for name in build.CUDA_MODULES if build.nvcc() else ():
                 self._module.load(name, build.cuda_ptx(name))
         return self._module
 

@@ -63,6 +63,8 @@ void Kernels::launch(const Function& function, const Launch& launch, std::vector
 
 void Kernels::add(const Function& function, const Result& result) {
   ++total_.launches;
+  total_.blocks += result.blocks;
+  total_.warps += result.warps;
   total_.warp_instructions += result.warp_instructions;
   total_.thread_instructions += result.thread_instructions;
   total_.barriers += result.barriers;

@@ -24,7 +24,7 @@ class Kernels {
   void launch(const Function& function, const Launch& launch, std::vector<Buffer> buffers);
 
   struct Total {
-    uint64_t launches = 0, warp_instructions = 0, thread_instructions = 0, barriers = 0;
+    uint64_t launches = 0, blocks = 0, warps = 0, warp_instructions = 0, thread_instructions = 0, barriers = 0;
     std::map<const Function*, std::vector<Count>> counts;
   };
   Total take() { return std::exchange(total_, {}); }

@@ -53,7 +53,7 @@ struct Issue {
 struct Result {
   std::vector<Issue> issues;
   std::vector<Count> counts;  // by instruction
-  uint64_t warp_instructions = 0, thread_instructions = 0, barriers = 0;
+  uint64_t blocks = 0, warps = 0, warp_instructions = 0, thread_instructions = 0, barriers = 0;
 };
 
 Result run(const Function& function, const Launch& launch, const std::vector<Buffer>& buffers, const Options& options);

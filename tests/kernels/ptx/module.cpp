@@ -35,6 +35,8 @@ py::dict take() {
   py::dict counts, result;
   for (const auto& [function, list] : total.counts) counts[py::str(function->name)] = counted(*function, list);
   result["launches"] = total.launches;
+  result["blocks"] = total.blocks;
+  result["warps"] = total.warps;
   result["warp_instructions"] = total.warp_instructions;
   result["thread_instructions"] = total.thread_instructions;
   result["barriers"] = total.barriers;
@@ -82,8 +84,8 @@ PYBIND11_MODULE(_ptx, module) {
   module.def("take", &take);
   module.def("launch", &launch);
   module.def("sites", &sites);
-  // Leaves an instruction out from now on; loading the module again brings it back.
-  module.def("leave_out", [](const std::string& name, const std::string& kernel, int pc) {
-    ptx::kernels().find(name, kernel).code.at(pc).op = ptx::Op::kNop;
+  // Whether an instruction is left out from now on.
+  module.def("leave_out", [](const std::string& name, const std::string& kernel, int pc, bool absent) {
+    ptx::kernels().find(name, kernel).code.at(pc).absent = absent;
   });
 }

@@ -72,6 +72,8 @@ class Grid {
         warp.defined[row] = kAllLanes;
       }
     }
+    ++result_.blocks;
+    result_.warps += block->warps.size();
     alive_.push_back(std::move(block));
   }
 
@@ -195,6 +197,10 @@ class Grid {
   void go(Block& block, Warp& warp, uint32_t mask, uint32_t pc, uint32_t limit, int budget) {
     for (; budget > 0 && pc < limit; --budget) {
       const Instruction& in = f_.code[pc];
+      if (in.absent) {
+        ++pc;
+        continue;
+      }
       context_.pc = static_cast<int>(pc);
       const uint32_t active = guarded(block, warp, in, mask);
       count(active);

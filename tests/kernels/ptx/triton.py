@@ -22,6 +22,7 @@ from . import build, schedules
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 UNDEFINED = {"out", "logits", "lists", "slot_list"}  # until the kernel writes them
 WRITTEN = UNDEFINED | {"keys", "values", "scores", "positions", "cursors"}
+LOADED: list[str] = []  # modules of the executor, in the order in which they were compiled
 ALIGNMENT = 16  # bytes: Triton compiles anew for pointers that have it
 
 
@@ -49,6 +50,7 @@ def compiled(function: Any, architecture: int, signature: tuple[tuple[str, str],
     kernel = compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(options))
     name = f"{function.__name__} {kernel.hash}"
     executor().load(name, kernel.asm["ptx"])
+    LOADED.append(name)
     return SimpleNamespace(module=name, warps=kernel.metadata.num_warps, shared=kernel.metadata.shared)
 
 
