@@ -83,12 +83,13 @@ def _races(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as exhaustive what is not selected."""
+    slow = {"ptx", "ptx_triton", *(["triton"] if INTERPRETED else [])}
     tests = defaultdict(list)
     for item in items:
-        name, _, parameters = item.nodeid.partition("[")
-        if "ptx" in parameters or (INTERPRETED and "triton" in parameters):
-            tests[name].append(item)
-    for name, cases in tests.items():
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        if case is not None and case.name in slow:
+            tests[item.nodeid.partition("[")[0], case.name].append(item)
+    for (name, _), cases in tests.items():
         pattern = SELECTED.get(name.rpartition("::")[2])
         selected = [item for item in cases if pattern is not None and re.search(pattern, item.name)] or cases[:1]
         for item in cases:

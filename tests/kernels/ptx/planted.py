@@ -108,13 +108,7 @@ Change = tuple[str, str, str]
 CHANGES: dict[str, tuple[Change, ...]] = {
     "no fence": (("port.cuh", "{ __threadfence(); }", "{}"),),
     "a fence of the block only": (("port.cuh", "__threadfence();", "__threadfence_block();"),),
-    "partial sums through the first-level cache": (
-        ("port.cuh", "load_shared_by_blocks(const float* at) { return __ldcg(at); }",
-         "load_shared_by_blocks(const float* at) { return *at; }"),),
     "the cursor by a plain load": (("decode.cuh", "port::load_relaxed(&cursors->step)", "cursors->step"),),
-    "every thread reads the cursor": (
-        ("decode.cuh", "  if (port::thread_index() == 0) cursor = {cursors", "  cursor = {cursors"),
-        ("decode.cuh", "  cursor = {shared.prompt_len, shared.step};", "")),
     "waits for a stage too few": (("attend.cuh", "port::wait_copies<kStages - 2>();\n      fetch(tile +",
                                    "port::wait_copies<kStages - 1>();\n      fetch(tile +"),),
     "parts are counted before they are stored": (
@@ -129,8 +123,6 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "a slot outside the slab": (("item.cuh", "item.new_slot = next_slot(range, view);",
                                  "item.new_slot = next_slot(range, view) + 100000;"),),
     "a sum that nothing starts": (("attend.cuh", "      norm[g] = 0.0f;\n", ""),),
-    "a vector off its alignment": (
-        ("decode.h", "  float fresh[2][kWidth];", "  float odd;\n  float fresh[2][kWidth];"),),
     "a wrong first bit": (("port.cuh", "__ffs(static_cast<int>(x)) - 1", "__ffs(static_cast<int>(x))"),),
     "a ring that wraps too early": (("item.cuh", "begin + view.evictable - view.ring, 0",
                                      "begin + view.evictable - view.ring - 1, 0"),),
