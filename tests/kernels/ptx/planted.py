@@ -12,7 +12,7 @@ import torch
 
 from ssd_kernels import CachePlan, HeadSpec
 
-from ..cases import BF16, F32, PART, Case, mixed
+from ..cases import BF16, F32, PART, Case
 from ..pair import Pair
 from ..split import LONG, long_pair
 from . import build, schedules, triton
@@ -44,7 +44,8 @@ def runs(kernel: Kernel) -> list[Callable[[], object]]:
         both.prefill(lengths)
         return both.run(steps)
 
-    return [lambda: pair(mixed(4, row_buffer=3), 7, (40, 3)),
+    refreshed = (HeadSpec.heavy(40), HeadSpec.heavy(4, recent=1), HeadSpec.window(5), HeadSpec.full())
+    return [lambda: pair(CachePlan([refreshed], row_buffer=3, keep_prompt=False), 4, (70, 3)),
             lambda: long_pair(kernel.dtype, case=CASE, row_buffer=2, keep_prompt=False, heads=LONG[:2],
                               group=kernel.group, head_dim=kernel.head_dim, lengths=(PART + 3, 2)).run(2),
             lambda: pair(CachePlan([[HeadSpec.heavy(4, recent=1), HeadSpec.heavy(40)]]), 6, (2, 70))]
