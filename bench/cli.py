@@ -12,7 +12,6 @@ import typer
 
 from ssd_janus import waiting
 from ssd_janus.cli.terminal import as_command
-from ssd_kernels.files import check_folder
 
 if TYPE_CHECKING:
     import torch
@@ -216,6 +215,8 @@ def suite(
 
     Exits with 1 when one of our backends computes something wrong.
     """
+    from ssd_kernels.files import check_folder
+
     from .kernel import any_wrong
     from .records import read
     from .report import check_page, needs_matplotlib, refresh, save
@@ -334,6 +335,8 @@ def _refuse_ignored(context: typer.Context, chosen: str | None, ignored: Mapping
 
 def _check_out(out: Path | None) -> None:
     """Results must be writable before anything is measured."""
+    from ssd_kernels.files import check_folder
+
     if out is not None:
         if out.is_dir():
             raise typer.BadParameter(f"must be a file, got the folder {out}", param_hint="--out")

@@ -47,7 +47,7 @@ SELECTED = {
     "test_position_is_a_window_with_scores": "keep_prompt-R4|evict_prompt-R0",
     "test_rotating_inside_is_rotating_before": "-f32|bf16",
     **dict.fromkeys(("test_tensors_stand_for_their_values", "test_zeros_without_memory",
-                     "test_tensors_without_values_are_refused"), "decode-k|prefill-scores|reset"),
+                     "test_tensors_without_values_are_refused"), r"[-\[]decode-k|[-\[]prefill-scores|reset"),
     **dict.fromkeys((
         "test_prompt_tokens_are_never_pinned", "test_more_pinned_tokens_than_slots", "test_equal_means_make_a_window",
         "test_pinned_tokens_stay_whatever_their_score", "test_pinned_keys_are_no_scores", "test_nan_scores_never_win",

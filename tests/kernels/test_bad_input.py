@@ -185,7 +185,8 @@ def test_bad_caches_are_refused(case: Case, name: str) -> None:
 
 @each_on_the_host
 @pytest.mark.parametrize(("changes", "lowered"), [
-    ({"batch_size": 10**9}, "batch_size = 1000000000"), ({"num_visual_tokens": 2**29, "batch_size": 10**4}, "num_visual_tokens = 536870912"),
+    ({"batch_size": 10**9}, "batch_size = 1000000000"),
+    ({"num_visual_tokens": 2**29, "batch_size": 10**4}, "num_visual_tokens = 536870912"),
     ({"max_prompt": 2**28, "batch_size": 10**6}, "max_prompt = 268435456"),
     ({"batch_size": 2**31 - 1, "num_visual_tokens": 2**28, "max_prompt": 2**28}, "or the plan's budget of 0.2")],
     ids=["batch_size", "num_visual_tokens", "max_prompt", "all"])
