@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ssd_janus import waiting
 from ssd_janus.cli.terminal import as_command
-from ssd_kernels.files import check_folder
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ Trials = Annotated[int, typer.Option(min=1, help="Rounds over all contenders.")]
 @app.callback()
 def main() -> None:
     """Benchmarks of ssd_kernels: strong rivals, cold caches, one run."""
+    waiting.prepare()
 
 
 @app.command()
@@ -214,6 +215,8 @@ def suite(
 
     Exits with 1 when one of our backends computes something wrong.
     """
+    from ssd_kernels.files import check_folder
+
     from .kernel import any_wrong
     from .records import read
     from .report import check_page, needs_matplotlib, refresh, save
@@ -332,6 +335,8 @@ def _refuse_ignored(context: typer.Context, chosen: str | None, ignored: Mapping
 
 def _check_out(out: Path | None) -> None:
     """Results must be writable before anything is measured."""
+    from ssd_kernels.files import check_folder
+
     if out is not None:
         if out.is_dir():
             raise typer.BadParameter(f"must be a file, got the folder {out}", param_hint="--out")

@@ -129,7 +129,13 @@ def measure(model: Any, listed: Sequence[Loop], setting: Setting,
 
     Args:
         listed: of `loops`; those without a number say why.
+
+    Raises:
+        ValueError: the picture has not so many tokens.
     """
+    room = ModelShape.of(model).num_visual_tokens - (0 if setting.start is None else setting.start + 1 + WARM_STEPS)
+    if not 1 <= setting.steps <= room:
+        raise ValueError(f"steps must be within 1 .. {room}, what is left of a picture, got {setting.steps}")
     about = machine.facts(model.device)
     strict = model.dtype == torch.float32 and model.device.type == "cpu"
     progress("checking tokens")

@@ -47,29 +47,31 @@ def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, 
     from transformers import DynamicCache, StaticCache
 
     from ssd_janus.internals import CACHE_NAME, compiled
+    from ssd_janus.shape import placement
 
+    device, dtype = placement(model)
     language, config = model.model.language_model, model.model.language_model.config
-    ids = torch.tensor(prompts, device=model.device)
+    ids = torch.tensor(prompts, device=device)
     total = held + ids.shape[1] + steps
     cache = DynamicCache() if kind == "dynamic" else StaticCache(config=config, max_cache_len=total)
     if held:
         shape = (2 * len(prompts), config.num_key_value_heads, held, config.head_dim)
         for layer in range(config.num_hidden_layers):
-            slabs = [torch.empty(shape, dtype=model.dtype, device=model.device) for _ in range(2)]
+            slabs = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2)]
             for slab in slabs:
                 fill(slab)
             cache.update(*slabs, layer)
     marks: list[float] = []
 
     def mark(*given: Any) -> None:
-        if model.device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         marks.append(clock())
         if timing is not None:
             if len(marks) > 2:
                 timing.end()
             if len(marks) > 1:  # the first forward is the prompt's
-                timing.begin(model.device)
+                timing.begin(device)
 
     with ExitStack() as stack:
         stack.enter_context(_visual_tokens(model, steps))
@@ -83,7 +85,7 @@ def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, 
                                        (functional, "scaled_dot_product_attention", "attention")):
                 stack.enter_context(mock.patch.object(target, name, timing.timed(part, getattr(target, name))))
         tokens = model.generate(input_ids=ids, attention_mask=torch.ones(len(ids), held + ids.shape[1],
-                                                                         dtype=torch.long, device=model.device),
+                                                                         dtype=torch.long, device=device),
                                 **{CACHE_NAME: cache}, generation_mode="image", do_sample=sample, top_k=TOP_K,
                                 guidance_scale=GUIDANCE)
         mark()
@@ -106,7 +108,7 @@ def engine_loop(engine: Engine, prompts: Sequence[Sequence[int]], steps: int, st
     batch = engine.batch(prompts, guidance=GUIDANCE, seeds=None, sampling=sampling, steps=steps, timing=timing)
     if start is not None:
         steady_state(batch.cache, len(prompts[0]), start)
-    step, cuda, marks = batch.step, engine.model.device.type == "cuda", []
+    step, cuda, marks = batch.step, engine.device.type == "cuda", []
 
     def mark() -> None:
         if cuda:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 
 from . import backends, ops
-from .arguments import check_int
+from .arguments import SUSPECT, check_int, integers, plain
 from .layout import KEEP_ALL, RECENT, LayerLayout, RowView
 from .plan import CachePlan
-from .state import LayerState, Rotary
+from .reading import shown
+from .state import LayerState, Rotary, physical_memory
 
 __all__ = ["CompressedCache"]
 
@@ -47,11 +48,13 @@ class CompressedCache:
 
         Raises:
             TypeError, ValueError: an argument out of range, or a backend that cannot serve the request.
+            MemoryError: it does not fit; the message says how many bytes it takes and what to lower.
         """
         if not isinstance(plan, CachePlan):
             raise TypeError(f"plan must be a CachePlan, got {type(plan).__name__}")
-        check_int("batch_size", batch_size, 1)
-        check_int("head_dim", head_dim, 1)
+        for name, value in (("batch_size", batch_size), ("head_dim", head_dim)):
+            if check_int(name, value, 1) > KEEP_ALL:
+                raise ValueError(f"{name} must be at most {KEEP_ALL}, got {shown(value)}")
         check_int("num_query_heads", num_query_heads, 1)
         if num_query_heads % plan.num_heads:
             raise ValueError(f"num_query_heads must be a multiple of the plan's {plan.num_heads} KV heads, got "
@@ -72,15 +75,33 @@ class CompressedCache:
         layouts = [LayerLayout.build(heads, plan, max_prompt, num_visual_tokens, track_scores)
                    for heads in plan.layers]
         self._backend = backends.resolve(backend, self.device, dtype, head_dim)
-        self._layers = [LayerState.allocate(layout, heads, batch_size, head_dim, dtype, self.device)
-                        for layout, heads in zip(layouts, plan.layers, strict=True)]
+        self._layers = self._allocate(layouts)
         self._q_shape = (batch_size, num_query_heads, head_dim)
         self._kv_shape = (batch_size, plan.num_heads, head_dim)
+        self._alignment = dtype.itemsize
         # Host-side count, so that running past the end raises without reading the device: decode calls per layer,
         # and the call at which each row last restarted.
         self._calls = [0] * plan.num_layers
         self._started = [[0] * batch_size for _ in range(plan.num_layers)]
         self._last_call = [num_visual_tokens] * plan.num_layers
+
+    def _allocate(self, layouts: Sequence[LayerLayout]) -> list[LayerState]:
+        needed = sum(layout.nbytes(self.batch_size, self.head_dim, self.dtype) for layout in layouts)
+        cause: Exception | None = None
+        # The first: where memory is promised before it is there, the process would be killed. The second: torch counts
+        # so far.
+        if not (self.device.type == "cpu" and needed > physical_memory()) and needed < 2**63:
+            try:
+                return [LayerState.allocate(layout, heads, self.batch_size, self.head_dim, self.dtype, self.device)
+                        for layout, heads in zip(layouts, self.plan.layers, strict=True)]
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+                    raise
+                cause = error
+        raise MemoryError(
+            f"a cache of {needed} bytes ({needed / 2**30:.1f} GiB) does not fit on {self.device}: lower batch_size = "
+            f"{self.batch_size}, num_visual_tokens = {self.num_visual_tokens}, max_prompt = {self.max_prompt}, or the "
+            f"plan's budget of {self.plan.budget(self.num_visual_tokens):.3g}") from cause
 
     @property
     def backend(self) -> str:
@@ -109,15 +130,15 @@ class CompressedCache:
         """
         state = self._layer(layer)
         indices = self._rows(rows)
+        k, v = self._tensor("k", k, self.dtype), self._tensor("v", v, self.dtype)
         for name, tensor in (("k", k), ("v", v)):
-            self._check_tensor(name, tensor, self.dtype)
             if tensor.dim() != 4 or (tensor.shape[0], tensor.shape[1], tensor.shape[3]) != (
                     len(indices), self.plan.num_heads, self.head_dim):
                 raise ValueError(f"{name} must be [N, H, P, D] = [{len(indices)}, {self.plan.num_heads}, P, "
                                  f"{self.head_dim}], got {list(tensor.shape)}")
         if k.shape != v.shape:
             raise ValueError(f"v must have the shape of k, {list(k.shape)}, got {list(v.shape)}")
-        lengths = ops.integers("prompt_lens", prompt_lens)
+        lengths = integers("prompt_lens", prompt_lens)
         if len(lengths) != len(indices):
             raise ValueError(f"prompt_lens must hold {len(indices)} lengths, got {len(lengths)}")
         limit = min(self.max_prompt, k.shape[2])
@@ -126,7 +147,7 @@ class CompressedCache:
                 raise ValueError(f"prompt_lens[{entry}] must be within 0 .. {limit} (max_prompt = {self.max_prompt}, "
                                  f"P = {k.shape[2]}), got {length}")
         if scores is not None:
-            self._check_tensor("scores", scores, torch.float32)
+            scores = self._tensor("scores", scores, torch.float32)
             if scores.shape != k.shape[:3]:
                 raise ValueError(f"scores must be [N, H, P] = {list(k.shape[:3])}, got {list(scores.shape)}")
         self._backend.prefill(state, k, v, lengths, scores, indices)
@@ -153,18 +174,27 @@ class CompressedCache:
                 nothing has been written then.
         """
         state = self._layer(layer)
-        if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
-                and q.shape == self._q_shape and k.shape == self._kv_shape == v.shape
-                and q.dtype == k.dtype == v.dtype == self.dtype and q.device == k.device == v.device == self.device
-                and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1):
-            self._reject_step(q, k, v)
+        compiling = torch.compiler.is_compiling()
+        try:  # what `_checked_step` asks for, in half a microsecond
+            fits = (type(q) is type(k) is type(v) is torch.Tensor
+                    and q.shape == self._q_shape and k.shape == self._kv_shape == v.shape
+                    and q.dtype == k.dtype == v.dtype == self.dtype
+                    and q.device == k.device == v.device == self.device
+                    and q.stride()[2] == k.stride()[2] == v.stride()[2] == 1
+                    and (compiling or not (q.is_neg() or k.is_neg() or v.is_neg())
+                         and (a := q.data_ptr()) > SUSPECT and (b := k.data_ptr()) > SUSPECT
+                         and (c := v.data_ptr()) > SUSPECT and not (a | b | c) % self._alignment))
+        except RuntimeError:  # some kinds of tensors have no shape, strides or address
+            fits = False
+        if not fits:
+            q, k, v = self._checked_step(q, k, v)
         if scale is None:
             scale = 1.0 / math.sqrt(self.head_dim)
         elif not isinstance(scale, (int, float)):
             raise TypeError(f"scale must be a number or None, got {scale!r}")
         if rotary is not None:
-            ops.check_rotary(rotary, self.max_prompt + self.num_visual_tokens, q)
-        if torch.compiler.is_compiling():
+            rotary = ops.checked_rotary(rotary, self.max_prompt + self.num_visual_tokens, q, compiling)
+        if compiling:
             out: torch.Tensor = torch.ops.ssd_kernels.decode(
                 q, k, v, *state.tensors, *ops.layout_arguments(state.layout), scale, self._backend.name,
                 *(rotary or ()))
@@ -212,9 +242,9 @@ class CompressedCache:
             TypeError, ValueError: an argument is wrong, or a row may have evicted tokens already.
         """
         state = self._layer(layer)
-        if not isinstance(recent, torch.Tensor) or recent.dtype not in (torch.int32, torch.int64):
-            raise TypeError("recent must be an int32 or int64 tensor, got "
-                            f"{recent.dtype if isinstance(recent, torch.Tensor) else type(recent).__name__}")
+        recent = plain("recent", recent)
+        if recent.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"recent must be an int32 or int64 tensor, got {recent.dtype}")
         if recent.shape != (self.plan.num_heads,) or recent.device != self.device:
             raise ValueError(f"recent must have shape [{self.plan.num_heads}] on {self.device}, got "
                              f"{list(recent.shape)} on {recent.device}")
@@ -297,7 +327,7 @@ class CompressedCache:
     def _rows(self, rows: Sequence[int] | torch.Tensor | None) -> list[int]:
         if rows is None:
             return list(range(self.batch_size))
-        indices = ops.integers("rows", rows)
+        indices = integers("rows", rows)
         for row in indices:
             if not 0 <= row < self.batch_size:
                 raise ValueError(f"rows must be within 0 .. {self.batch_size - 1}, got {row}")
@@ -305,19 +335,23 @@ class CompressedCache:
             raise ValueError(f"rows must be distinct, got {indices}")
         return indices
 
-    def _check_tensor(self, name: str, tensor: object, dtype: torch.dtype) -> None:
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    def _tensor(self, name: str, tensor: object, dtype: torch.dtype) -> torch.Tensor:
+        """``tensor`` as kernels read it; TypeError or ValueError unless it is of this dtype and on the device."""
+        tensor = plain(name, tensor)
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
         if tensor.device != self.device:
             raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
+        return tensor
 
-    def _reject_step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Say which of decode's tensors is wrong and how."""
-        for name, tensor, shape in (("q", q, self._q_shape), ("k", k, self._kv_shape), ("v", v, self._kv_shape)):
-            self._check_tensor(name, tensor, self.dtype)
+    def _checked_step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        """Decode's tensors as kernels read them, or what is wrong with them."""
+        tensors = []
+        for name, given, shape in (("q", q, self._q_shape), ("k", k, self._kv_shape), ("v", v, self._kv_shape)):
+            tensor = self._tensor(name, given, self.dtype)
+            tensors.append(tensor)
             if tensor.shape != shape:
                 raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
             if tensor.stride(-1) != 1:
                 raise ValueError(f"{name} must have unit stride in its last dimension, got strides {tensor.stride()}")
+        return tensors

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import backends
+from . import backends, process
 from .native import build_info
 from .version import __version__
 
@@ -17,7 +17,9 @@ def info() -> dict[str, Any]:
 
     Returns:
         A dict of plain values: ``version``, ``torch``, ``python``, ``machine``, ``threads`` (torch's intra-op
-        threads), ``extension`` (``built``, and either ``reason`` or the compiler, the CPU instruction sets compiled
+        threads), ``cpus`` (that this process may run on), ``cpu_quota`` (CPUs' worth of time that control groups leave
+        it, or None), ``waiting`` (how OpenMP's threads wait), ``openmp`` (paths of the OpenMP runtimes in this
+        process), ``extension`` (``built``, and either ``reason`` or the compiler, the CPU instruction sets compiled
         and the one in use, and whether CUDA was built) and ``backends`` (name -> ``available``, ``reason``).
     """
     return {
@@ -26,6 +28,10 @@ def info() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
+        "cpus": process.allowed_cpus(),
+        "cpu_quota": process.cpu_quota(),
+        "waiting": process.waiting(),
+        "openmp": process.openmp_runtimes(),
         "extension": build_info(),
         "backends": {name: {"available": reason is None, "reason": reason}
                      for name, reason in backends.available().items()},

@@ -13,6 +13,7 @@ import torch
 
 from .arguments import check_int
 from .heads import SCORE_RULES, HeadSpec
+from .reading import shown
 
 KEEP_ALL = 2**31 - 1
 TABLE_COLUMNS = 8
@@ -107,9 +108,16 @@ class LayerLayout:
     @classmethod
     def build(cls, specs: Sequence[HeadSpec], plan: Eviction, max_prompt: int, num_visual_tokens: int,
               track_scores: bool = False) -> LayerLayout:
-        """Lay out one layer's heads one after the other; ``track_scores`` gives all of them scores, not only heavy."""
+        """Lay out one layer's heads one after the other; ``track_scores`` gives all of them scores, not only heavy.
+
+        Raises:
+            TypeError, ValueError: ``max_prompt`` or ``num_visual_tokens`` is no int, or too small or too large.
+        """
         check_int("max_prompt", max_prompt, 0)
         check_int("num_visual_tokens", num_visual_tokens, 1)
+        if max_prompt + num_visual_tokens > KEEP_ALL:
+            raise ValueError(f"max_prompt and num_visual_tokens must be together at most {KEEP_ALL}, got "
+                             f"{shown(max_prompt)} and {shown(num_visual_tokens)}")
         heads: list[HeadRange] = []
         offset = score_offset = 0
         for spec in specs:
@@ -122,6 +130,9 @@ class LayerLayout:
                                    SCORE_RULES.index(spec.score), score_offset if scored else -1, ring))
             offset += capacity
             score_offset += capacity if scored else 0
+        if offset > KEEP_ALL:
+            raise ValueError(f"max_prompt = {max_prompt} and num_visual_tokens = {num_visual_tokens} give the heads of "
+                             f"a layer {offset} slots together, more than {KEEP_ALL}")
         return cls(tuple(heads), offset, score_offset, max_prompt, num_visual_tokens, min(plan.row_buffer, KEEP_ALL),
                    plan.keep_prompt, max((head.ring for head in heads if head.kind == "heavy"), default=0),
                    max(head.capacity for head in heads))

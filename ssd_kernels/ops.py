@@ -6,13 +6,10 @@ Registered with `torch.library.Library`, with fakes and mutation annotations. Ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
-
 import torch
 
 from . import backends
-from .arguments import check_int
+from .arguments import check_memory, integers, plain
 from .layout import LayerLayout
 from .state import LayerState, Rotary
 
@@ -58,14 +55,17 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
         ``[B, Hq, D]`` in q's dtype, contiguous.
 
     Raises:
+        TypeError: a tensor is not plain (`ssd_kernels.arguments.plain`).
         ValueError: shapes or the table do not fit together, the backend cannot serve them, or a row has no step left.
     """
     state = _state(keys, values, scores, positions, cursors, table, pinned, max_prompt, num_visual_tokens, row_buffer,
                    keep_prompt, largest, longest, backend)
+    q, k, v = plain("q", q), plain("k", k), plain("v", v)
     _check_step(state, q, k, v)
-    rotary = None if cos is None and sin is None else (cos, sin)
-    check_rotary(rotary, max_prompt + num_visual_tokens, q)
-    return backends.get(backend).decode(state, q, k, v, scale, cast("Rotary | None", rotary))
+    rotary = None
+    if cos is not None or sin is not None:
+        rotary = checked_rotary((cos, sin), max_prompt + num_visual_tokens, q)
+    return backends.get(backend).decode(state, q, k, v, scale, rotary)
 
 
 def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_scores: torch.Tensor | None,
@@ -87,6 +87,8 @@ def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_
     state = _state(keys, values, scores, positions, cursors, table, pinned, max_prompt, num_visual_tokens, row_buffer,
                    keep_prompt, largest, longest, backend)
     lengths, indices = integers("prompt_lens", prompt_lens), integers("rows", rows)
+    k, v = plain("k", k), plain("v", v)
+    prompt_scores = None if prompt_scores is None else plain("prompt_scores", prompt_scores)
     expected = (len(indices), table.shape[0], k.shape[2] if k.dim() == 4 else 0, keys.shape[2])
     if k.shape != expected or v.shape != expected or len(lengths) != len(indices):
         raise ValueError(f"k and v must be [N, H, P, D] = {list(expected)} with N prompt_lens, got "
@@ -108,6 +110,9 @@ def _state(keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, posit
            cursors: torch.Tensor, table: torch.Tensor, pinned: torch.Tensor, max_prompt: int,
            num_visual_tokens: int, row_buffer: int, keep_prompt: bool, largest: int, longest: int,
            backend: str) -> LayerState:
+    for name, tensor in (("keys", keys), ("values", values), ("scores", scores), ("positions", positions),
+                         ("cursors", cursors), ("table", table), ("pinned", pinned)):
+        check_memory(name, tensor)
     for name, tensor, dims in (("keys", keys, 3), ("scores", scores, 2)):
         if tensor.dim() != dims:
             raise ValueError(f"{name} must have {dims} dimensions, got {list(tensor.shape)}")
@@ -147,33 +152,31 @@ def _check_step(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Te
                              f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}")
 
 
-def integers(name: str, values: Sequence[int] | torch.Tensor) -> list[int]:
-    """``values`` as a list of ints; raises TypeError or ValueError unless a tensor is 1-D and of an integer dtype."""
-    if isinstance(values, torch.Tensor):
-        if values.dim() != 1:
-            raise ValueError(f"{name} must be 1-D, got shape {list(values.shape)}")
-        if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
-            raise TypeError(f"{name} must hold integers, got {values.dtype}")
-        return [int(value) for value in values.tolist()]
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise TypeError(f"{name} must be a sequence of integers or a 1-D integer tensor, got {type(values).__name__}")
-    return [check_int(f"{name}[{entry}]", value, -2**31) for entry, value in enumerate(values)]
+def checked_rotary(rotary: object, positions: int, q: torch.Tensor, compiling: bool = False) -> Rotary:
+    """``rotary`` as kernels read it, when it serves ``positions`` positions of ``q``.
 
+    Args:
+        compiling: the tensors are those of torch.compile, which have no memory.
 
-def check_rotary(rotary: object, positions: int, q: torch.Tensor) -> None:
-    """Raise TypeError or ValueError unless ``rotary`` is None or serves ``positions`` positions of ``q``."""
-    if rotary is None:
-        return
+    Raises:
+        TypeError, ValueError: it is no such pair of tables.
+    """
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
         raise TypeError(f"rotary must be the pair (cos, sin) or None, got {type(rotary).__name__}")
+    half, odd = divmod(q.shape[2], 2)
+    device, tables = q.device, []
     for name, table in zip(("cos", "sin"), rotary, strict=True):
-        if not isinstance(table, torch.Tensor):
+        if not compiling:
+            table = plain(name, table)
+        elif not isinstance(table, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(table).__name__}")
-        if (table.dtype != torch.float32 or table.device != q.device or table.dim() != 2
-                or table.shape[0] < positions or table.shape[1] != q.shape[-1] // 2 or q.shape[-1] % 2
-                or not table.is_contiguous()):
-            raise ValueError(f"{name} must be contiguous float32 [at least {positions}, {q.shape[-1] // 2}] on "
-                             f"{q.device}, got {table.dtype} {list(table.shape)} on {table.device}")
+        shape = table.shape
+        if (len(shape) != 2 or shape[0] < positions or shape[1] != half or odd or table.dtype != torch.float32
+                or table.device != device or not table.is_contiguous()):
+            raise ValueError(f"{name} must be contiguous float32 [at least {positions}, {half}] on {device}, got "
+                             f"{table.dtype} {list(shape)} on {table.device}")
+        tables.append(table)
+    return tables[0], tables[1]
 
 
 def _decode_fake(q: torch.Tensor, *_: object) -> torch.Tensor:

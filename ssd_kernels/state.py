@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +15,14 @@ from .layout import LayerLayout
 
 # cos and sin, float32 [N, D / 2] contiguous: how far a token at each position is turned; N covers every position.
 Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+def physical_memory() -> float:
+    """Bytes of the machine's memory, infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 @dataclass

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/decode.h"
+#include "cpu/threads.h"
 
 namespace ssd {
 namespace {
@@ -37,7 +38,7 @@ InstructionSet& current() {
   return chosen;
 }
 
-// Largest number of evictable tokens a head may hold; the twin of ssd_kernels/plan.py peak_tokens.
+// Largest number of evictable tokens a head may hold; the twin of ssd_kernels/layout.py peak_tokens.
 int64_t peak_tokens(int64_t keep, int64_t first, int64_t num_visual_tokens, int64_t period) {
   const int64_t last_whole = num_visual_tokens / period * period;
   int64_t peak = std::min(keep, first + last_whole) + num_visual_tokens - last_whole;
@@ -131,13 +132,9 @@ Error decode(const CacheLayer& layer, const DecodeStep& step, int threads) {
   const bool row_by_row = shape.batch >= 4 * int64_t{threads};
   const DecodeItems decode_items = current().decode_items;
 
-#pragma omp parallel num_threads(static_cast<int>(std::min<int64_t>(threads, items)))
-  {
-    const Scratch scratch = workspace.scratch(group, shape.head_dim, longest);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t begin = 0; begin < items; begin += chunk)
-      decode_items(layer, step, {begin, std::min(begin + chunk, items), row_by_row}, scratch);
-  }
+  parallel_for(threads, items, chunk, [&](int64_t begin, int64_t end) {
+    decode_items(layer, step, {begin, end, row_by_row}, workspace.scratch(group, shape.head_dim, longest));
+  });
   for (int32_t row = 0; row < shape.batch; ++row) ++layer.cursors[row].step;
   return {Error::kNone, 0, 0};
 }

@@ -1,9 +1,11 @@
 // Prompts into the slabs; with keep_prompt false rule 4 of docs/specification.md is applied to them once.
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "cpu/decode.h"
 #include "cpu/evict.h"
+#include "cpu/threads.h"
 
 namespace ssd {
 namespace {
@@ -43,12 +45,10 @@ void prefill(const CacheLayer& layer, const Prefill& prompts, int threads) {
   const int64_t items = int64_t{prompts.count} * shape.heads;
   const int64_t slot_bytes = shape.head_dim * item_size(layer.dtype);
 
-#pragma omp parallel num_threads(threads)
-  {
+  parallel_for(threads, items, std::max<int64_t>(1, (items + threads - 1) / threads), [&](int64_t begin, int64_t end) {
     std::vector<int32_t> kept;
     std::vector<int64_t> ranks;
-#pragma omp for schedule(static)
-    for (int64_t index = 0; index < items; ++index) {
+    for (int64_t index = begin; index < end; ++index) {
       const int64_t row = prompts.rows[index / shape.heads];
       const HeadRange& range = layer.heads[index % shape.heads];
       const RowView view = row_view(shape, range, layer.cursors[row]);
@@ -71,7 +71,7 @@ void prefill(const CacheLayer& layer, const Prefill& prompts, int threads) {
         }
       }
     }
-  }
+  });
 }
 
 }  // namespace ssd

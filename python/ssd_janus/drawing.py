@@ -162,7 +162,7 @@ def _batches(prompts: Sequence[FilePrompt], size: int) -> Iterator[list[FileProm
     """At most ``size`` prompts each, of following numbers, and the same ones in every run."""
     batch: list[FilePrompt] = []
     for prompt in prompts:
-        if batch and (prompt.number != batch[-1].number + 1 or prompt.number % size == 0):
+        if batch and (prompt.number != batch[-1].number + 1 or len(batch) == size):
             yield batch
             batch = []
         batch.append(prompt)

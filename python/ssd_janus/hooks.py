@@ -72,14 +72,14 @@ def enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str =
     shape.check(plan)
     _check_backend(backend)
     with _lock:
+        if engine:
+            fuse(model)  # rather than at the first picture, when other threads may be using the model
         current = vars(model).get(_ENABLED)
         inner = current.inner if current else vars(model).get("generate")
         setattr(model, _ENABLED, _Enabled(plan, backend, shape, inner, engine))
         # Copies and pickles of the model must drive themselves. A bound method would be pickled as the name of its
         # function and come back as transformers' own.
         model.generate = functools.partial(_generate, model)
-        if engine:
-            fuse(model)  # rather than while other threads already use the model
 
 
 def disable(model: JanusForConditionalGeneration) -> None:
@@ -136,13 +136,17 @@ def drawing(model: JanusForConditionalGeneration, cache: JanusCache) -> Iterator
 class _Inputs:
     """Forward pre-hook of the language model in the calls that hold one cache; others pass."""
 
-    def __init__(self, cache: JanusCache) -> None:
+    def __init__(self, cache: JanusCache | None) -> None:
         self.cache = cache
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A model that is copied meanwhile takes no cache along."""
+        return _Inputs, (None,)
 
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
                  ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # Without keyword arguments it is another thread's call, which met the hook while it was put up or taken down.
-        if kwargs is None or kwargs.get(CACHE_NAME) is not self.cache:
+        if self.cache is None or kwargs is None or kwargs.get(CACHE_NAME) is not self.cache:
             return None
         return args, self.cache.inputs(kwargs)
 

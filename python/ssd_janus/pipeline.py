@@ -85,6 +85,16 @@ class Pipeline:
         self.last_run: RunStats | None = None
         self._engine: Engine | None = None  # of the last run
 
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are drawn: the language model's."""
+        return placement(self.model)[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the language model and the caches."""
+        return placement(self.model)[1]
+
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str] | None = None, *, device: torch.device | str = "cpu",
                         dtype: torch.dtype | str | None = None, backend: str = "auto") -> Pipeline:
@@ -288,8 +298,7 @@ class Pipeline:
         if inputs["input_ids"].shape[1] > limit:
             raise ValueError(f"prompts must be at most {limit} tokens long for this model, got one of "
                              f"{inputs['input_ids'].shape[1]}: {texts[longest][:60]!r}")
-        device, _ = placement(self.model)
-        return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+        return {name: inputs[name].to(self.device) for name in ("input_ids", "attention_mask")}
 
     def _token_lists(self, texts: list[str]) -> list[list[int]]:
         inputs = self._tokenise(texts)
@@ -331,7 +340,7 @@ def _step_reports(progress: bool | ProgressCallback) -> Iterator[ProgressCallbac
 def _check_kind(source: str, kind: object) -> None:
     if kind == "multi_modality":
         raise ValueError(f"model {source} is in DeepSeek's own format (model_type 'multi_modality'), which "
-                         "transformers does not read; take a converted checkpoint such as deepseek-community/Janus-Pro-1B")
+                         "transformers does not read; take a converted one, such as deepseek-community/Janus-Pro-1B")
     if kind != JanusConfig.model_type:
         raise ValueError(f"model must be a Janus (model_type {JanusConfig.model_type!r} in config.json), got {source} "
                          f"with model_type {kind!r}")

@@ -82,7 +82,7 @@ class HeadStatistics:
         columns, tokens = shape.columns, shape.num_visual_tokens
 
         def zeros(*size: int) -> torch.Tensor:
-            return torch.zeros(size, device=pipe.model.device)
+            return torch.zeros(size, device=pipe.device)
 
         self.prompt, self.age, self.column = zeros(*head), zeros(*head, tokens), zeros(*head, columns)
         self.first = zeros(*head, columns)
@@ -93,7 +93,7 @@ class HeadStatistics:
         self.error = zeros(*head, len(self.plans), len(KINDS) * len(self.sizes))
         self.norm = zeros(shape.num_layers)
         self.steps = torch.zeros(shape.num_layers, dtype=torch.long)
-        token = torch.arange(tokens, device=pipe.model.device)
+        token = torch.arange(tokens, device=pipe.device)
         self.row_of, self.column_of = token // columns, token % columns
 
     def begin(self, guided: bool) -> None:
@@ -302,7 +302,7 @@ def measure(pipe: Pipeline, prompts: Sequence[str], *, guidance_scale: float | N
         pipe, prompts, profile, guidance_scale=scale, seed=seed, batch_size=forced,
         progress=lambda done, _: progress(len(batches) * steps + done, every))
     meta = {"prompts": list(prompts), "guidance_scale": scale, "seed": seed,
-            "seconds": round(time.perf_counter() - began, 1), "device": pipe.model.device.type,
-            "dtype": str(pipe.model.dtype).removeprefix("torch."), "model": pipe.model.name_or_path.rsplit("/", 1)[-1],
+            "seconds": round(time.perf_counter() - began, 1), "device": pipe.device.type,
+            "dtype": str(pipe.dtype).removeprefix("torch."), "model": pipe.model.name_or_path.rsplit("/", 1)[-1],
             "weights": fingerprint(pipe.model)}
     return replace(profile, sensitivity=sensitivity.float().cpu(), meta=meta)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from ssd_janus import waiting
+
+    waiting.prepare()  # before torch loads
+
 import json
+import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -20,7 +26,12 @@ from transformers import (
 )
 
 from ssd_janus.internals import KEPT_WHEN_LOADED
-from ssd_shapes import suite, text, tokens, world
+from ssd_kernels.files import check_folder
+from ssd_kernels.policies import HeadProfile
+from ssd_kernels.reading import Field, naming, read_json
+from ssd_kernels.schema import count, mapping_of, number, object_of
+from ssd_shapes import runs, suite, text, tokens, train, world
+from ssd_shapes import vq as vq_model
 from ssd_shapes.janus import build_model
 
 MODEL = Path(__file__).parent / "model"
@@ -185,6 +196,26 @@ def card(model: JanusForConditionalGeneration, record: dict[str, Any]) -> str:
     )
 
 
+SCORE = object_of(dict.fromkeys(("mean", "low", "high"), number))
+FULL = object_of({"families": mapping_of(SCORE), "overall": SCORE}, others=True)
+RESULTS = object_of({"suite": lambda field: field.choice(["shapes"]), "prompts": count, "seeds": count,
+                     "results": object_of({"full": FULL}, others=True)})
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """The ``results.json`` of ``ssd-janus evaluate --suite shapes``.
+
+    Raises:
+        OSError, ValueError: no such file, or others' results; the message names file and field.
+    """
+    value = read_json(file, 2**26)
+    with naming(file):
+        found: dict[str, Any] = RESULTS(Field(value))
+        if unknown := found["results"]["full"]["families"].keys() - set(suite.FAMILIES):
+            raise ValueError(f"results.full.families must be of {', '.join(suite.FAMILIES)}, got {min(unknown)}")
+    return found
+
+
 def full_cache_scores(results: dict[str, Any]) -> dict[str, Any]:
     """What the card says of the ``results.json`` of ``ssd-janus evaluate --suite shapes``."""
     full = {name: results["results"]["full"][name] for name in ("families", "overall")}
@@ -234,10 +265,17 @@ def export(
     if not guidance > 1:
         raise typer.BadParameter("must be above 1: transformers' image generation fails without guidance")
     checkpoint = newest(run)
+    runs.check(checkpoint, train.FILES)
+    progress = train.read_progress(checkpoint / "progress.json")
+    if math.isnan(progress.loss) or math.isnan(progress.held_out_loss):
+        raise ValueError(f"{checkpoint / 'progress.json'} must say the losses for the model card, got none")
+    drawer, drawn = vq_model.load(vq)
+    scored = None if results is None else full_cache_scores(read_results(results))
+    if profile is not None:
+        HeadProfile.load(profile)
+    check_folder(out.parent)
     tokenizer = text.build_tokenizer()
-    model = assemble(
-        tokenizer, load_file(checkpoint / "model.safetensors"), load_file(vq / "model.safetensors"), guidance, top_k
-    )
+    model = assemble(tokenizer, runs.weights(checkpoint / "model.safetensors"), drawer.state_dict(), guidance, top_k)
     partial, old = (out.with_name(f"{out.name}.{suffix}") for suffix in ("partial", "old"))
     for folder in (partial, old):
         shutil.rmtree(folder, ignore_errors=True)
@@ -245,13 +283,13 @@ def export(
     build_processor(tokenizer).save_pretrained(partial)
     (partial / "model.safetensors").chmod(0o644)  # not only for whoever installs it
     record = {
-        "language_model": json.loads((checkpoint / "progress.json").read_text()),
-        "vq_model": json.loads((vq / "progress.json").read_text()),
+        "language_model": asdict(progress),
+        "vq_model": asdict(drawn),
         "guidance_scale": guidance,
         "top_k": top_k,
         "history": history,
         "bytes": (partial / "model.safetensors").stat().st_size,
-        "scores": None if results is None else full_cache_scores(json.loads(results.read_text())),
+        "scores": scored,
     }
     # With it, training can go on from this folder: ssd_shapes.train --init.
     shutil.copyfile(checkpoint / "scene_head.safetensors", partial / "scene_head.safetensors")
@@ -267,4 +305,4 @@ def export(
 
 
 if __name__ == "__main__":
-    typer.run(export)
+    runs.main(export)

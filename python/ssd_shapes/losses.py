@@ -17,6 +17,7 @@ from ssd_shapes.janus import HIDDEN
 MOST_OBJECTS = 4
 PLACE_WEIGHT = 0.25
 HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # else products of bfloat16 are slower
+PRODUCTS = torch.bfloat16 if HAS_BFLOAT16 else torch.float32
 
 
 class Reading(NamedTuple):
@@ -84,16 +85,18 @@ def scene_accuracy(read: Reading, batch: Batch) -> dict[str, float]:
     }
 
 
-def predict(model: JanusForConditionalGeneration, batch: Batch) -> tuple[Tensor, Tensor]:
+def predict(
+    model: JanusForConditionalGeneration, batch: Batch, dtype: torch.dtype = PRODUCTS
+) -> tuple[Tensor, Tensor]:
     """Teacher-forced hidden states [B, K, C] and logits [B, K, 1024] of the image tokens at ``batch.places``.
 
-    In bfloat16 where the CPU multiplies it as fast as float32, else in float32.
+    Matrix products are of ``dtype``, bfloat16 or the weights' float32.
     """
     janus, (size, length) = model.model, batch.prompts.shape
     # The begin-of-image token, the last of the prompt, predicts token 0.
     text = torch.arange(length).expand(size, length)
     positions = torch.cat([text, batch.places[:, 1:] + length - 1], 1)
-    with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         codes = janus.generation_aligner(janus.generation_embeddings(batch.before))
         embedded = torch.cat([janus.language_model.embed_tokens(batch.prompts), codes], 1)
         everything = torch.ones_like(positions)  # without it transformers takes a jump in positions for a new sequence

@@ -6,14 +6,21 @@ A prompt is a mapping, and a line of the asset: "tag" (the family), "include" an
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from ssd_janus import waiting
+
+    waiting.prepare()  # before torch loads
+
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
+from ssd_kernels.files import write_atomically
+from ssd_kernels.reading import Field, naming, read_json_lines
 from ssd_shapes import world
 
 ASSET = Path(__file__).parent / "assets" / "prompts.jsonl"
@@ -26,9 +33,35 @@ def load(path: Path = ASSET) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        json.JSONDecodeError: a line is not JSON.
+        ValueError: a line is no such prompt; the message names file, line and field.
     """
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    prompts = read_json_lines(path, 2**24)
+    for line, prompt in prompts:
+        with naming(f"{path}, line {line}"):
+            check(prompt)
+    return [prompt for _, prompt in prompts]
+
+
+def check(prompt: Mapping[str, Any]) -> None:
+    """Check that the detector can judge pictures by a prompt; fields that it does not know are left alone.
+
+    Raises:
+        ValueError: it cannot; the message names the field.
+    """
+    members = Field(prompt).members(("tag", "include", "prompt"), None)
+    for name in ("tag", "prompt"):
+        members[name].string()
+    for name, least in (("include", 1), ("exclude", 0)):
+        for index, thing in enumerate(members[name].items(least) if name in members else ()):
+            parts = thing.members(("class", "count"), None)
+            parts["class"].choice(world.SHAPES)
+            parts["count"].integer(1, 1000)
+            if parts.get("color", Field(None)).value is not None:
+                parts["color"].choice(world.COLORS)
+            if "position" in parts:
+                relation, anchor = parts["position"].items(2, 2)
+                relation.choice(world.RELATIONS)
+                anchor.integer(0, index - 1)
 
 
 def draw(seed: int = 0, size: int = 300) -> list[dict[str, Any]]:
@@ -72,9 +105,8 @@ def write(
     size: Annotated[int, typer.Option(help="Number of prompts.")] = 300,
 ) -> None:
     """Draw the evaluation suite and write it, one JSON object per line."""
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text("".join(json.dumps(prompt) + "\n" for prompt in draw(seed, size)), encoding="utf-8")
-    os.replace(partial, out)
+    text = "".join(json.dumps(prompt) + "\n" for prompt in draw(seed, size))
+    write_atomically(out, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

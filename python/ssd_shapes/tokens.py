@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssd_kernels.files import write_atomically
 from ssd_shapes import world
 
 PATCH = world.PATCH  # pixels
@@ -62,7 +63,8 @@ class CodeBook:
 
     def save(self, path: Path = ASSET) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, self.codes.round().to(torch.uint8).numpy(), allow_pickle=False)
+        codes = self.codes.round().to(torch.uint8).numpy()
+        write_atomically(path, lambda file: np.save(file, codes, allow_pickle=False))
 
     def encode(self, pictures: Tensor) -> Tensor:
         """uint8 pictures [B, 96, 96, 3] to codes, int64 [B, 576], none of them of `MARGINS`."""

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import json
+if __name__ == "__main__":
+    from ssd_janus import waiting
+
+    waiting.prepare()  # before torch loads
+
+import io
+import math
 import shutil
 import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,17 +19,23 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration
 
-from ssd_shapes import attention, losses, text, tokens
+import ssd_kernels
+from ssd_kernels.reading import Field, naming, read_bytes, read_json
+from ssd_kernels.schema import count, mapping_of, maybe, number, object_of
+from ssd_shapes import attention, losses, runs, text, tokens
 from ssd_shapes.data import Batch, Batches
 from ssd_shapes.janus import CODE_WIDTH, build_model
 
 TRAINED = ("language_model", "generation_embeddings", "generation_aligner", "generation_head")
 DECAY_SHARE = 0.5  # of all steps, at the end
 HELD_OUT_BATCHES = 8
+FILES = ("model.safetensors", "scene_head.safetensors", "optimizer.pt", "progress.json")  # of a checkpoint
+PROGRESS = object_of({"step": count, "pictures": count, "seconds": number, "loss": maybe(number),
+                      "held_out_loss": maybe(number), "held_out_scene": mapping_of(number)})
 
 
 @dataclass
@@ -112,7 +125,7 @@ def optimizers(
 def save(
     run: Path, model: JanusForConditionalGeneration, head: losses.SceneHead, opts: list[Any], progress: Progress
 ) -> None:
-    """Write ``run/step_NNNNNNN`` in one rename and drop all but the newest two."""
+    """Write ``run/step_NNNNNNN`` in one rename, with digests of its files, and drop all but the newest two."""
     target = run / f"step_{progress.step:07d}"
     partial = run / "partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -120,29 +133,60 @@ def save(
     save_file({k: v.contiguous() for k, v in trained_state(model).items()}, partial / "model.safetensors")
     save_file(head.state_dict(), partial / "scene_head.safetensors")
     torch.save([opt.state_dict() for opt in opts], partial / "optimizer.pt")
-    (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=1) + "\n")
-    if not target.exists():
-        partial.rename(target)
+    runs.write_json(partial / "progress.json", runs.finite(asdict(progress)))
+    runs.seal(partial, FILES)
+    shutil.rmtree(target, ignore_errors=True)  # one that `resume` found damaged
+    partial.rename(target)
     for old in sorted(run.glob("step_*"))[:-2]:
         shutil.rmtree(old)
 
 
 def resume(run: Path, model: JanusForConditionalGeneration, head: losses.SceneHead, opts: list[Any]) -> Progress:
-    """Load the newest checkpoint of a run folder, if any; peak learning rates stay those asked for now."""
-    found = sorted(run.glob("step_*"))
-    if not found:
-        return Progress()
-    missing = set(trained_state(model)) - set(weights := load_file(found[-1] / "model.safetensors"))
-    if missing or not (found[-1] / "scene_head.safetensors").exists():
-        raise ValueError(f"{found[-1]} lacks {sorted(missing)[:3] or 'the scene head'}: another version wrote it")
-    model.load_state_dict(weights, strict=False)
-    head.load_state_dict(load_file(found[-1] / "scene_head.safetensors"))
-    for opt, state in zip(opts, torch.load(found[-1] / "optimizer.pt", weights_only=True), strict=True):
+    """Load the newest checkpoint of a run folder, if any; peak learning rates stay those asked for now.
+
+    A damaged one is named on stderr and left out.
+
+    Raises:
+        ValueError: there are checkpoints, and none can be read.
+    """
+    found = sorted(run.glob("step_*"), reverse=True)
+    for checkpoint in found:
+        try:
+            return _load(checkpoint, model, head, opts)
+        except ValueError as error:
+            print(f"{error}; leaving {checkpoint.name} out", file=sys.stderr, flush=True)
+    if found:
+        raise ValueError(f"no checkpoint in {run} can be read; remove the folder to start anew")
+    return Progress()
+
+
+def _load(checkpoint: Path, model: JanusForConditionalGeneration, head: losses.SceneHead, opts: list[Any]) -> Progress:
+    runs.check(checkpoint, FILES)
+    progress = read_progress(checkpoint / "progress.json")
+    weights, scene = (runs.weights(checkpoint / name) for name in FILES[:2])
+    runs.check_shapes(checkpoint / FILES[0], weights, trained_state(model))
+    runs.check_shapes(checkpoint / FILES[1], scene, head.state_dict())
+    states = torch.load(io.BytesIO(read_bytes(checkpoint / "optimizer.pt", runs.LARGEST)), weights_only=True)
+    for opt, state in zip(opts, states, strict=True):
         peaks = [group["peak"] for group in opt.param_groups]
         opt.load_state_dict(state)
         for group, peak in zip(opt.param_groups, peaks, strict=True):
             group["peak"] = peak
-    return Progress(**json.loads((found[-1] / "progress.json").read_text()))
+    model.load_state_dict(weights, strict=False)
+    head.load_state_dict(scene)
+    return progress
+
+
+def read_progress(file: Path) -> Progress:
+    """What a checkpoint says of its run.
+
+    Raises:
+        OSError, ValueError: no such file, or a damaged one; the message names file and field.
+    """
+    value = read_json(file, 2**20)
+    with naming(file):
+        found = PROGRESS(Field(value))
+    return Progress(**{name: math.nan if value is None else value for name, value in found.items()})
 
 
 def measure(
@@ -168,7 +212,8 @@ def train(
                                              "their mean.")
     ] = None,
     until: Annotated[
-        int | None, typer.Option(help="Stop at this step, with the schedule of --steps; resume with other options.")
+        int | None, typer.Option(help="Stop at this step, with the schedule of --steps; to resume with other options, "
+                                      "see --change-options.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Pictures per step.")] = 16,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the hidden matrices (Muon).")] = 3e-3,
@@ -191,6 +236,9 @@ def train(
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the decoder layers.")
     ] = True,
+    change_options: Annotated[
+        bool, typer.Option("--change-options", help="Resume with other options than the run was started with.")
+    ] = False,
 ) -> None:
     """Train on pictures drawn on the fly. SIGTERM and Ctrl-C write a checkpoint; the same command resumes.
 
@@ -208,11 +256,18 @@ def train(
     head = losses.SceneHead()
     opts = optimizers(model, head, lr, adam_lr)
     if init:
-        weights = average([load_file(folder / "model.safetensors") for folder in init])
+        weights, scene = (average([runs.weights(folder / name) for folder in init]) for name in FILES[:2])
+        runs.check_shapes(init[0] / FILES[0], weights, trained_state(model))
+        runs.check_shapes(init[0] / FILES[1], scene, head.state_dict())
         model.load_state_dict({name: weights[name] for name in trained_state(model)}, strict=False)
-        head.load_state_dict(average([load_file(folder / "scene_head.safetensors") for folder in init]))
+        head.load_state_dict(scene)
     progress = resume(run, model, head, opts)
     run.mkdir(parents=True, exist_ok=True)
+    options = {"version": ssd_kernels.__version__, "steps": steps, "batch": batch, "lr": lr, "adam_lr": adam_lr,
+               "warmup": warmup, "identity_weight": identity_weight, "late": late, "whole": whole,
+               "open_colors_from": open_colors_from, "scene_weight": scene_weight, "seed": seed,
+               "init": [runs.digest(folder / FILES[0]) for folder in init or ()]}
+    runs.keep_options(run, options, progress.step > 0, change_options)
     if compiled:
         for layer in model.model.language_model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
@@ -226,8 +281,8 @@ def train(
     print(f"{size:,} trained parameters, from step {progress.step} to {steps}", flush=True)
 
     stopped: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, frame: stopped.append(received))
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda received, frame: stopped.append(received))
     model.train()
     recent: list[float] = []
     saved = began = time.monotonic()
@@ -270,4 +325,4 @@ def train(
 
 
 if __name__ == "__main__":
-    typer.run(train)
+    runs.main(train)

@@ -7,26 +7,35 @@ the edges of objects, where there is something to learn, teach as much as whole 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from ssd_janus import waiting
+
+    waiting.prepare()  # before torch loads
+
+import io
 import json
 import math
-import os
+import pickle
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import JanusVQVAE
 
+import ssd_kernels
 from ssd_janus.internals import modeling_janus
-from ssd_shapes import text, tokens, train, world
+from ssd_kernels.files import write_atomically
+from ssd_kernels.reading import Field, naming, read_bytes, read_json
+from ssd_kernels.schema import count, mapping_of, number, object_of
+from ssd_shapes import runs, text, tokens, train, world
 from ssd_shapes.janus import CODE_WIDTH, build_config
 from ssd_shapes.losses import HAS_BFLOAT16
 
@@ -35,6 +44,10 @@ SOFT = 16.0  # eps of the norms while training
 SHARPNESS = 50.0  # of the softmax over code similarities
 PIXEL_WEIGHT = 100.0  # of the squared error (pixels in -1..1) beside the cross-entropy
 HELD_OUT = 100  # pictures
+
+
+FILES = ("model.safetensors", "progress.json")  # of a finished run
+PROGRESS = object_of({"step": count, "crops": count, "seconds": number, "held_out": mapping_of(Field.number)})
 
 
 @dataclass
@@ -220,17 +233,37 @@ def build() -> JanusVQVAE:
 
 
 def load(run: Path) -> tuple[JanusVQVAE, Progress]:
-    """A finished model and its record from a run folder."""
-    vq = build()
-    vq.load_state_dict(load_file(run / "model.safetensors"))
-    return vq, Progress(**json.loads((run / "progress.json").read_text()))
+    """A finished model and its record from a run folder.
+
+    Raises:
+        OSError, ValueError: the run is not finished, or a file is damaged; the message names it.
+    """
+    runs.check(run, FILES)
+    vq, weights = build(), runs.weights(run / FILES[0])
+    runs.check_shapes(run / FILES[0], weights, vq.state_dict())
+    vq.load_state_dict(weights)
+    value = read_json(run / FILES[1], 2**20)
+    with naming(run / FILES[1]):
+        return vq, Progress(**PROGRESS(Field(value)))
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside ``path`` and move it there, so that there is always a whole one."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
+def resume(checkpoint: Path, vq: JanusVQVAE, optimizer: torch.optim.Optimizer) -> Progress:
+    """Load a checkpoint, if there is one.
+
+    Raises:
+        ValueError: it is damaged; the message names it.
+    """
+    if not checkpoint.exists():
+        return Progress()
+    try:
+        state = torch.load(io.BytesIO(read_bytes(checkpoint, runs.LARGEST)), weights_only=True)
+        progress = Progress(**PROGRESS(Field(state["progress"])))
+        vq.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{checkpoint} is damaged ({reason}); remove it to start anew") from None
+    return progress
 
 
 def fit(
@@ -242,6 +275,9 @@ def fit(
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
     log_every: Annotated[int, typer.Option(help="Steps between progress lines.")] = 50,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+    change_options: Annotated[
+        bool, typer.Option("--change-options", help="Resume with other options than the run was started with.")
+    ] = False,
 ) -> None:
     """Train on crops drawn on the fly. SIGTERM and Ctrl-C write a checkpoint; the same command resumes.
 
@@ -255,18 +291,16 @@ def fit(
     soften(vq)
     parameters = [p for p in vq.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    progress, checkpoint = Progress(), run / "checkpoint.pt"
+    checkpoint = run / "checkpoint.pt"
+    progress = resume(checkpoint, vq, optimizer)
     run.mkdir(parents=True, exist_ok=True)
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        vq.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        progress = Progress(**state["progress"])
+    options = {"version": ssd_kernels.__version__, "steps": steps, "batch": batch, "lr": lr, "seed": seed}
+    runs.keep_options(run, options, progress.step > 0, change_options)
     print(f"{sum(p.numel() for p in parameters):,} trained parameters, step {progress.step} to {steps}", flush=True)
 
     stopped: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, frame: stopped.append(received))
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda received, frame: stopped.append(received))
     recent: list[tuple[float, float]] = []
     saved = began = time.monotonic()
     while progress.step < steps and not stopped:
@@ -292,7 +326,7 @@ def fit(
         if now - saved > save_every or progress.step == steps or stopped:
             progress.seconds, began, saved = progress.seconds + now - began, now, now
             state = {"model": vq.state_dict(), "optimizer": optimizer.state_dict(), "progress": asdict(progress)}
-            _replace(checkpoint, lambda path, state=state: torch.save(state, path))
+            write_atomically(checkpoint, lambda file: torch.save(state, file))  # noqa: B023
     if stopped:
         return
     harden(vq)
@@ -300,9 +334,10 @@ def fit(
     progress.held_out = evaluate(vq, book, draw(seed, 0, HELD_OUT, "test"))
     print(json.dumps(progress.held_out, indent=1), flush=True)
     weights = {name: value.contiguous() for name, value in vq.state_dict().items()}
-    _replace(run / "model.safetensors", lambda path: save_file(weights, path))
-    _replace(run / "progress.json", lambda path: path.write_text(json.dumps(asdict(progress), indent=1) + "\n"))
+    write_atomically(run / FILES[0], lambda file: file.write(save(weights)))
+    runs.write_json(run / FILES[1], asdict(progress))
+    runs.seal(run, FILES)
 
 
 if __name__ == "__main__":
-    typer.run(fit)
+    runs.main(fit)

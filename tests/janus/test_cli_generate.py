@@ -111,3 +111,29 @@ def test_gallery(folder: Path, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["plans"] == ["full", "window-0.4", "window-0.6"]
     width, height = Image.open(file).size
     assert width > 3 * 192 and height > 2 * 192
+
+
+@pytest.mark.parametrize("command", ["gallery", "profile", "evaluate"])
+def test_other_commands_check_prompts_and_folders_first(folder: Path, tmp_path: Path, command: str) -> None:
+    prompts, out = tmp_path / "a.txt", tmp_path / "deep" / ("a.png" if command == "gallery" else "out")
+    prompts.write_text("a heart\n\n" + "red " * 300)
+    more = {"gallery": (), "profile": ("--no-plots",), "evaluate": ("--suite", "fidelity")}[command]
+    result = run(command, "--prompts-file", prompts, "--out", out, "--model", folder, *more)
+    assert result.exit_code == 2 and f"error: {prompts}, line 3: prompts must be at most" in result.stderr
+    assert not out.parent.exists()
+    out.parent.write_text("")
+    result = run(command, "--prompts-file", prompts, "--out", out, "--model", "not even looked at", *more)
+    assert result.exit_code == 2 and result.stderr == f"error: {out.parent}: Not a directory\n"
+
+
+def test_a_gallery_is_no_folder(folder: Path, tmp_path: Path) -> None:
+    result = run("gallery", "a heart", "--out", tmp_path, "--model", folder)
+    assert result.exit_code == 2 and result.stderr == f"error: --out must be a file, got the folder {tmp_path}\n"
+
+
+def test_names_are_no_markup(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "[red]a[" / ":heart:"
+    result = run("generate", "[b]a heart[/]", "--out", out, "--model", folder)
+    assert result.exit_code == 0 and result.stdout == f"{out}/01-b-a-heart.png\n"
+    result = run("generate", "--prompts-file", out / "[none].txt", "--model", folder)
+    assert result.stderr == f"error: {out}/[none].txt: No such file or directory\n"

@@ -7,6 +7,7 @@ import io
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,3 +111,16 @@ def test_who_reads_the_output_may_leave() -> None:
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 1
     process.stderr.close()
+
+
+def test_a_full_cache_of_downloads_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from ssd_janus import Pipeline
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", fail)
+    result = run("generate", "a heart", "--model", "somebody/janus", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and result.stderr == f"error: {HF_HUB_CACHE}: No space left on device\n"

@@ -242,7 +242,7 @@ SAMPLE, METADATA = "00001/samples/00001.png", "00001/metadata.jsonl"
     (METADATA, Path.unlink, "is missing"),
     (METADATA, spoil(lambda data: data[:9]), "metadata.jsonl"),
     (METADATA, spoil(lambda data: b""), "metadata.jsonl"),
-], ids=str)
+])
 def test_damage_is_named_and_drawn_anew(pipe: Pipeline, drawn: Path, geneval: Path, tmp_path: Path, name: str,
                                         change: Callable[[Path], object], message: str) -> None:
     out = copy(drawn, tmp_path / "out")
@@ -251,6 +251,27 @@ def test_damage_is_named_and_drawn_anew(pipe: Pipeline, drawn: Path, geneval: Pa
     assert draw(pipe, out, geneval, said.append) == ["a heart"] * 2
     assert len(said) == 1 and str(out / name) in said[0] and message in said[0] and "drawing it anew" in said[0]
     assert contents(out) == contents(drawn)
+
+
+def test_prompts_that_are_left_out_change_no_others(pipe: Pipeline, drawn: Path, geneval: Path, tmp_path: Path) -> None:
+    prompts = read(geneval)
+    list(drawing.draw(pipe, GenEval(tmp_path / "out", 2), tmp_path / "out", prompts[::2], 2, None, 0,
+                      pipe.shape.full_plan(), 4))
+    assert contents(tmp_path / "out") == {
+        name: data for name, data in contents(drawn).items() if not name.startswith("00001")}
+
+
+def test_a_folder_that_is_being_redrawn_is_not_complete(pipe: Pipeline, drawn: Path, geneval: Path,
+                                                        tmp_path: Path) -> None:
+    out = copy(drawn, tmp_path / "out")
+    for _ in drawing.draw(pipe, GenEval(out, 2), out, read(geneval), 2, None, 9, pipe.shape.full_plan(), 2,
+                          redraw=True):
+        with pytest.raises(FileNotFoundError):
+            evaluated(out, "geneval")
+        break
+    assert draw(pipe, out, geneval, seed=9, redraw=True) == ["a heart"] * 2 + ["a green star"] * 2
+    draw(pipe, tmp_path / "fresh", geneval, seed=9)
+    assert contents(out) == contents(tmp_path / "fresh")
 
 
 def test_pictures_that_say_nothing(pipe: Pipeline, drawn: Path, geneval: Path, tmp_path: Path) -> None:
@@ -309,11 +330,11 @@ def test_what_a_killed_run_leaves(pipe: Pipeline, drawn: Path, geneval: Path, tm
                 GenEval(out, 2).write(prompt, [picture for picture, _ in own], own[0][1] or {})
         finally:
             os._exit(1)
+    os.close(writer)
     assert os.read(reader, 1) == b"."
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     os.close(reader)
-    os.close(writer)
     assert list(contents(out)) == UNFINISHED
     with pytest.raises(FileNotFoundError):
         evaluated(out, "geneval")  # which says that the run is not complete

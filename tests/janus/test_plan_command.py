@@ -141,7 +141,7 @@ def test_parameters_reach_the_plan(folder: Path, file: Path, tmp_path: Path, mon
         ("ssd", "tau=0.9", "ratio=2"): policies.ssd(SHAPE, 0.7, profile=profile, tau=0.9, ratio=2),
         ("online", "loss=0.3"): OnlinePlan(SHAPE, 0.7, loss=0.3)}
     drawn: list[CachePlan] = []
-    monkeypatch.setattr("ssd_janus.drawing.draw", lambda *arguments: drawn.append(arguments[7]) or iter(()))
+    monkeypatch.setattr("ssd_janus.drawing.draw", lambda *arguments, **_: drawn.append(arguments[7]) or iter(()))
     for (policy, *parameters), plan in expected.items():
         common = ("--policy", policy, "--budget", 0.7, "--model", folder, "--profile", file,
                   *(word for parameter in parameters for word in ("--parameter", parameter)))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,12 @@ import numpy as np
 import pytest
 import tiny
 from mutants import check_json_reader, check_reader, refused, spoiled
+from test_cli import run
 
 from ssd_janus import Pipeline
-from ssd_janus.evaluation import comparison, fidelity, quality
+from ssd_janus.evaluation import comparison, fidelity, quality, report
 from ssd_janus.evaluation.folder import RunFolder, keep_settings, settings
-from ssd_janus.evaluation.results import read_record, read_scores
+from ssd_janus.evaluation.results import read_record
 from ssd_kernels import CachePlan, HeadSpec
 
 SUITE = [{"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": tiny.PROMPTS[0]},
@@ -70,13 +75,6 @@ def test_records_of_comparisons(record: Path) -> None:
     record.write_text(json.dumps(found))
     said = refused(read_record, record) or ""
     assert f"{record}: grid.other.quality.overall.low is missing; remove the file" in said
-
-
-def test_scores_for_the_model_card(tmp_path: Path, pipe: Pipeline, drawn: Path) -> None:
-    found = quality.evaluate(pipe, PLAN, drawn / "quality", prompts=SUITE, batch_size=2)
-    file = tmp_path / "results.json"
-    file.write_text(json.dumps({"suite": "shapes", "prompts": 3, "seeds": 1, "results": {"full": found.as_json()}}))
-    check_json_reader(read_scores, file, r"results\.full\.removed|.*families\.\w+\.removed|.*by_prompt\.\w+\.removed")
 
 
 def test_settings(tmp_path: Path, pipe: Pipeline) -> None:
@@ -195,3 +193,79 @@ def test_another_version_is_refused(pipe: Pipeline, drawn: Path, monkeypatch: py
     with pytest.raises(ValueError, match="another version .*'99' now"):
         quality.evaluate(pipe, PLAN, drawn / "quality", prompts=SUITE, batch_size=2)
     assert check_reader(str, batch_files(drawn)[0], []) == 0
+
+
+def suite_file(folder: Path, prompts: list[dict[str, Any]]) -> Path:
+    file = folder / "suite.jsonl"
+    file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    return file
+
+
+def test_folders_of_all_plans_are_checked_before_the_first_is_drawn(folder: Path, tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pipeline, "generate_tokens", lambda *_, **__: pytest.fail("drawn"))
+    for place in (out := tmp_path / "out") / "heavy-0.5", out / "quality" / "guidance-2" / "heavy-0.5-r0":
+        place.mkdir(parents=True)
+        (place / "settings.json").write_text("{}")
+    common = ("--model", folder, "--prompts-file", suite_file(tmp_path, SUITE), "--out", out, "--policy", "full",
+              "--policy", "heavy", "--budget", 0.5, "--row-buffer", 0)
+    for command in (("evaluate",), ("compare", "--part", "quality")):
+        result = run(*command, *common)
+        assert result.exit_code == 2 and "results made with another" in " ".join(result.stderr.split()), result.output
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"include": [{"class": "bench", "count": 1}]}, "suite.jsonl, line 4: include[0].class must be one of"),
+    ({"include": [{"class": "ring"}]}, "suite.jsonl, line 4: include[0].count is missing"),
+    ({"include": "a ring"}, "suite.jsonl, line 4: include must be a list"),
+    ({"exclude": [{"class": "ring", "count": 0}]}, "suite.jsonl, line 4: exclude[0].count must be an int within"),
+    ({"tag": None}, "suite.jsonl, line 4: tag must be a string"),
+])
+def test_what_the_detector_cannot_judge_is_refused_before_drawing(tmp_path: Path, change: dict[str, Any],
+                                                                  said: str) -> None:
+    file = suite_file(tmp_path, [*SUITE, {**SUITE[0], "prompt": "a ring", **change}])
+    for command in ("evaluate", "compare"):
+        result = run(command, "--model", tmp_path / "absent", "--prompts-file", file, "--out", tmp_path / "out")
+        assert result.exit_code == 2 and said in " ".join(result.stderr.split()), result.stderr
+
+
+@pytest.mark.parametrize("options, said", [
+    (("--suite", "fidelity", "--seeds", 2), "--seeds says nothing with --suite fidelity"),
+    (("--no-pictures",), "--no-pictures says nothing with --suite shapes"),
+    (("--budget", 0.5), "--budget says nothing without --policy"),
+    (("--row-buffer", 0), "--row-buffer says nothing without --policy"),
+    (("--page", "/dev/zero"), "/dev/zero: must be a regular file, got a device"),
+])
+def test_options_that_say_nothing_are_refused(folder: Path, tmp_path: Path, options: tuple[Any, ...],
+                                              said: str) -> None:
+    result = run("evaluate", "--model", folder, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 2 and said in " ".join(result.stderr.split()), result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_with_markup_stay_in_their_cell() -> None:
+    lines = report.markdown_table(["a|b", "c"], [["x\n<!-- /fidelity -->", "1"]]).splitlines()
+    assert lines[0] == r"| a\|b | c |" and lines[2] == "| x &lt;!-- /fidelity --> | 1 |"
+
+
+def test_a_process_that_is_killed_leaves_nothing_that_counts(folder: Path, drawn: Path, tmp_path: Path) -> None:
+    """Killed where it cannot clean up, after its first batch; the next process goes on and ends with the same."""
+    command = ["-m", "ssd_janus.cli", "evaluate", "--model", folder, "--out", tmp_path / "out", "--prompts-file",
+               suite_file(tmp_path, SUITE), "--batch-size", 1, "--seeds", 400]
+    batches = tmp_path / "out" / "full" / "batches"
+    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (batches.is_dir() and any(batches.glob("*.json"))):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it ended by itself"
+    assert {path.suffix for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name[0] != "."} <= {
+        ".json", ".png"}
+    finished = {path: path.stat().st_mtime_ns for path in batches.glob("*.json")}
+    assert finished and not (tmp_path / "out" / "results.json").exists()
+    common: tuple[Any, ...] = ("evaluate", "--model", folder, "--prompts-file", tmp_path / "suite.jsonl",
+                               "--batch-size", 1, "--json")
+    result = run(*common, "--out", tmp_path / "out")
+    whole = run(*common, "--out", tmp_path / "whole")
+    assert result.exit_code == 0 and result.stdout == whole.stdout
+    assert all(path.stat().st_mtime_ns == when for path, when in finished.items())

@@ -6,6 +6,7 @@ import copy
 import itertools
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import JanusForConditionalGeneration
 
 from ssd_janus import Pipeline, disable, enable
-from ssd_janus.engine import Engine, call, unfuse
+from ssd_janus.engine import Engine, call, fuse, unfuse, unsupported, weights
 from ssd_kernels import CachePlan, HeadSpec
 
 FULL = CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4)
@@ -203,6 +204,22 @@ def test_an_end_by_force_is_one_callers_own(calls: Calls) -> None:
     assert state(model) == before
 
 
+def test_what_one_call_puts_up_is_nothing_to_others(calls: Calls) -> None:
+    """The engine draws beside transformers' loop, and whoever meets a hook half put up passes."""
+    found: list[Any] = []
+
+    def look(meet: Meet) -> None:
+        for _ in range(3):
+            meet()
+        language_model = calls.model.model.language_model
+        (hook,) = language_model._forward_pre_hooks.values()
+        found.extend([unsupported(calls.model), hook(language_model, ()), hook(language_model, (), {"input_ids": 0}),
+                      copy.deepcopy(hook)(language_model, (), {})])
+
+    loop, _ = together(calls.calls["loop, unguided"], look)
+    assert torch.equal(loop, calls.alone("loop, unguided")) and found == [None] * 4
+
+
 def test_another_attention_implementation_meanwhile_is_refused(calls: Calls) -> None:
     def change(meet: Meet) -> None:
         meet()
@@ -247,26 +264,27 @@ def test_enabling_disabling_and_copying_while_others_draw(fresh: Any) -> None:
         assert state(other)["attention"] == before["attention"]
 
 
-def test_weights_are_fused_once_by_whoever_comes_first(fresh: Any) -> None:
-    """Threads that meet while parameters are being moved."""
+def test_weights_are_fused_by_one_at_a_time(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second thread comes when the first is about to look whether weights are fused already."""
     expected = Engine(copy.deepcopy(fresh), packed=False).generate([[0, 9, 3]])
-    tokens: list[Any] = []
+    looking, fused, look = threading.Event(), threading.Event(), weights._consecutive
 
-    def draw(barrier: threading.Barrier) -> None:
-        barrier.wait(WAIT)
-        tokens.append(Engine(fresh, packed=False).generate([[0, 9, 3]]))
+    def consecutive(parameters: Any) -> bool:
+        if not looking.is_set():
+            looking.set()
+            fused.wait(0.3)  # in vain, because the other has to wait for this thread
+        return look(parameters)
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for _ in range(2):
-            barrier = threading.Barrier(3)
-            with ThreadPoolExecutor(3) as pool:
-                list(pool.map(draw, [barrier] * 3))
-            unfuse(fresh)
-    finally:
-        sys.setswitchinterval(interval)
-    assert len(tokens) == 6 and all(torch.equal(each, expected) for each in tokens)
+    def second() -> None:
+        assert looking.wait(WAIT)
+        fuse(fresh)
+        fused.set()
+
+    monkeypatch.setattr(weights, "_consecutive", consecutive)
+    with ThreadPoolExecutor(2) as pool:
+        tokens = pool.submit(lambda: Engine(fresh, packed=False).generate([[0, 9, 3]]))
+        pool.submit(second).result()
+        assert torch.equal(tokens.result(), expected)
 
 
 def test_seeds_are_the_pictures_own(fresh: Any) -> None:
@@ -281,9 +299,15 @@ def test_seeds_are_the_pictures_own(fresh: Any) -> None:
 
 
 def test_a_reason_is_said_once_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(set[str]):
+        def __contains__(self, reason: object) -> bool:
+            known = super().__contains__(reason)
+            time.sleep(0.01)
+            return known
+
     said: list[str] = []
-    monkeypatch.setattr(call, "_said", set())
+    monkeypatch.setattr(call, "_said", Slow())
     monkeypatch.setattr(call._logger, "warning", lambda *args: said.append(args[-1]))
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: call.say_once("planted"), range(64)))
+        list(pool.map(lambda _: call.say_once("planted"), range(8)))
     assert said == ["planted"]

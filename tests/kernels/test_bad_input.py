@@ -11,7 +11,7 @@ import torch
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec, backends
 
-from .cases import Case, each_backend, mixed
+from .cases import Case, each_backend, each_on_the_host, mixed
 from .pair import assert_untouched, on_device, snapshot
 
 B, H, HQ, D, P, N = 3, 4, 8, 40, 6, 10
@@ -161,6 +161,11 @@ BAD_CACHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "max_prompt-none": ({"max_prompt": None}, TypeError, "max_prompt.*None"),
     "num_visual_tokens-zero": ({"num_visual_tokens": 0}, ValueError, "num_visual_tokens.*0"),
     "num_visual_tokens-float": ({"num_visual_tokens": 576.0}, TypeError, "num_visual_tokens.*576.0"),
+    "batch_size-huge": ({"batch_size": 2**31}, ValueError, "batch_size.*2147483647.*2147483648"),
+    "head_dim-huge": ({"head_dim": 10**100}, ValueError, "head_dim.*2147483647, got an int of 333 bits"),
+    "max_prompt-huge": ({"max_prompt": 2**31}, ValueError, "max_prompt and num_visual_tokens.*2147483647.*2147483648"),
+    "num_visual_tokens-huge": ({"num_visual_tokens": 10**12}, ValueError, "num_visual_tokens.*2147483647"),
+    "slots-huge": ({"max_prompt": 2**30}, ValueError, "max_prompt = 1073741824.*4294967.* slots"),
     "dtype-int": ({"dtype": torch.int8}, ValueError, "dtype.*float32.*int8"),
     "dtype-string": ({"dtype": "float32"}, ValueError, "dtype.*float32"),
     "device": ({"device": "nonsense"}, ValueError, "device.*nonsense"),
@@ -176,6 +181,37 @@ def test_bad_caches_are_refused(case: Case, name: str) -> None:
     changes, error, message = BAD_CACHES[name]
     with pytest.raises(error, match=message):
         _cache(case, **changes)
+
+
+@each_on_the_host
+@pytest.mark.parametrize(("changes", "lowered"), [
+    ({"batch_size": 10**9}, "batch_size = 1000000000"),
+    ({"num_visual_tokens": 2**29, "batch_size": 10**4}, "num_visual_tokens = 536870912"),
+    ({"max_prompt": 2**28, "batch_size": 10**6}, "max_prompt = 268435456"),
+    ({"batch_size": 2**31 - 1, "num_visual_tokens": 2**28, "max_prompt": 2**28}, "or the plan's budget of 0.2")],
+    ids=["batch_size", "num_visual_tokens", "max_prompt", "all"])
+def test_caches_that_do_not_fit(case: Case, changes: dict[str, Any], lowered: str) -> None:
+    """The message says how many bytes were asked for and what to lower; no memory is filled to find out."""
+    sizes = {"batch_size": B, "max_prompt": P, "num_visual_tokens": N, **changes}
+    bytes_asked = mixed(H, 3, num_layers=2).nbytes(**sizes, head_dim=D, dtype=torch.float32)
+    with pytest.raises(MemoryError, match=rf"a cache of {bytes_asked} bytes \(.* GiB\) does not fit on cpu.*{lowered}"):
+        _cache(case, **changes)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to"), MemoryError("no more"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_caches_for_which_there_is_no_memory(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Neither torch's words nor its types of errors need to be known."""
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    with pytest.raises(MemoryError, match=r"a cache of \d+ bytes .*lower batch_size = 3,") as caught:
+        _cache(Case("reference"))
+    assert "\n" not in str(caught.value) and caught.value.__cause__ is error
+    error = RuntimeError("CUDA error: device-side assert triggered")
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        _cache(Case("reference"))
 
 
 @pytest.mark.parametrize(("changes", "message"), [

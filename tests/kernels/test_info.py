@@ -17,7 +17,8 @@ from .cases import CASES
 def test_info_says_what_runs_and_why_not_the_rest() -> None:
     """"what was built, which backends can run here and why not the others"."""
     info = ssd_kernels.info()
-    assert set(info) == {"version", "torch", "python", "machine", "threads", "extension", "backends"}
+    assert set(info) == {"version", "torch", "python", "machine", "threads", "cpus", "cpu_quota", "waiting",
+                         "openmp", "extension", "backends"}
     assert info["version"] == ssd_kernels.__version__ and info["torch"] == torch.__version__
     assert set(info["backends"]) == set(backends.backend_names()) >= {"reference", "cpu"}
     for backend in info["backends"].values():

@@ -29,6 +29,19 @@ def test_no_weak_functions(path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 def test_one_openmp_runtime():
-    code = "import ssd_kernels._C; print(*{line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line})"
+    """torch's libgomp, whatever compiler built the extension: clang's libomp beside it would be a second pool."""
+    code = "from ssd_kernels import _C, process; print(_C.__file__, *process.openmp_runtimes(), sep='\\n')"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert len(run.stdout.split()) == 1, run.stdout
+    extension, *runtimes = run.stdout.splitlines()
+    assert len(runtimes) == 1, runtimes
+    contents = Path(extension).read_bytes()
+    assert set(re.findall(rb"\0(lib\w*omp\w*\.so[.\d]*)(?=\0)", contents)) == {b"libgomp.so.1"}
+    assert b"GOMP_parallel" in contents and b"__kmpc_" not in contents
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("source", ["dispatch", "prefill"])
+def test_builds_without_openmp(source):
+    """Where there is no libgomp to link with."""
+    subprocess.run(["c++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DSSD_KERNELS_HAVE_GOMP=0",
+                    "-DSSD_KERNELS_HAVE_X86=0", f"-I{ROOT / 'csrc'}", ROOT / f"csrc/cpu/{source}.cpp"], check=True)

@@ -9,10 +9,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from mutants import check_json_reader
 from safetensors.torch import save_file
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
-from ssd_shapes import export, janus, losses, text, tokens, train, vq
+from ssd_shapes import export, janus, losses, runs, text, tokens, train, vq
 
 included = pytest.mark.skipif(not (export.MODEL / "config.json").exists(), reason="the model is not exported yet")
 
@@ -47,6 +48,7 @@ def exported(tmp_path_factory, start):
                 "code_accuracy_at_edges": 0.9}
     record = asdict(vq.Progress(step=5, crops=40, seconds=60.0, held_out=held_out))
     (root / "vq" / "progress.json").write_text(json.dumps(record))
+    runs.seal(root / "vq", vq.FILES)
     export.export(root / "lm", root / "vq", root / "model", guidance=1.5, top_k=5)
     return root / "model", train.trained_state(model)
 
@@ -109,13 +111,25 @@ def test_fit_resumes_and_measures(tmp_path):
     try:
         vq.fit(tmp_path, steps=1, **options)
         assert vq.load(tmp_path)[1].step == 1
-        vq.fit(tmp_path, steps=2, **options)
+        with pytest.raises(ValueError, match="another --steps \\(1 there, 2 now\\).*--change-options"):
+            vq.fit(tmp_path, steps=2, **options)
+        vq.fit(tmp_path, steps=2, **options, change_options=True)
     finally:
         vq.HELD_OUT = before
     model, progress = vq.load(tmp_path)
     assert progress.step == progress.crops == 2 and progress.held_out["pictures"] == 2
     assert progress.held_out["code_accuracy"] > 0.9
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "model.safetensors", "progress.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "files.json", "model.safetensors",
+                                                    "options.json", "progress.json"}
+    for name in ("model.safetensors", "progress.json"):
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[:-1] + b" ")
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            vq.load(tmp_path)
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "checkpoint.pt").write_bytes((tmp_path / "checkpoint.pt").read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="checkpoint.pt is damaged"):
+        vq.fit(tmp_path, steps=2, **options)
 
 
 def test_export_round_trip(exported):
@@ -145,6 +159,30 @@ def test_scores_of_the_full_cache_alone_are_kept():
     assert kept["results"] == {"full": {"families": {"counting": share}, "overall": share}}
     table = export.scores(kept)  # the first six prompts of the suite are of all families
     assert "| counting | 1 | 1 | 0.50 | 0.25 .. 0.75 |" in table and "| overall | 6 | 6 | 0.50 |" in table
+
+
+def test_results_for_the_card_may_hold_anything(tmp_path):
+    share = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"suite": "shapes", "prompts": 6, "seeds": 1, "results": {
+        "full": {"families": {"counting": share}, "overall": share, "pictures": 6}}}))
+    check_json_reader(export.read_results, file, r"results\.full\.(unknown|pictures.*|families.counting.removed)|"
+                      r"results\.unknown|unknown")
+
+
+def test_export_names_what_is_damaged_and_writes_nothing(exported, tmp_path):
+    root = exported[0].parent
+    checkpoint = root / "lm" / "step_0000007"
+    for file in (checkpoint / "model.safetensors", checkpoint / "progress.json", root / "vq" / "model.safetensors"):
+        data = file.read_bytes()
+        file.write_bytes(data[:-8] + b"damaged!")
+        with pytest.raises(ValueError, match=f"{file} is damaged"):
+            export.export(root / "lm", root / "vq", tmp_path / "out")
+        file.write_bytes(data)
+    (tmp_path / "profile").write_text("no profile")
+    with pytest.raises(ValueError, match="profile"):
+        export.export(root / "lm", root / "vq", tmp_path / "out", profile=tmp_path / "profile")
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_refuses(exported, tmp_path):

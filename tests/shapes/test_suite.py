@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mutants import check_json_reader
 
 from ssd_shapes import detector, suite, world
 
@@ -34,6 +35,14 @@ def test_file_is_what_is_drawn(prompts):
     assert suite.draw(seed=1, size=20) != prompts[:20] == suite.draw(size=20)
 
 
+@pytest.mark.parametrize("family", ["counting", "position"])
+def test_a_suite_may_hold_anything(tmp_path, prompts, family):
+    file = tmp_path / "prompts.jsonl"
+    chosen = [prompt for prompt in prompts if prompt["tag"] == family][:2]
+    file.write_text("".join(json.dumps(prompt) + "\n" for prompt in chosen))
+    check_json_reader(suite.load, file, r"(.*\.)?unknown|exclude.removed|include\.1\.position.removed", line=True)
+
+
 def test_written_whole(tmp_path):
     suite.write(tmp_path / "prompts.jsonl", seed=3, size=7)
     assert suite.load(tmp_path / "prompts.jsonl") == suite.draw(3, 7)
@@ -44,7 +53,7 @@ def test_errors(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         suite.load(tmp_path / "missing")
     (tmp_path / "broken").write_text("{")
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(ValueError, match="broken, line 1: "):
         suite.load(tmp_path / "broken")
     monkeypatch.setattr(suite, "FAMILIES", ("single_object",))
     with pytest.raises(ValueError, match="size must be at most 10"):

@@ -1,15 +1,17 @@
 """The training path: batches and their labels, losses, attention, checkpoints, and the model's size."""
 
 import math
-from dataclasses import replace
+import os
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mutants import check_json_reader
 from torch.optim._muon import _zeropower_via_newtonschulz  # here, before a test replaces it
 
-from ssd_shapes import attention, data, janus, losses, text, tokens, train, world
+from ssd_shapes import attention, data, janus, losses, runs, text, tokens, train, world
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,61 @@ def test_checkpoints_resume(tokenizer, tmp_path):
     assert torch.equal(head.weight, other.weight)
     assert restored[0].param_groups[0]["peak"] == 2e-3
     assert train.resume(tmp_path / "empty", fresh, other, restored).step == 0
+
+
+def test_a_damaged_checkpoint_is_named_and_left_out(tokenizer, tmp_path, capsys):
+    model, head = janus.build_model(tokenizer), losses.SceneHead()
+    opts = train.optimizers(model, head, 1e-3, 1e-3)
+    for step in (1, 2):
+        train.save(tmp_path, model, head, opts, train.Progress(step=step))
+    (tmp_path / "partial").mkdir()  # of a process that was killed while it saved
+    newest = tmp_path / "step_0000002"
+    for name in train.FILES:
+        whole = (newest / name).read_bytes()
+        place = len(whole) // 2
+        for damaged in (whole[:place], whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:], None):
+            (newest / name).unlink()
+            if damaged is None:
+                os.mkfifo(newest / name)
+            else:
+                (newest / name).write_bytes(damaged)
+            assert train.resume(tmp_path, model, head, opts).step == 1
+            assert str(newest / name) in (said := capsys.readouterr().err) and "leaving step_0000002 out" in said
+            if damaged is None:
+                (newest / name).unlink()
+        (newest / name).write_bytes(whole)
+    assert train.resume(tmp_path, model, head, opts).step == 2 and not capsys.readouterr().err
+    (newest / runs.DIGESTS).unlink()
+    assert train.resume(tmp_path, model, head, opts).step == 1
+    assert "the run was not finished, or another version wrote it" in capsys.readouterr().err
+    train.save(tmp_path, model, head, opts, train.Progress(step=2))
+    assert train.resume(tmp_path, model, head, opts).step == 2, "in the place of the damaged one"
+    for folder in tmp_path.glob("step_*"):
+        (folder / "progress.json").write_text("{}")
+    with pytest.raises(ValueError, match="no checkpoint in .* can be read"):
+        train.resume(tmp_path, model, head, opts)
+
+
+def test_progress_may_hold_anything(tmp_path):
+    file = tmp_path / "progress.json"
+    runs.write_json(file, runs.finite(asdict(train.Progress(step=3, held_out_loss=2.5, held_out_scene={"shape": 0.5}))))
+    assert train.read_progress(file).held_out_loss == 2.5 and math.isnan(train.read_progress(file).loss)
+    check_json_reader(train.read_progress, file, r"loss|held_out_loss|held_out_scene\.(shape\.removed|unknown)")
+
+
+def test_options_of_a_run_are_kept(tmp_path):
+    runs.keep_options(tmp_path, {"lr": 1.0, "seed": 0}, False, False)
+    runs.keep_options(tmp_path, {"lr": 1.0, "seed": 0}, True, False)
+    with pytest.raises(ValueError, match=r"another --seed \(0 there, 1 now\).*--change-options"):
+        runs.keep_options(tmp_path, {"lr": 1.0, "seed": 1}, True, False)
+    runs.keep_options(tmp_path, {"lr": 1.0, "seed": 1}, True, True)
+    runs.keep_options(tmp_path, {"lr": 1.0, "seed": 1}, True, False)
+    (tmp_path / "old").mkdir()
+    with pytest.raises(ValueError, match=r"another --lr \(None there"):
+        runs.keep_options(tmp_path / "old", {"lr": 1.0}, True, False)
+    with pytest.raises(ValueError, match="options.json: "):
+        (tmp_path / runs.OPTIONS).write_text("[")
+        runs.keep_options(tmp_path, {"lr": 1.0}, True, False)
 
 
 def test_held_out_measures(tokenizer):
@@ -258,13 +315,17 @@ def test_thinning_draws_the_background_evenly():
     assert (drawn - 1).abs().max() < 0.4 and drawn.mean() == pytest.approx(1)
 
 
-def test_prediction_at_chosen_places(tokenizer):
-    """Predictions are those of transformers on whole sequences; a place keeps its position when others are left out."""
+def test_prediction_at_chosen_places(tokenizer, monkeypatch):
+    """Predictions are those of transformers on whole sequences; a place keeps its position when others are left out.
+
+    Both in float32, also on CPUs with instructions for bfloat16.
+    """
+    monkeypatch.setattr(losses, "HAS_BFLOAT16", False)
     model = janus.build_model(tokenizer).eval()
     make = data.Batches(tokenizer, tokens.CodeBook.load(), size=2)
     batch = make(0)
     with torch.no_grad():
-        hidden, logits = losses.predict(model, batch)
+        hidden, logits = losses.predict(model, batch, torch.float32)
         codes = model.model.generation_aligner(model.model.generation_embeddings(batch.codes[:, :-1]))
         embedded = torch.cat([model.model.language_model.embed_tokens(batch.prompts), codes], 1)
         plain = model.model.language_model(inputs_embeds=embedded).last_hidden_state[:, -tokens.TOKENS :]
@@ -272,13 +333,23 @@ def test_prediction_at_chosen_places(tokenizer):
         assert torch.allclose(logits, model.model.generation_head(plain), atol=1e-4)
         # The first places alone see all that comes before them.
         first = replace(batch, places=batch.places[:, :50], before=batch.before[:, :49])
-        assert torch.allclose(losses.predict(model, first)[0], hidden[:, :50], atol=1e-4)
+        assert torch.allclose(losses.predict(model, first, torch.float32)[0], hidden[:, :50], atol=1e-4)
         # Two distant places: token 0 and token 400, which sees the prompt and token 399 at its own position.
         two = replace(batch, places=torch.tensor([[0, 400]] * 2), before=batch.codes[:, 399:400])
         positions = torch.cat([torch.arange(batch.prompts.shape[1]), torch.tensor([batch.prompts.shape[1] + 399])])
         embedded = torch.cat([embedded[:, : batch.prompts.shape[1]], codes[:, 399:400]], 1)
         alone = model.model.language_model(inputs_embeds=embedded, position_ids=positions.expand(2, -1))
-        assert torch.allclose(losses.predict(model, two)[0][:, 1], alone.last_hidden_state[:, -1], atol=1e-4)
+        later = losses.predict(model, two, torch.float32)[0][:, 1]
+        assert torch.allclose(later, alone.last_hidden_state[:, -1], atol=1e-4)
+
+
+def test_prediction_in_bfloat16_is_near(tokenizer):
+    """On every processor, also where training would not choose it."""
+    model = janus.build_model(tokenizer).eval()
+    batch = data.Batches(tokenizer, tokens.CodeBook.load(), size=1)(0)
+    with torch.no_grad():
+        exact, rounded = (losses.predict(model, batch, dtype)[1].float() for dtype in (torch.float32, torch.bfloat16))
+    assert 0 < (exact - rounded).norm() < 0.05 * exact.norm()
 
 
 def test_token_loss_weighs():

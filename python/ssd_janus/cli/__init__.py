@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from .. import waiting
 from . import compare, demo, evaluate, gallery, generate, info, plan, profile
 from .terminal import as_command
 
@@ -17,3 +18,4 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 for command in (generate.generate, gallery.gallery, demo.demo, evaluate.evaluate, compare.compare, plan.plan,
                 profile.profile, info.info):
     app.command()(as_command(command))
+app.callback()(waiting.prepare)

@@ -80,11 +80,14 @@ def compare(
     parts = list(dict.fromkeys(part or PartName))
     names = [name for name in PolicyName if name in (policy or PolicyName)]
     judged = PartName.quality in parts or sensitivity_quality
-    scenes = suite_prompts(SuiteName.shapes if judged else SuiteName.fidelity, prompts_file, prompts)
-    texts = [scene["prompt"] for scene in suite_prompts(SuiteName.fidelity, prompts_file, fidelity_prompts)]
+    suites = (suite_prompts(SuiteName.shapes if judged else SuiteName.fidelity, prompts_file, prompts),
+              suite_prompts(SuiteName.fidelity, prompts_file, fidelity_prompts))
+    from ssd_kernels.files import check_folder
+
     from ..evaluation import comparison, report
     from ..evaluation.comparison_page import SECTIONS, goal_lines, sections
 
+    check_folder(out)
     if page is not None:
         report.check_page(page, SECTIONS)
     if plots is not None:
@@ -92,9 +95,13 @@ def compare(
 
         with needs("plot", "matplotlib"):
             import matplotlib  # noqa: F401  # before the long part, not after
-        plots.mkdir(parents=True, exist_ok=True)
+        check_folder(plots)
     pipe = load(model, device, dtype, backend)
     heads = load_profile(profile, model, names, pipe)
+    from ..prompts import fitting
+
+    scenes, measured = ([prompt.metadata for prompt in fitting(pipe, own)] for own in suites)
+    texts = [scene["prompt"] for scene in measured]
     run = comparison.Comparison(pipe, out, heads, texts, scenes, seeds, guidance, batch_size)
     chosen = [name.value for name in names]
     cases = comparison.grid(chosen, list(dict.fromkeys(budget or BUDGETS)),
@@ -115,6 +122,7 @@ def compare(
         if plots is not None:
             from ..plots import save_comparison
 
+            plots.mkdir(parents=True, exist_ok=True)
             images = save_comparison(record["grid"].values(), plots, list(PolicyName.__members__))
         if page is not None:
             addresses = {name: Path(os.path.relpath(file, page.parent)).as_posix() for name, file in images.items()}
@@ -128,14 +136,14 @@ def compare(
         print((out / "results.json").read_text(), end="")
         return
     for line in goal_lines(run.record["goals"]):
-        console.print(line, markup=False, soft_wrap=True)
-    messages.print(f"results.json is in {out}", markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
+    messages.print(f"results.json is in {out}", soft_wrap=True)
 
 
 def _machine(pipe: Pipeline) -> str:
     """What the figures were made on, for a reader."""
     import torch
 
-    device = torch.cuda.get_device_name(pipe.model.device) if pipe.model.device.type == "cuda" else "CPU"
+    device = torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else "CPU"
     return (f"{platform.system()} {platform.machine()} ({device}), {os.cpu_count()} cores, torch {torch.__version__} "
             f"with {torch.get_num_threads()} threads")

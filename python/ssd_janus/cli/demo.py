@@ -45,22 +45,24 @@ def demo(
     backend: Backend = "auto",
 ) -> None:
     """Draw the same prompts with the full cache and with a 20% plan, side by side on one sheet."""
+    from ssd_kernels.files import check_folder
+
+    check_folder(out)
     pipe = load(None, device, dtype, backend)
     from ssd_kernels import policies
 
     from ..images import contact_sheet, file_names, save_picture
 
-    out.mkdir(parents=True, exist_ok=True)
     plans = {"full": pipe.shape.full_plan(), "20%": policies.heavy(pipe.shape, DEFAULT_BUDGET)}
     columns: dict[str, list[Image]] = {}
     runs: dict[str, RunStats] = {}
     for name, plan in plans.items():
-        messages.print(f"{len(DEMO_PROMPTS)} pictures, {name} cache", markup=False)
+        messages.print(f"{len(DEMO_PROMPTS)} pictures, {name} cache")
         pictures = pipe(DEMO_PROMPTS, guidance_scale=guidance, seed=seed, plan=plan, progress=True)
         runs[name] = last_run(pipe)
         columns[f"{name} cache"] = pictures
         folder = out / name.rstrip("%")
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for file_name, picture in zip(file_names(DEMO_PROMPTS, 1), pictures, strict=True):
             save_picture(picture, folder / file_name)
     sheet = out / "contact_sheet.png"
@@ -68,4 +70,4 @@ def demo(
     rows = [(name, f"{run.budget:.1%}", show_bytes(run.cache_bytes), f"{run.seconds + run.decode_seconds:.1f}",
              f"{run.pictures_per_second:.2f}") for name, run in runs.items()]
     print_table(table(rows, ("cache", "budget", "bytes", "seconds", "pictures/s")))
-    console.print(f"contact sheet: {sheet.resolve()}", markup=False, soft_wrap=True)
+    console.print(f"contact sheet: {sheet.resolve()}", soft_wrap=True)

@@ -29,6 +29,7 @@ from .terminal import messages, print_table, table
 
 if TYPE_CHECKING:
     from ..evaluation.report import Result
+    from ..prompts import FilePrompt
 
 FIDELITY_PROMPTS = 16
 
@@ -67,29 +68,53 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure what plans do to pictures; writes results.json and table.md."""
+    for option, given, needed in (("--seeds", seeds != 1, suite is SuiteName.shapes),
+                                  ("--no-pictures", not pictures, suite is SuiteName.fidelity)):
+        if given and not needed:
+            raise ValueError(f"{option} says nothing with --suite {suite.value}")
+    for option, given in (("--budget", budget), ("--row-buffer", row_buffer is not None), ("--profile", profile)):
+        if given and not policy:
+            raise ValueError(f"{option} says nothing without --policy")
     prompts = suite_prompts(suite, prompts_file, limit)
+    from ssd_kernels.files import check_folder
+
+    check_folder(out)
+    if plot is not None:
+        check_folder(plot.parent)
+        from ..extras import needs
+
+        with needs("plot", "matplotlib"):
+            import matplotlib  # noqa: F401  # before the long part, not after
     pipe = load(model, device, dtype, backend)
     heads = load_profile(profile, model, policy or [], pipe)
     plans = choose_plans(pipe.shape, plan or [], policy or [], budget or [], row_buffer, heads)
     from ..evaluation import fidelity, quality, report
     from ..progress import progress_bar
+    from ..prompts import fitting
 
+    if page is not None:
+        report.check_page(page, [suite.value])
+    scenes = [prompt.metadata for prompt in fitting(pipe, prompts)]
     common: dict[str, Any] = {"guidance_scale": guidance, "batch_size": batch_size}
+    if suite is SuiteName.shapes:
+        for name, chosen in plans.items():
+            quality.open_folder(pipe, chosen, out / name, prompts=scenes, **common)
     results: dict[str, Result] = {}
     with progress_bar("drawing") as show:
         if suite is SuiteName.fidelity:
-            results.update(fidelity.evaluate(pipe, plans, out, prompts=[prompt["prompt"] for prompt in prompts],
+            results.update(fidelity.evaluate(pipe, plans, out, prompts=[scene["prompt"] for scene in scenes],
                                              pictures=pictures, progress=show, **common))
         else:
             for number, (name, chosen) in enumerate(plans.items()):
                 results[name] = quality.evaluate(
-                    pipe, chosen, out / name, prompts=prompts, seeds=seeds,
+                    pipe, chosen, out / name, prompts=scenes, seeds=seeds,
                     progress=lambda done, total: show(number * total + done, len(plans) * total), **common)  # noqa: B023
     facts = {"suite": suite.value, "prompts": len(prompts), "seeds": seeds}
     report.write(results, out, facts)
     if plot is not None:
         from ..plots import save_curves
 
+        plot.parent.mkdir(parents=True, exist_ok=True)
         save_curves(results, plot)
     if page is not None:
         report.into_page(results, page, suite.value)
@@ -98,19 +123,28 @@ def evaluate(
     else:
         head, rows = report.columns(results)
         print_table(table(rows, head))
-        messages.print(f"pictures, results.json and table.md are in {out}", markup=False, soft_wrap=True)
+        messages.print(f"pictures, results.json and table.md are in {out}", soft_wrap=True)
 
 
-def suite_prompts(suite: SuiteName, file: Path | None, limit: int | None) -> list[dict[str, Any]]:
-    """GenEval metadata of the prompts to draw; the shapes suite can only judge what says what to include."""
-    from ..prompts import read, shapes_suite
+def suite_prompts(suite: SuiteName, file: Path | None, limit: int | None) -> list[FilePrompt]:
+    """The prompts to draw; the shapes suite can only judge what says what to include."""
+    from ..prompts import FilePrompt, passing, read, shapes_suite
 
-    found = [prompt.metadata for prompt in read(file)] if file else shapes_suite()
+    def check(prompt: FilePrompt) -> None:
+        if not {"tag", "include"} <= prompt.metadata.keys():
+            raise ValueError('the shapes suite needs "tag" and "include", as in GenEval\'s metadata, got '
+                             f"{json.dumps(prompt.metadata)[:80]}")
+        check_metadata(prompt.metadata)
+
     if suite is SuiteName.shapes:
-        for number, prompt in enumerate(found, 1):
-            if not {"tag", "include"} <= prompt.keys():
-                raise ValueError(f'{file} line {number}: the shapes suite needs "tag" and "include", as in GenEval\'s '
-                                 f"metadata, got {json.dumps(prompt)[:80]}")
+        from ssd_shapes.suite import check as check_metadata
+    if file is not None:
+        found = read(file)
+    else:
+        found = [FilePrompt(f"{number:05d}", scene["prompt"], scene, number=number, where=f"prompt {number + 1}")
+                 for number, scene in enumerate(shapes_suite())]
+    if suite is SuiteName.shapes:
+        passing(found, check)
     elif limit is None:
         limit = FIDELITY_PROMPTS
     return found[:limit]

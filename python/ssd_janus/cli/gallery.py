@@ -47,20 +47,26 @@ def gallery(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line on stdout.")] = False,
 ) -> None:
     """Draw the same prompts under several plans on one sheet: prompts down, plans across, one seed."""
-    from ..prompts import gather
+    from ssd_kernels.files import check_folder
 
-    texts = [prompt.text for prompt in gather(prompts, prompts_file)]
+    from ..prompts import fitting, gather
+
+    chosen = gather(prompts, prompts_file)
+    check_folder(out.parent)
+    if out.is_dir():
+        raise ValueError(f"--out must be a file, got the folder {out}")
     pipe = load(model, device, dtype, backend)
     heads = load_profile(profile, model, policy or [], pipe)
     plans = choose_plans(pipe.shape, plan or [], policy or [], budget or [], row_buffer, heads)
+    texts = [prompt.text for prompt in fitting(pipe, chosen)]
     from ..images import contact_sheet, save_picture
     from ..progress import progress_bar
 
     columns = {}
     with progress_bar("drawing") as show:
-        for number, (name, chosen) in enumerate(plans.items()):
+        for number, (name, cache_plan) in enumerate(plans.items()):
             columns[name] = pipe(
-                texts, guidance_scale=guidance, seed=seed, plan=chosen, batch_size=batch_size,
+                texts, guidance_scale=guidance, seed=seed, plan=cache_plan, batch_size=batch_size,
                 progress=lambda done, total: show(number * total + done, len(plans) * total))  # noqa: B023
     out.parent.mkdir(parents=True, exist_ok=True)
     # Small pictures are enlarged, those of a large model are not.
@@ -68,4 +74,4 @@ def gallery(
     if as_json:
         print(json.dumps({"file": str(out), "prompts": texts, "plans": list(columns), "seed": seed}))
     else:
-        console.print(str(out), markup=False, soft_wrap=True)
+        console.print(str(out), soft_wrap=True)

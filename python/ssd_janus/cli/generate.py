@@ -108,10 +108,10 @@ def generate(
                       "pictures_per_second": round(run.pictures_per_second, 4), "backend": run.backend}
             print(json.dumps(record), flush=True)
         else:
-            console.print(str(drawn.file), markup=False, soft_wrap=True)
+            console.print(str(drawn.file), soft_wrap=True)
     kept = len(chosen) * images - count
     done = summary(run) if run and runs == 1 and not kept else f"{count} pictures drawn"
-    messages.print(done + (f", the other {kept} were there already" if kept else ""), markup=False, soft_wrap=True)
+    messages.print(done + (f", the other {kept} were there already" if kept else ""), soft_wrap=True)
     if verbose and run:
         _show_memory(pipe)
 

@@ -22,7 +22,10 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     if as_json:
         print(json.dumps(facts))
         return
-    rows = [(name, str(facts[name])) for name in ("version", "python", "torch", "transformers", "machine", "threads")]
+    rows = [(name, str(facts[name])) for name in ("version", "python", "torch", "transformers", "machine", "threads",
+                                                  "cpus", "waiting")]
+    rows.append(("cpu quota", "none" if facts["cpu_quota"] is None else f"{facts['cpu_quota']:g}"))
+    rows.append(("openmp", ", ".join(facts["openmp"]) or "not known"))
     for name, value in facts["extension"].items():
         rows.append((f"extension {name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     for name, state in facts["backends"].items():

@@ -164,6 +164,8 @@ def choose_plans(shape: ModelShape, files: Sequence[Path], policies: Sequence[Po
     """Named plans from repeated options: every file, and every policy at every budget; the full plan if none."""
     plans = {}
     for file in files:
+        if not file.stem.strip("."):
+            raise ValueError(f"--plan must be a file with a name of its own, got {file}")
         if file.stem in plans:
             raise ValueError(f"--plan files must have different names, got {file.stem} twice")
         plans[file.stem] = choose_plan(shape, file, None, None, None, None)
@@ -209,8 +211,16 @@ def load(model: str | None, device: str, dtype: DtypeName | None, backend: str) 
 
         from ..pipeline import Pipeline
 
-        return Pipeline.from_pretrained(model, device=device, backend=backend,
-                                        dtype=None if dtype is None else getattr(torch, dtype.value))
+        try:
+            return Pipeline.from_pretrained(model, device=device, backend=backend,
+                                            dtype=None if dtype is None else getattr(torch, dtype.value))
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            # Only what is downloaded is written without saying where.
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            raise OSError(error.errno, error.strerror, HF_HUB_CACHE) from error
 
 
 def _quiet(local: bool) -> None:

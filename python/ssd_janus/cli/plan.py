@@ -57,11 +57,11 @@ def plan(
 
     heads = plan_view.records(chosen, known)
     tokens = pipe.shape.num_visual_tokens
-    size, full = (each.nbytes(batch_size=2, head_dim=pipe.shape.head_dim, max_prompt=PROMPT, dtype=pipe.model.dtype,
+    size, full = (each.nbytes(batch_size=2, head_dim=pipe.shape.head_dim, max_prompt=PROMPT, dtype=pipe.dtype,
                               num_visual_tokens=tokens) for each in (chosen, pipe.shape.full_plan()))
     facts: dict[str, Any] = {
         "policy": policy.value, "parameters": parameters, "budget": asked, "budget_reached": chosen.budget(tokens),
-        "row_buffer": chosen.row_buffer, "dtype": str(pipe.model.dtype).removeprefix("torch."), "prompt_tokens": PROMPT,
+        "row_buffer": chosen.row_buffer, "dtype": str(pipe.dtype).removeprefix("torch."), "prompt_tokens": PROMPT,
         "cache_bytes": size, "full_cache_bytes": full,
         "predicted_cost": None if known is None else sum(head["cost"] for head in heads),
         "rules": plan_view.rules(chosen), "heads": heads}
@@ -75,11 +75,10 @@ def plan(
     if as_json:
         print(json.dumps(facts))
     else:
-        console.print(_summary(facts), markup=False, soft_wrap=True)
+        console.print(_summary(facts), soft_wrap=True)
         print_table(plan_view.table(chosen, heads))
     if known is None:
-        messages.print("no profile of this model, so no reasons: measure one with `ssd-janus profile`", markup=False,
-                       soft_wrap=True)
+        messages.print("no profile of this model, so no reasons: measure one with `ssd-janus profile`", soft_wrap=True)
 
 
 def _title(facts: dict[str, Any]) -> str:

@@ -43,15 +43,19 @@ def profile(
 
     Without --prompts-file, prompts of the shapes world that the suite of `evaluate` does not use.
     """
-    from ..prompts import calibration, read
+    from ssd_kernels.files import check_folder
 
-    texts = [prompt.text for prompt in read(prompts_file)][:limit] if prompts_file else calibration(limit)
+    from ..prompts import calibration, fitting, gather, read
+
+    chosen = read(prompts_file)[:limit] if prompts_file else gather(calibration(limit), None)
+    check_folder(out)
     if plots:
         from ..extras import needs
 
         with needs("plot", "matplotlib"):
             import matplotlib  # noqa: F401  # before the long part, not after
     pipe = load(model, device, dtype, backend)
+    texts = [prompt.text for prompt in fitting(pipe, chosen)]
     from .. import plots as plotting
     from ..profiling import measure
     from ..progress import progress_bar
@@ -69,5 +73,5 @@ def profile(
         print(json.dumps(facts))
         return
     for file in files:
-        console.print(str(file), markup=False, soft_wrap=True)
+        console.print(str(file), soft_wrap=True)
     messages.print(f"{len(texts)} prompts in {measured.meta['seconds']} s")

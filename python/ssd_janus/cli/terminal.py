@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-console = Console(highlight=False)
-messages = Console(stderr=True, highlight=False)
+# What users write is printed as it is: brackets are no markup, colons no emoji.
+console = Console(highlight=False, markup=False, emoji=False)
+messages = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 # Options that a run takes less memory with, by the parameter of a command that holds them.
 SAVERS = {"batch_size": "a lower --batch-size", "budget": "a lower --budget", "dtype": "a smaller --dtype"}
@@ -47,7 +48,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
             if os.environ.get("SSD_JANUS_TRACEBACK"):
                 raise
             messages.print(f"error: {explain(error, inspect.signature(function).parameters)}", style="red",
-                           markup=False, soft_wrap=True)
+                           soft_wrap=True)
             raise typer.Exit(2) from None
 
     return run
@@ -90,7 +91,7 @@ def _ending_on_signals() -> Iterator[None]:
 
 def say(line: str) -> None:
     """A line about the run, on stderr."""
-    messages.print(f"note: {line}", markup=False, soft_wrap=True)
+    messages.print(f"note: {line}", soft_wrap=True)
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] | None = None) -> Table:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from ssd_kernels import CachePlan, CompressedCache
 
+from .. import waiting
 from ..cache import Observer
 from ..online import OnlinePlan, check_observer
 from ..progress import ProgressCallback
@@ -297,6 +298,8 @@ class Engine:
         request.step_done()
         self._report_row(request, batch, numbers, back)
         step, captured = batch.step, not self.capture
+        if self.model.device.type == "cpu":
+            step = waiting.watched(step)
         while batch.done < request.steps:
             if not captured and batch.done > capture.WARM_STEPS and capture.can_capture(batch):
                 step, captured = capture.capture(batch), True

@@ -8,7 +8,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from ssd_kernels import CachePlan
+from ssd_kernels.process import control_groups
 
 from ..shape import ModelShape, placement
 from .batch import PREFILL_TOKENS, ROW_MULTIPLE
@@ -204,26 +205,12 @@ def host_memory(root: Path = Path("/")) -> tuple[int, int]:
 
 def _control_groups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
     """Of this process, innermost first: folder, files of limit and use, and the name of idle page cache in
-    ``memory.stat``; of version 2 and version 1 of control groups. Some folders do not exist."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            mounts = ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
-            names = "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            mounts = ["sys/fs/cgroup/memory"]
-            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    ``memory.stat``. Some folders do not exist."""
+    for version, folder in control_groups("memory", root):
+        if version == 2:
+            yield folder, "memory.max", "memory.current", "inactive_file"
         else:
-            continue
-        inner = PurePosixPath(path.lstrip("/"))
-        for mount in mounts:
-            # In a container the path may be the host's, and the group itself the root of the mount.
-            for group in (inner, *inner.parents):
-                yield (root / mount / group, *names)
+            yield folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 
 
 def _numbers(file: Path) -> dict[str, int]:

@@ -295,6 +295,7 @@ class Comparison:
                 labels.setdefault((scale, case.plan_name), []).append(case.label)
         draw, size = (self._fidelity, CACHES_AT_ONCE) if step.measure == "fidelity" else (self._quality, 1)
         for scale, named in plans.items():
+            self._open(step.measure, named, scale)
             remaining = iter(named.items())
             while chunk := dict(islice(remaining, size)):
                 def run(progress: ProgressCallback, chunk: dict[str, CachePlan] = chunk, scale: float = scale) -> None:
@@ -326,16 +327,29 @@ class Comparison:
             entry["predicted_cost"] = predicted_cost(plan, self.profile)
         return plan
 
+    def _open(self, measure: str, plans: Mapping[str, CachePlan], scale: float) -> None:
+        """Refuse folders of other settings before hours of drawing, not after."""
+        if measure == "fidelity":
+            fidelity.open_folders(self.pipe, plans, self._folder(measure, scale), prompts=self.texts,
+                                  guidance_scale=scale, batch_size=self.batch_size, pictures=False)
+            return
+        for name, plan in plans.items():
+            quality.open_folder(self.pipe, plan, self._folder(measure, scale) / name, prompts=self.prompts,
+                                guidance_scale=scale, batch_size=self.batch_size)
+
+    def _folder(self, measure: str, scale: float) -> Path:
+        return self.out / measure / f"guidance-{scale:g}"
+
     def _fidelity(self, plans: Mapping[str, CachePlan], scale: float,
                   progress: ProgressCallback) -> Mapping[str, fidelity.Fidelity]:
-        return fidelity.evaluate(self.pipe, plans, self.out / "fidelity" / f"guidance-{scale:g}", prompts=self.texts,
+        return fidelity.evaluate(self.pipe, plans, self._folder("fidelity", scale), prompts=self.texts,
                                  guidance_scale=scale, batch_size=self.batch_size, pictures=False, progress=progress)
 
     def _quality(self, plans: Mapping[str, CachePlan], scale: float,
                  progress: ProgressCallback) -> Mapping[str, quality.Quality]:
-        return {name: quality.evaluate(self.pipe, plan, self.out / "quality" / f"guidance-{scale:g}" / name,
-                                       prompts=self.prompts, seeds=self.seeds, guidance_scale=scale,
-                                       batch_size=self.batch_size, progress=progress)
+        return {name: quality.evaluate(self.pipe, plan, self._folder("quality", scale) / name, prompts=self.prompts,
+                                       seeds=self.seeds, guidance_scale=scale, batch_size=self.batch_size,
+                                       progress=progress)
                 for name, plan in plans.items()}
 
 

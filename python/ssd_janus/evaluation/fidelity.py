@@ -11,7 +11,7 @@ import math
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -193,20 +193,9 @@ def evaluate(pipe: Pipeline, plans: Mapping[str, CachePlan], out: Path, *, promp
         raise ValueError("prompts must hold at least one text, got none")
     with needs("evaluate", "skimage"):
         import skimage.metrics  # noqa: F401  # before hours of drawing, not after
-    chosen = {name: settings(pipe, "fidelity", plan, guidance_scale, batch_size) | {"pictures": pictures}
-              for name, plan in plans.items()}
+    folders = open_folders(pipe, plans, out, prompts=prompts, guidance_scale=guidance_scale, batch_size=batch_size,
+                           pictures=pictures)
     steps, texts = pipe.shape.num_visual_tokens, file_names(list(prompts), 1)
-
-    def reader(name: str) -> Callable[[Path, Batch], dict[str, np.ndarray]]:
-        def read(file: Path, batch: Batch) -> dict[str, np.ndarray]:
-            if pictures:
-                check_pictures(out / name / "pictures" / kind / texts[index] for kind in ("full", "plan")
-                               for index in range(batch.first, batch.first + len(batch.prompts)))
-            return _read(file, len(batch.prompts), pictures, plans[name], steps)
-
-        return read
-
-    folders = {name: RunFolder(out / name, chosen[name], prompts, ".npz", reader(name)) for name in plans}
     todo: dict[Batch, list[str]] = {}
     for name, folder in folders.items():
         for batch in folder.open_batches(1):
@@ -224,7 +213,7 @@ def evaluate(pipe: Pipeline, plans: Mapping[str, CachePlan], out: Path, *, promp
             done += steps
             return tokens
 
-        scale = chosen[names[0]]["guidance_scale"]
+        scale = folders[names[0]].settings["guidance_scale"]
         attention = Observers([AttentionError(plans[name], pipe.backend) for name in names])
         full = Recorder(scale)
         tokens = draw(pipe.shape.full_plan(), full, attention)
@@ -243,6 +232,29 @@ def evaluate(pipe: Pipeline, plans: Mapping[str, CachePlan], out: Path, *, promp
             np.savez(buffer, allow_pickle=False, **_figures(full, forced, errors, drawn))
             write_atomically(folders[name].file(batch), lambda file: file.write(buffer.getvalue()))  # noqa: B023
     return {name: _summarise(list(folder.contents(1)), pipe, plans[name]) for name, folder in folders.items()}
+
+
+def open_folders(pipe: Pipeline, plans: Mapping[str, CachePlan], out: Path, *, prompts: Sequence[str],
+                 guidance_scale: float | None, batch_size: int,
+                 pictures: bool) -> dict[str, RunFolder[dict[str, np.ndarray]]]:
+    """The folders of the plans' figures, by name; args as of `evaluate`.
+
+    Raises:
+        ValueError: one holds results made with other settings.
+    """
+    texts = file_names(list(prompts), 1)
+
+    def folder(name: str, plan: CachePlan) -> RunFolder[dict[str, np.ndarray]]:
+        def read(file: Path, batch: Batch) -> dict[str, np.ndarray]:
+            if pictures:
+                check_pictures(out / name / "pictures" / kind / texts[index] for kind in ("full", "plan")
+                               for index in range(batch.first, batch.first + len(batch.prompts)))
+            return _read(file, len(batch.prompts), pictures, plan, pipe.shape.num_visual_tokens)
+
+        wanted = settings(pipe, "fidelity", plan, guidance_scale, batch_size) | {"pictures": pictures}
+        return RunFolder(out / name, wanted, prompts, ".npz", read)
+
+    return {name: folder(name, plan) for name, plan in plans.items()}
 
 
 def _read(file: Path, count: int, pictures: bool, plan: CachePlan, steps: int) -> dict[str, np.ndarray]:

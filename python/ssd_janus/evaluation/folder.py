@@ -173,7 +173,7 @@ def settings(pipe: Pipeline, suite: str, plan: CachePlan, guidance_scale: float 
     Raises:
         ValueError: the pipeline's backend cannot serve the model.
     """
-    config, dtype, device = pipe.model.generation_config, pipe.model.dtype, pipe.model.device
+    config, dtype, device = pipe.model.generation_config, pipe.dtype, pipe.device
     return {"version": ssd_kernels.__version__, "suite": suite, "weights": fingerprint(pipe.model),
             "plan": plan.to_dict(), "guidance_scale": pipe.guidance(guidance_scale),
             "sampling": {name: getattr(config, name) for name in SAMPLING}, "batch_size": batch_size,

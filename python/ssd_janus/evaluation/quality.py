@@ -69,15 +69,7 @@ def evaluate(pipe: Pipeline, plan: CachePlan, out: Path, *, prompts: Sequence[Ma
         from ssd_shapes import detector
     texts = [prompt["prompt"] for prompt in prompts]
     names = file_names(texts, 1)
-
-    def read(file: Path, batch: Batch) -> list[dict[str, Any]]:
-        records = _read(file, batch, prompts)
-        check_pictures(out / "pictures" / f"seed-{batch.seed}" / names[record["index"]] for record in records)
-        return records
-
-    metadata = [{name: value for name, value in prompt.items() if name != "prompt"} for prompt in prompts]
-    folder = RunFolder(out, settings(pipe, "shapes", plan, guidance_scale, batch_size) | {"metadata": metadata}, texts,
-                       ".json", read)
+    folder = open_folder(pipe, plan, out, prompts=prompts, guidance_scale=guidance_scale, batch_size=batch_size)
     remaining, steps = folder.open_batches(seeds), pipe.shape.num_visual_tokens
     for number, batch in enumerate(remaining):
         pictures = pipe(list(batch.prompts), guidance_scale=guidance_scale, seed=folder.sampling_seed(batch), plan=plan,
@@ -93,6 +85,26 @@ def evaluate(pipe: Pipeline, plan: CachePlan, out: Path, *, prompts: Sequence[Ma
                             "reason": verdict.reason})
         write_text(folder.file(batch), json.dumps(records, indent=1) + "\n")
     return summarise([record for records in folder.contents(seeds) for record in records], plan.budget(steps))
+
+
+def open_folder(pipe: Pipeline, plan: CachePlan, out: Path, *, prompts: Sequence[Mapping[str, Any]],
+                guidance_scale: float | None, batch_size: int) -> RunFolder[list[dict[str, Any]]]:
+    """The folder of a plan's verdicts; args as of `evaluate`.
+
+    Raises:
+        ValueError: it holds results made with other settings.
+    """
+    texts = [prompt["prompt"] for prompt in prompts]
+    names = file_names(texts, 1)
+
+    def read(file: Path, batch: Batch) -> list[dict[str, Any]]:
+        records = _read(file, batch, prompts)
+        check_pictures(out / "pictures" / f"seed-{batch.seed}" / names[record["index"]] for record in records)
+        return records
+
+    metadata = [{name: value for name, value in prompt.items() if name != "prompt"} for prompt in prompts]
+    wanted = settings(pipe, "shapes", plan, guidance_scale, batch_size) | {"metadata": metadata}
+    return RunFolder(out, wanted, texts, ".json", read)
 
 
 def _read(file: Path, batch: Batch, prompts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssd_kernels.reading import read_text
+
 from ..files import write_text
 from .fidelity import Fidelity
+from .folder import LARGEST
 from .quality import Quality
 
 Result = Quality | Fidelity
@@ -50,7 +53,12 @@ def markdown(results: Mapping[str, Result]) -> str:
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
     """A Markdown table whose first ``texts`` columns are aligned to the left and the others to the right."""
     lines = [head, ["---"] * texts + ["---:"] * (len(head) - texts), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return "".join(f"| {' | '.join(map(_cell, cells))} |\n" for cells in lines)
+
+
+def _cell(text: str) -> str:
+    """A text that stays in its cell and is no HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def write(results: Mapping[str, Result], out: Path, facts: Mapping[str, Any]) -> None:
@@ -81,7 +89,7 @@ def fill_page(page: Path, sections: Mapping[str, str]) -> None:
         FileNotFoundError: no such page.
         ValueError: the page lacks a pair of comments; nothing is written.
     """
-    text = page.read_text(encoding="utf-8")
+    text = read_text(page, LARGEST)
     for name, content in sections.items():
         before, _, after = _split(page, text, name)
         text = f"{before}{content}{after}"
@@ -90,7 +98,7 @@ def fill_page(page: Path, sections: Mapping[str, str]) -> None:
 
 def check_page(page: Path, names: Iterable[str]) -> None:
     """Raises as `fill_page` with sections of these names, and writes nothing."""
-    text = page.read_text(encoding="utf-8")
+    text = read_text(page, LARGEST)
     for name in names:
         _split(page, text, name)
 

@@ -1,4 +1,4 @@
-"""Read and check ``results.json``: the record of a comparison, and what ``evaluate`` writes."""
+"""Read and check the record of a comparison, ``results.json``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ssd_kernels.reading import Field, naming, read_json, shown
-from ssd_kernels.schema import Check, count, list_of, mapping_of, maybe, number, object_of
+from ssd_kernels.schema import count, list_of, mapping_of, maybe, number, object_of
 
 from .folder import LARGEST
 
@@ -29,7 +29,6 @@ PARTS = object_of({}, dict.fromkeys(("fidelity", "quality", "sensitivity"), list
 PROFILE = object_of({"prompts": count, "seconds": maybe(number), "shared": count})
 RECORD = object_of({"parts": PARTS, "grid": mapping_of(ENTRY), "sensitivity": mapping_of(ENTRY),
                     "profile": maybe(PROFILE), "prediction": lambda field: None, "goals": lambda field: None})
-RESULTS = object_of({"suite": TEXT, "prompts": count, "seeds": count, "results": mapping_of(QUALITY)})
 
 
 def read_record(file: Path) -> dict[str, Any]:
@@ -40,23 +39,14 @@ def read_record(file: Path) -> dict[str, Any]:
         ValueError: no such record, or damaged; the message names file and field, and says what to do.
     """
     try:
-        found = _read(file, RECORD)
+        value = read_json(file, LARGEST)
         with naming(file):
+            found: dict[str, Any] = RECORD(Field(value))
             _check_pairs(found["grid"])
         return found
     except ValueError as error:
         raise ValueError(f"{error}; remove the file: results are summed up again from what is measured, as far as a "
                          "call asks for them") from None
-
-
-def read_scores(file: Path) -> dict[str, Any]:
-    """The ``results.json`` of ``ssd-janus evaluate --suite shapes``.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: no such results; the message names file and field.
-    """
-    return _read(file, RESULTS)
 
 
 def _check_pairs(grid: Mapping[str, Mapping[str, Any]]) -> None:
@@ -71,10 +61,3 @@ def _check_pairs(grid: Mapping[str, Mapping[str, Any]]) -> None:
             if sizes.setdefault(measure, size) != size:
                 raise ValueError(f"grid.{label}.{measure}.{name} must be of as many prompts as the others, "
                                  f"{shown(sizes[measure])}, got {shown(size)}")
-
-
-def _read(file: Path, check: Check) -> dict[str, Any]:
-    value = read_json(file, LARGEST)
-    with naming(file):
-        found: dict[str, Any] = check(Field(value))
-    return found
