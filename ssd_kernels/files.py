@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["check_folder", "sweep", "write_atomically"]
+__all__ = ["check_file", "check_folder", "sweep", "write_atomically"]
 
 # Hidden, and of a kind that nobody reads: GenEval's evaluator takes whatever begins with digits and ".png" for a
 # picture, globs take whatever ends like one.
@@ -87,6 +87,18 @@ def check_folder(path: str | os.PathLike[str]) -> None:
         read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
         code = errno.EROFS if read_only else errno.EACCES
         raise OSError(code, os.strerror(code), str(folder))
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Check that `write_atomically` can write the file ``path`` once its folder is made.
+
+    Raises:
+        OSError: as `check_folder`; or a folder, FIFO, device or socket has this name.
+    """
+    target = Path(os.path.realpath(path))
+    check_folder(target.parent)
+    with _naming(Path(path), target):
+        _mode(target)
 
 
 def _mode(target: Path) -> int | None:

@@ -15,8 +15,9 @@ import torch
 from ssd_kernels import CachePlan
 
 from .checkpoints import fingerprint
+from .engine import sampling_settings
 from .images import file_names, save_picture
-from .layouts import Facts, Layout, examine, remove
+from .layouts import Facts, Found, Layout, check_removable, examine, remove
 from .pipeline import Pipeline, RunStats
 from .progress import progress_bar
 from .prompts import FilePrompt
@@ -60,7 +61,7 @@ def draw(pipe: Pipeline, layout: Layout | None, out: Path, prompts: Sequence[Fil
 
     Raises:
         ValueError: without ``redraw``, the folder holds pictures that were drawn with other settings or for other
-            prompts; the message names them. Nothing is drawn then.
+            prompts; the message names them. Or another argument is wrong. Nothing is changed then.
         OSError: a file cannot be written; the message names it.
     """
     settings = {"images_per_prompt": images_per_prompt, "seed": seed, **_settings(pipe, plan, guidance_scale)}
@@ -68,7 +69,7 @@ def draw(pipe: Pipeline, layout: Layout | None, out: Path, prompts: Sequence[Fil
     if layout is None:
         names = _plain_names(out, prompts, images_per_prompt)
         _say_what_is_there(out, [name for own in names.values() for name in own], say)
-        done: set[int] = set()
+        found = Found()
         size = prompts[-1].number + 1  # all at once
 
         def write(prompt: FilePrompt, pictures: Sequence[Any], own_facts: Facts) -> list[Path]:
@@ -77,14 +78,13 @@ def draw(pipe: Pipeline, layout: Layout | None, out: Path, prompts: Sequence[Fil
                 save_picture(picture, file, own_facts)
             return names[prompt.number]
     else:
-        done = _done(pipe, layout, prompts, facts, redraw, say)
+        found = _find(pipe, layout, prompts, facts, redraw, say)
         size = max(1, batch_size // images_per_prompt)
         write = layout.write
-        for prompt in prompts:
-            if prompt.number not in done:
-                layout.reopen(prompt)
-    batches = [batch for batch in _batches(prompts, size) if not done.issuperset(prompt.number for prompt in batch)]
+    batches = [batch for batch in _batches(prompts, size)
+               if not found.done.issuperset(prompt.number for prompt in batch)]
     if not batches:
+        _make_room(layout, prompts, found, say)
         return
     with progress_bar("drawing") as report:
         for number, batch in enumerate(batches):
@@ -92,8 +92,10 @@ def draw(pipe: Pipeline, layout: Layout | None, out: Path, prompts: Sequence[Fil
                             seed + batch[0].number * images_per_prompt, plan, batch_size=batch_size,
                             progress=lambda done, total: report(number * total + done, len(batches) * total))  # noqa: B023
             assert pipe.last_run is not None
+            if number == 0:  # the arguments were right, and there is something to write
+                _make_room(layout, prompts, found, say)
             for place, prompt in enumerate(batch):
-                if prompt.number in done:
+                if prompt.number in found.done:
                     continue
                 own = pictures[place * images_per_prompt:(place + 1) * images_per_prompt]
                 files = write(prompt, own, facts[prompt.number])
@@ -105,16 +107,15 @@ def draw(pipe: Pipeline, layout: Layout | None, out: Path, prompts: Sequence[Fil
 def _settings(pipe: Pipeline, plan: CachePlan, guidance_scale: float | None) -> dict[str, Any]:
     """What pictures depend on, besides their prompts and seeds."""
     digest = hashlib.blake2b(json.dumps(plan.to_dict(), sort_keys=True).encode(), digest_size=6).hexdigest()
-    config = pipe.model.generation_config
     return {"guidance_scale": pipe.guidance(guidance_scale),
             "plan": f"budget {plan.budget(pipe.shape.num_visual_tokens):.4f}, row buffer {plan.row_buffer}, {digest}",
-            "weights": fingerprint(pipe.model), "dtype": str(pipe.model.dtype).removeprefix("torch."),
-            "sampling": {name: getattr(config, name, None) for name in ("temperature", "top_k", "top_p")}}
+            "weights": fingerprint(pipe.model), "dtype": str(pipe.dtype).removeprefix("torch."),
+            "sampling": sampling_settings(pipe.model)}
 
 
-def _done(pipe: Pipeline, layout: Layout, prompts: Sequence[FilePrompt], facts: Mapping[int, Facts], redraw: bool,
-          say: Callable[[str], Any]) -> set[int]:
-    """Numbers of the prompts whose pictures can stay."""
+def _find(pipe: Pipeline, layout: Layout, prompts: Sequence[FilePrompt], facts: Mapping[int, Facts], redraw: bool,
+          say: Callable[[str], Any]) -> Found:
+    """What is there, unless the call must not go on."""
 
     @functools.cache
     def size() -> tuple[int, int]:
@@ -128,11 +129,19 @@ def _done(pipe: Pipeline, layout: Layout, prompts: Sequence[FilePrompt], facts: 
         more = f" (and {len(found.strangers) - 1} more)" if len(found.strangers) > 1 else ""
         raise ValueError(f"{found.strangers[0]}{more} belongs to none of these prompts and pictures, but the evaluator "
                          "would read it; --redraw removes it, or choose another folder")
+    check_removable(found.strangers)
+    _say_some([f"{line}: drawing it anew" for line in (*found.damaged, *found.differing)], say)
+    return found
+
+
+def _make_room(layout: Layout | None, prompts: Sequence[FilePrompt], found: Found, say: Callable[[str], Any]) -> None:
+    """Remove what must not be beside the new pictures, and mark as open what is not drawn yet."""
     remove(found.strangers)
     for path in found.strangers:
         say(f"removed {path}")
-    _say_some([f"{line}: drawing it anew" for line in (*found.damaged, *found.differing)], say)
-    return found.done
+    for prompt in prompts:
+        if layout is not None and prompt.number not in found.done:
+            layout.reopen(prompt)
 
 
 def _plain_names(out: Path, prompts: Sequence[FilePrompt], images: int) -> dict[int, list[Path]]:

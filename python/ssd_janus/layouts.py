@@ -250,18 +250,17 @@ def examine(layout: Layout, prompts: Sequence[FilePrompt], facts: Mapping[int, F
     return found
 
 
-def remove(strangers: Iterable[Path]) -> None:
-    """Remove files and folders that this package has drawn.
-
-    Raises:
-        ValueError: something was not drawn by it; nothing is removed then.
-    """
-    strangers = list(strangers)
+def check_removable(strangers: Iterable[Path]) -> None:
+    """Raise a ValueError if one of these files and folders was not drawn by this package."""
     for path in strangers:
         for file in [path] if path.is_file() else [inside for inside in path.rglob("*") if not inside.is_dir()]:
             if file.name != "metadata.jsonl" and not _drawn_here(file):
                 raise ValueError(f"{file} must not be there, where the evaluator would read it, and was not drawn "
                                  "here; move it")
+
+
+def remove(strangers: Iterable[Path]) -> None:
+    """Remove files and folders."""
     for path in strangers:
         if path.is_dir():
             shutil.rmtree(path)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from safetensors import SafetensorError
 from transformers import (
     JanusConfig,
     JanusForConditionalGeneration,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from ssd_kernels import CachePlan
+from ssd_kernels.reading import shown
 
 from . import hooks
 from .cache import JanusCache, Observer
@@ -113,20 +115,26 @@ class Pipeline:
         Raises:
             FileNotFoundError: no such folder, or the package came without its model.
             OSError: the hub id cannot be loaded.
-            ValueError: the device is not there, or the checkpoint is no Janus of transformers.
+            ValueError: the device is not there, or the checkpoint is no Janus of transformers, or damaged.
         """
         source = included_model() if source is None else fspath(source)
         local = Path(source).is_dir()
         if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
             raise FileNotFoundError(f"model must be a folder or a hub id, got {source!r}, which is no folder")
-        target = torch.device(device)
+        try:
+            target = torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"device must be cpu, cuda or cuda:N, got {shown(device)}") from None
         if target.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device must be cpu on this machine, where torch sees no GPU, got {device}")
         if dtype is None:
             dtype = torch.float32 if target.type == "cpu" else "auto"
         _check_kind(source, JanusConfig.get_config_dict(source, local_files_only=local)[0].get("model_type"))
         processor = JanusProcessor.from_pretrained(source, local_files_only=local)
-        model = PictureJanus.from_pretrained(source, local_files_only=local, dtype=dtype)
+        try:
+            model = PictureJanus.from_pretrained(source, local_files_only=local, dtype=dtype)
+        except SafetensorError as error:
+            raise ValueError(f"the weights of model {source} are damaged ({error}); download them again") from None
         return cls(model.to(target).eval(), processor, backend)
 
     def __call__(self, prompts: Sequence[str] | str, num_images_per_prompt: int = 1,
@@ -193,8 +201,7 @@ class Pipeline:
         prompts = _check_prompts(prompts)
         _check_number("num_images_per_prompt", num_images_per_prompt, int, 1)
         _check_number("seed", seed, int, 0)
-        if guidance_scale is not None:
-            _check_number("guidance_scale", guidance_scale, float, 0)
+        guidance = self.guidance(guidance_scale)
         options = _sampling_options(temperature, top_k, top_p)
         texts = [text for text in self._texts(prompts) for _ in range(num_images_per_prompt)]
         if batch_size is not None:
@@ -209,11 +216,11 @@ class Pipeline:
         with _step_reports(progress) as report:
             if reason is not None:
                 call.say_once(reason)
-                return self._with_transformers(texts, self.guidance(guidance_scale), seed, plan, backend, options,
+                return self._with_transformers(texts, guidance, seed, plan, backend, options,
                                                batch_size, report, logits_processor, observer)
             engine = Engine(self.model, plan, backend=backend)
             tokens = engine.generate(
-                self._token_lists(texts), guidance=self.guidance(guidance_scale), seeds=seed, sampling=sampling,
+                self._token_lists(texts), guidance=guidance, seeds=seed, sampling=sampling,
                 batch_size=batch_size, progress=report, observer=observer, logits_processor=logits_processor,
                 on_row=None if preview is None else lambda numbers, part: preview(numbers, self.decode(part)))
         run, self._engine = engine.last_run, engine
@@ -222,7 +229,13 @@ class Pipeline:
                                    seconds=run.seconds, cache_bytes=run.cache_bytes, max_prompt=run.max_prompt)
 
     def guidance(self, guidance_scale: float | None = None) -> float:
-        """The guidance scale that a call with this argument draws with: None is the model's default."""
+        """The guidance scale that a call with this argument draws with: None is the model's default.
+
+        Raises:
+            TypeError, ValueError: no number of at least 0.
+        """
+        if guidance_scale is not None:
+            _check_number("guidance_scale", guidance_scale, float, 0)
         if guidance_scale is None:
             guidance_scale = self.model.generation_config.guidance_scale
         return 5.0 if guidance_scale is None else float(guidance_scale)  # transformers' own default
@@ -366,7 +379,7 @@ def _check_number(name: str, value: object, kind: type, minimum: float, maximum:
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise TypeError(f"{name} must be {'an int' if kind is int else 'a number'}, got {value!r}")
     if not minimum <= value <= maximum:
-        limit = f"within {minimum} .. {maximum}" if maximum < 2**62 else f"at least {minimum}"
+        limit = f"at least {minimum}" if maximum == 2**62 and not value > maximum else f"within {minimum} .. {maximum}"
         raise ValueError(f"{name} must be {limit}, got {value}")
 
 

@@ -16,7 +16,7 @@ import ssd_janus.cli
 from ssd_janus import ModelShape
 from ssd_janus.cli.options import PolicyName, choose_plans
 from ssd_janus.images import contact_sheet, file_names
-from ssd_kernels import policies
+from ssd_kernels import CachePlan, HeadSpec, policies
 
 SHAPE = ModelShape(tiny.LAYERS, 4, 4, tiny.HEAD_DIM, tiny.TOKENS, tiny.GRID)
 
@@ -91,6 +91,12 @@ def test_a_damaged_plan_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
     result = draw(folder, tmp_path, "--plan", tmp_path / "plan.json")
     assert result.exit_code == 2 and "plan.json" in result.stderr
+
+
+def test_a_plan_of_another_model_is_named(folder: Path, tmp_path: Path) -> None:
+    CachePlan.uniform(HeadSpec.full(), 1, 2).save(tmp_path / "other.json")
+    result = draw(folder, tmp_path, "--plan", tmp_path / "other.json")
+    assert result.exit_code == 2 and f"error: {tmp_path / 'other.json'}: plan must have the model's" in result.stderr
 
 
 def test_every_policy_is_offered() -> None:

@@ -126,9 +126,12 @@ def test_other_commands_check_prompts_and_folders_first(folder: Path, tmp_path: 
     assert result.exit_code == 2 and result.stderr == f"error: {out.parent}: Not a directory\n"
 
 
-def test_a_gallery_is_no_folder(folder: Path, tmp_path: Path) -> None:
-    result = run("gallery", "a heart", "--out", tmp_path, "--model", folder)
-    assert result.exit_code == 2 and result.stderr == f"error: --out must be a file, got the folder {tmp_path}\n"
+@pytest.mark.parametrize("command", [("gallery", "a heart", "--out"), ("evaluate", "--out", "out", "--plot")])
+def test_what_cannot_be_a_file_is_found_before_the_model_is_loaded(tmp_path: Path, command: tuple[str, ...]) -> None:
+    os.mkfifo(tmp_path / "fifo.png")
+    for path, message in ((tmp_path, "Is a directory"), (tmp_path / "fifo.png", "not a regular file")):
+        result = run(*command, path, "--model", "not even looked at")
+        assert result.exit_code == 2 and result.stderr == f"error: {path}: {message}\n"
 
 
 def test_names_are_no_markup(folder: Path, tmp_path: Path) -> None:

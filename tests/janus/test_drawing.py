@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -175,6 +176,35 @@ def test_other_weights_and_dtypes(fresh: Any, pipe: Pipeline, drawn: Path, genev
         model = fresh if name == "weights" else fresh.bfloat16()
         with pytest.raises(ValueError, match=rf"00000\.png was drawn with another .*{name} \('.*there"):
             draw(Painter(model, pipe.processor), out, geneval)
+
+
+@pytest.mark.parametrize("name, value", [("top_k", 7), ("min_p", 0.25), ("repetition_penalty", 1.5)])
+def test_other_sampling_of_the_models_own(fresh: Any, pipe: Pipeline, geneval: Path, tmp_path: Path, name: str,
+                                          value: float) -> None:
+    painter = Painter(fresh, pipe.processor)
+    draw(painter, tmp_path / "out", geneval)
+    setattr(fresh.generation_config, name, value)
+    with pytest.raises(ValueError, match=r"00000\.png was drawn with another sampling \("):
+        draw(painter, tmp_path / "out", geneval)
+
+
+def test_the_dtype_is_the_language_models(fresh: Any, pipe: Pipeline, geneval: Path, tmp_path: Path) -> None:
+    fresh.model.vision_model.bfloat16()
+    draw(Painter(fresh, pipe.processor), tmp_path / "out", geneval)
+    facts = read_picture(tmp_path / "out" / SAMPLE)[1]
+    assert facts is not None and facts["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("options, backend", [({"guidance": math.nan}, "auto"), ({"guidance": -1.0}, "auto"),
+                                              ({"seed": 2**63}, "auto"), ({"seed": 5}, "cudnn")])
+def test_what_is_wrong_changes_nothing(real: Pipeline, really_drawn: Path, geneval: Path, tmp_path: Path,
+                                       options: dict[str, Any], backend: str) -> None:
+    """Neither what is to be drawn anew nor what is to be removed."""
+    out = copy(really_drawn, tmp_path / "out")
+    geneval.write_text("".join(json.dumps(line) + "\n" for line in GENEVAL[:2]))
+    with pytest.raises(ValueError, match="guidance_scale|seed|backend"):
+        draw(Pipeline(real.model, real.processor, backend), out, geneval, **options, redraw=True)
+    assert contents(out) == contents(really_drawn)
 
 
 def other_text(lines: list[dict]) -> list[dict]:

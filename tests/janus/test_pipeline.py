@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,15 @@ def test_other_checkpoints_are_named_in_one_line(tmp_path: Path, kind: str | Non
     with pytest.raises(ValueError, match=message) as error:
         Pipeline.from_pretrained(tmp_path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 200 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_damaged_weights_are_named(folder: Path, tmp_path: Path, share: float) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    file = tmp_path / "copy/model.safetensors"
+    file.write_bytes(file.read_bytes()[:int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match=f"weights of model {tmp_path / 'copy'} are damaged"):
+        Pipeline.from_pretrained(tmp_path / "copy")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

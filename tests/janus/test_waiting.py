@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 
@@ -76,13 +77,14 @@ def test_remedies() -> None:
     assert "OMP_WAIT_POLICY=passive" in both and "OMP_NUM_THREADS=2" in both
 
 
-def test_the_engine_watches_its_steps(fresh: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_watches_its_steps(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
 
     def watched(step: Callable[[], object]) -> Callable[[], None]:
         return lambda: counted.append(step())
 
     monkeypatch.setattr(waiting, "watched", watched)
+    fresh.model.vision_model.to("meta")  # steps run where the language model is
     Engine(fresh).generate([[5, 6, 7]], steps=9)
     assert len(counted) == 8, "the first token is the prompt's"
 

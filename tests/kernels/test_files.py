@@ -13,7 +13,7 @@ from typing import IO
 import pytest
 
 from ssd_kernels import files
-from ssd_kernels.files import PREFIX, SUFFIX, check_folder, sweep, write_atomically
+from ssd_kernels.files import PREFIX, SUFFIX, check_file, check_folder, sweep, write_atomically
 
 
 @pytest.fixture(params=["unnamed", "hidden", "hidden at last"])
@@ -197,3 +197,17 @@ def test_folders_are_checked_before_long_work(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(PermissionError) as caught:
         check_folder(tmp_path / "a" / "b")
     assert caught.value.filename == str(tmp_path)
+
+
+def test_files_are_checked_before_long_work(tmp_path: Path) -> None:
+    check_file(tmp_path / "to" / "be" / "made")
+    (tmp_path / "file").write_text("")
+    check_file(tmp_path / "file")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to(tmp_path / "fifo")
+    for path, named in ((tmp_path / "fifo", None), (tmp_path / "link", None), (tmp_path, None),
+                        (tmp_path / "file" / "a", tmp_path / "file")):
+        with pytest.raises(OSError) as caught:
+            check_file(path)
+        assert caught.value.filename == str(named or path)
+    assert names(tmp_path) == ["fifo", "file", "link"]

@@ -76,11 +76,11 @@ def evaluate(
         if given and not policy:
             raise ValueError(f"{option} says nothing without --policy")
     prompts = suite_prompts(suite, prompts_file, limit)
-    from ssd_kernels.files import check_folder
+    from ssd_kernels.files import check_file, check_folder
 
     check_folder(out)
     if plot is not None:
-        check_folder(plot.parent)
+        check_file(plot)
         from ..extras import needs
 
         with needs("plot", "matplotlib"):

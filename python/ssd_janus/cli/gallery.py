@@ -47,14 +47,12 @@ def gallery(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line on stdout.")] = False,
 ) -> None:
     """Draw the same prompts under several plans on one sheet: prompts down, plans across, one seed."""
-    from ssd_kernels.files import check_folder
+    from ssd_kernels.files import check_file
 
     from ..prompts import fitting, gather
 
     chosen = gather(prompts, prompts_file)
-    check_folder(out.parent)
-    if out.is_dir():
-        raise ValueError(f"--out must be a file, got the folder {out}")
+    check_file(out)
     pipe = load(model, device, dtype, backend)
     heads = load_profile(profile, model, policy or [], pipe)
     plans = choose_plans(pipe.shape, plan or [], policy or [], budget or [], row_buffer, heads)

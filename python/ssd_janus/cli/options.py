@@ -148,7 +148,11 @@ def choose_plan(shape: ModelShape, plan: Path | None, policy: PolicyName | None,
     from ssd_kernels import CachePlan, policies
 
     if plan is not None:
-        return shape.check(CachePlan.load(plan))
+        from ssd_kernels.reading import naming
+
+        loaded = CachePlan.load(plan)
+        with naming(plan):
+            return shape.check(loaded)
     name = PolicyName.full if policy is None else policy
     if budget is None:
         budget = default_budget(name)

@@ -298,7 +298,7 @@ class Engine:
         request.step_done()
         self._report_row(request, batch, numbers, back)
         step, captured = batch.step, not self.capture
-        if self.model.device.type == "cpu":
+        if self.device.type == "cpu":
             step = waiting.watched(step)
         while batch.done < request.steps:
             if not captured and batch.done > capture.WARM_STEPS and capture.can_capture(batch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,19 @@ from transformers import (
 
 from ..internals import logits_processors, prepared_config
 
+# Fields of a generation config that say how tokens are chosen; the further ones where they are set.
+USUAL = ("temperature", "top_k", "top_p")
+FURTHER = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size",
+           "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "remove_invalid_values",
+           "renormalize_logits")
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+
+
+def sampling_settings(model: Any) -> dict[str, Any]:
+    """What a model's generation config says about how tokens are chosen, JSON values, for those who compare results."""
+    config = model.generation_config
+    further = {name: value for name in FURTHER if (value := getattr(config, name, None)) not in (None, False)}
+    return {**{name: getattr(config, name, None) for name in USUAL}, **json.loads(json.dumps(further, default=str))}
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from ssd_kernels import CachePlan, backends
 from ssd_kernels.reading import Field, naming, read_bytes, read_json, shown
 
 from ..checkpoints import fingerprint
+from ..engine import sampling_settings
 from ..files import write_text
 from ..pipeline import Pipeline
 
 SETTINGS = "settings.json"
-SAMPLING = ("do_sample", "temperature", "top_k", "top_p")  # of the model's generation config
 LARGEST = 2**26  # bytes of a file of settings, results or one picture
 ABSENT = "nothing"  # what is said for a field that is not there
 
@@ -176,6 +176,6 @@ def settings(pipe: Pipeline, suite: str, plan: CachePlan, guidance_scale: float 
     config, dtype, device = pipe.model.generation_config, pipe.dtype, pipe.device
     return {"version": ssd_kernels.__version__, "suite": suite, "weights": fingerprint(pipe.model),
             "plan": plan.to_dict(), "guidance_scale": pipe.guidance(guidance_scale),
-            "sampling": {name: getattr(config, name) for name in SAMPLING}, "batch_size": batch_size,
+            "sampling": {"do_sample": config.do_sample, **sampling_settings(pipe.model)}, "batch_size": batch_size,
             "dtype": str(dtype).removeprefix("torch."), "device": device.type,
             "backend": backends.resolve(pipe.backend, device, dtype, pipe.shape.head_dim).name}
