@@ -3,7 +3,7 @@
 #   make demo      draw pictures with a small Janus, full cache beside compressed -> demo/
 #   make test      all tests that need no GPU
 #   make triton    all contract tests of the Triton backend, interpreted on the CPU; takes long
-#   make simulation  all contract tests of the CUDA kernels, simulated on the CPU, also under sanitizers; takes long
+#   make simulation  all contract tests of the CUDA and Triton kernels, from their PTX on the CPU; takes long
 #   make gpu       contract tests and kernel times on a CUDA GPU, with the Python at hand and offline -> $(OUT)
 #                  in parts: make gpu-test, gpu-sanitize (or gpu-memcheck, ...), gpu-bench
 #   make bench     the CPU benchmarks: kernel, decoder steps, pictures -> bench/results/, README.md
@@ -34,7 +34,7 @@ BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13,<4' ninja 'cmake>=3.24'
 SOURCES     := $(shell find csrc -type f)
-CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/kernels/*.cpp)
+CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/kernels/*.cpp tests/kernels/ptx/*.cpp tests/kernels/ptx/*.h)
 
 .PHONY: demo test triton simulation gpu gpu-build gpu-test gpu-sanitize $(SANITIZERS) gpu-bench bench quality policies \
 	lint format pins compat newest clean
@@ -46,12 +46,10 @@ demo: $(VENV)/.built
 
 test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.built
-	$(BIN)/python -m tests.kernels.simulation
-	SSD_SIMULATION_SANITIZED=1 $(BIN)/python -m tests.kernels.simulation
+	$(BIN)/python -m tests.kernels.ptx.build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS) tests/kernels -k 'triton and not test_triton' -m 'not gpu and not slow and not exhaustive' -W ignore
 
-# Every parameter of the contract tests in Triton's interpreter; `make test` has every test, with some of them.
+# Every parameter of the contract tests in Triton's interpreter; `make test` runs them from Triton's PTX instead.
 triton: export OMP_WAIT_POLICY := passive
 triton: $(VENV)/.built
 	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS) tests/kernels -k 'triton and not test_triton' -m 'not gpu' -W ignore
@@ -73,28 +71,23 @@ gpu-sanitize: $(SANITIZERS)
 $(SANITIZERS): gpu-build
 	@if command -v compute-sanitizer; then \
 		compute-sanitizer --tool $(@:gpu-%=%) --error-exitcode 1 --target-processes all \
-			$(PYTHON) -m pytest -q -m gpu tests/kernels/test_contract.py tests/kernels/test_cuda_simulation.py \
+			$(PYTHON) -m pytest -q -m gpu tests/kernels/test_contract.py tests/kernels/test_split_heads.py \
 			-k 'cuda and (test_smallest_sizes and R3-keep or test_heads_split_over_blocks and f32-R0-keep)'; \
 	else echo "compute-sanitizer is not installed: $@ not run"; fi
 
 gpu-bench: gpu-build
 	$(PYTHON) -m bench.gpu --out $(OUT)
 
-# Every parameter of the contract tests on the simulation of the CUDA kernels: two orders of threads, and a third one
-# under sanitizers. `make simulation SEEDS_OF_THREADS=` runs the sanitizers only. Python links no libstdc++, and
-# AddressSanitizer must find it when it starts, or C++ exceptions end the process.
-SEEDS_OF_THREADS ?= 1 2
+# Every parameter of the contract tests on the executor of PTX, Triton's code for two architectures: in lockstep, and with
+# threads, blocks, stores and copies as late as may be. `make simulation SCHEDULES=eager` runs one schedule only.
+SCHEDULES ?= lockstep adversarial
 simulation: export OMP_WAIT_POLICY := passive
 simulation: export OMP_NUM_THREADS := 1
 simulation: $(VENV)/.built
-	$(BIN)/python -m tests.kernels.simulation
-	SSD_SIMULATION_SANITIZED=1 $(BIN)/python -m tests.kernels.simulation
-	for seed in $(SEEDS_OF_THREADS); do SSD_SIMULATION_SEED=$$seed $(BIN)/python -m pytest -q $(WORKERS) tests/kernels \
-		-k simulated_cuda -m 'not gpu' || exit 1; done
-	LD_PRELOAD="$$(for name in asan stdc++; do realpath $$($(or $(CXX),g++) -print-file-name=lib$$name.so); done | xargs)" \
-		SSD_SIMULATION_SANITIZED=1 \
-		SSD_SIMULATION_SEED=3 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 $(BIN)/python -m pytest -q \
-		$(WORKERS) tests/kernels -k 'simulated_cuda and not inductor' -m 'not gpu'
+	$(BIN)/python -m tests.kernels.ptx.build
+	for schedule in $(SCHEDULES); do SSD_PTX_SCHEDULE=$$schedule $(BIN)/python -m pytest -q $(WORKERS) tests/kernels \
+		-k ptx -m 'not gpu' || exit 1; done
+	SSD_PTX_ARCHITECTURE=90 $(BIN)/python -m pytest -q $(WORKERS) tests/kernels -k ptx_triton -m 'not gpu'
 
 bench: $(VENV)/.built
 	$(BIN)/ssd-bench suite --readme README.md

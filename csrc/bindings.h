@@ -35,7 +35,7 @@ class BoundLayer {
   CacheLayer layer_;
 };
 
-// A Python class for a BoundLayer, with its constructor. Local to its module: the simulation of CUDA has the same one.
+// A Python class for a BoundLayer, with its constructor. Local to its module: the tests' module has the same one.
 template <class Layer>
 pybind11::class_<Layer> bind_layer(pybind11::module_& module, const char* name) {
   using pybind11::arg;

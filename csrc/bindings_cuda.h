@@ -1,4 +1,4 @@
-// Python bindings of the CUDA backend and, in the tests, of its host simulation. A header, because reading pybind11's
+// Python bindings of the CUDA backend, and of the tests' executor of its PTX. A header, because reading pybind11's
 // own takes seconds: each module does that once.
 #pragma once
 

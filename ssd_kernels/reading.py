@@ -79,10 +79,10 @@ def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     """
     with open(regular_file(path), "rb") as file, naming(path):
         size = os.fstat(file.fileno()).st_size
-        data = file.read(min(size, max_bytes) + 1)  # reading takes the memory that it is asked for
+        data = b"" if size > max_bytes else file.read(size + 1)  # reading takes the memory that it is asked for
         while size < len(data) <= max_bytes and (more := file.read(min(len(data), max_bytes + 1 - len(data)))):
             data += more  # it grew, or the system does not tell its size
-        if len(data) > max_bytes:
+        if max(size, len(data)) > max_bytes:
             raise ValueError(f"must be a file of at most {max_bytes} bytes, got {max(size, len(data))}")
         return data
 

@@ -50,7 +50,7 @@ RELEASES = {
 }
 COVERED = {"transformers": ("coupling",), "torch": COLUMNS, "triton": ("interpreted", "compiled"),
            "numpy": ("coupling",), "python": ("coupling", "kernels")}
-OLD_NUMPY = {"3.6": "numpy<2.4"}  # whose interpreter newer ones break
+OLD_NUMPY = ("3.6.", "numpy<2.4")  # this Triton's interpreter fails with newer ones
 TITLES = {"transformers": "transformers", "torch": "torch", "triton": "Triton", "numpy": "NumPy", "python": "Python"}
 
 
@@ -85,10 +85,18 @@ class CannotHave(Exception):
 
 
 class Cache:
-    """Folders with other releases, made on demand and kept."""
+    """Folders with other releases, made on demand and kept; and what was found with them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._checked: dict[tuple[str, ...], str] = {}
+
+    def check(self, column: str, python: str, paths: Sequence[Path]) -> str:
+        """As `check`, once for each environment: the pinned releases are in several rows."""
+        key = (column, python, *map(str, paths))
+        if key not in self._checked:
+            self._checked[key] = check(column, python, paths)
+        return self._checked[key]
 
     def overlay(self, name: str, requirements: Sequence[str], *options: str) -> Path:
         """A folder for PYTHONPATH with ``requirements``; ``options`` of ``uv pip install``."""
@@ -176,12 +184,12 @@ def prepared(cache: Cache, name: str, release: str) -> tuple[str, list[Path], st
             overlay = cache.overlay(slug, [requirement], "--torch-backend", "cpu")
         except CannotHave:
             overlay = cache.overlay(slug, [requirement])
-    elif name == "triton":
-        overlay = cache.overlay(slug, [requirement, *([OLD_NUMPY[release]] if release in OLD_NUMPY else [])],
-                                *([] if release in OLD_NUMPY else ["--no-deps"]))
     else:
-        overlay = cache.overlay(slug, [requirement], *(["--no-deps"] if name == "numpy" else []))
-    return sys.executable, [overlay], version(name, sys.executable, [overlay])
+        overlay = cache.overlay(slug, [requirement], *(["--no-deps"] if name in ("triton", "numpy") else []))
+    paths = [overlay]
+    if version("triton", sys.executable, paths).startswith(OLD_NUMPY[0]):
+        paths.append(cache.overlay("numpy-before-2.4", [OLD_NUMPY[1]], "--no-deps"))
+    return sys.executable, paths, version(name, sys.executable, paths)
 
 
 def tried(cache: Cache, name: str, release: str) -> Row:
@@ -192,7 +200,7 @@ def tried(cache: Cache, name: str, release: str) -> Row:
         print(f"    {why}", flush=True)
         return Row(name, release, missing="could not be installed here")
     columns = COLUMNS if not paths and python == sys.executable else COVERED[name]
-    return Row(name, found, {column: check(column, python, paths) for column in columns})
+    return Row(name, found, {column: cache.check(column, python, paths) for column in columns})
 
 
 def newest(cache: Cache) -> Row:

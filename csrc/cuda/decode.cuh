@@ -174,7 +174,7 @@ struct Decoder : Attention<T, kDim, kGroup> {
       int32_t* arrivals = params.workspace.arrivals + item.row * params.layer.shape.heads + item.head;
       port::fence();
       const bool last = port::atomic_add(arrivals, 1) == item.parts - 1;
-      if (last) *arrivals = 0;
+      if (last) port::store_relaxed(arrivals, 0);
       shared.last = last;
       port::fence();
     }
@@ -291,8 +291,7 @@ decode_kernel(const DecodeParams params) {
   Cursor* cursors = params.layer.cursors + item.row;
   // One thread reads the cursor, for the row's other blocks count in it, and all of this block must see the same.
   Cursor cursor{0, 0};
-  if (port::thread_index() == 0)
-    cursor = {port::load_shared_by_blocks(&cursors->prompt_len), port::load_shared_by_blocks(&cursors->step)};
+  if (port::thread_index() == 0) cursor = {cursors->prompt_len, port::load_relaxed(&cursors->step)};
   if (!find_head(params, port::block_index() / batch, item)) return;
   const HeadRange range = params.layer.heads[item.head];
   if (port::thread_index() == 0) {
@@ -309,7 +308,7 @@ decode_kernel(const DecodeParams params) {
   // The row's last block takes it a step further, and the count with it.
   if (goes_on && port::thread_index() == 0 &&
       (port::atomic_add(&cursors->step, 1 << kArrivalShift) >> kArrivalShift) == item.row_parts - 1)
-    cursors->step = cursor.step + 1;
+    port::store_relaxed(&cursors->step, cursor.step + 1);
 }
 
 template <class T, int kDim>

@@ -1,6 +1,4 @@
-// The only door from the kernels to the hardware. Compiled by nvcc it is PTX and intrinsics; compiled by a host
-// compiler with SSD_SIMULATE it is simulator.h, which runs the same kernels as fibers. Kernels use nothing else of
-// CUDA.
+// The only door from the kernels to the hardware: PTX and intrinsics. Kernels use nothing else of CUDA.
 #pragma once
 
 #include <atomic>
@@ -9,96 +7,15 @@
 
 #include "cuda/types.h"
 
-#if defined(SSD_SIMULATE)
-#include "common/float16.h"
-#include "cuda/simulator.h"
-#define SSD_KERNEL(threads, blocks_per_multiprocessor) static void
-#define SSD_DEVICE inline
-#elif defined(__CUDACC__)
 #define SSD_KERNEL(threads, blocks_per_multiprocessor) \
   __global__ static void __launch_bounds__(threads, blocks_per_multiprocessor)
 #define SSD_DEVICE __device__ __forceinline__
-#endif
 
 namespace ssd::cuda {
 
 namespace port {
 
 constexpr int kWarp = 32;
-
-#if defined(SSD_SIMULATE)
-
-inline int thread_index() { return simulator::thread_index(); }
-inline int block_index() { return simulator::block_index(); }
-inline char* shared_memory() { return simulator::shared_memory(); }
-inline void sync_block() { simulator::sync_block(); }
-
-template <class T>
-T from_lane(simulator::Collective kind, T value, int source) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof value);
-  bits = simulator::gather(kind, bits)[source];
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-inline float shuffle_xor(float value, int mask) {
-  return from_lane(simulator::kShuffle, value, (thread_index() % kWarp) ^ mask);
-}
-inline int32_t shuffle_xor(int32_t value, int mask) {
-  return from_lane(simulator::kShuffle, value, (thread_index() % kWarp) ^ mask);
-}
-inline int64_t shuffle_xor(int64_t value, int mask) {
-  return from_lane(simulator::kShuffle, value, (thread_index() % kWarp) ^ mask);
-}
-inline int32_t shuffle_up(int32_t value, int by) {
-  const int lane = thread_index() % kWarp;
-  return from_lane(simulator::kShuffle, value, lane < by ? lane : lane - by);
-}
-inline int32_t shuffle(int32_t value, int source) { return from_lane(simulator::kShuffle, value, source); }
-inline uint32_t ballot(bool vote) {
-  const uint64_t* votes = simulator::gather(simulator::kBallot, vote);
-  uint32_t all = 0;
-  for (int lane = 0; lane < kWarp; ++lane) all |= static_cast<uint32_t>(votes[lane]) << lane;
-  return all;
-}
-
-inline void copy16_async(void* shared, const void* global, bool wanted) {
-  simulator::copy_async(shared, wanted ? global : nullptr, 16);
-}
-inline void copy4_async(void* shared, const void* global) { simulator::copy_async(shared, global, 4); }
-inline void commit_copies() { simulator::commit_copies(); }
-template <int kLeft>
-void wait_copies() {
-  simulator::wait_copies(kLeft);
-}
-
-template <class T>
-T* whole(T* pointer) {
-  return pointer;
-}
-inline void fence() {}
-inline int32_t atomic_add(int32_t* at, int32_t value) {
-  const int32_t old = *at;
-  *at = static_cast<int32_t>(static_cast<uint32_t>(old) + static_cast<uint32_t>(value));
-  return old;
-}
-template <class T>
-T load_shared_by_blocks(const T* at) {
-  return *at;
-}
-inline float power_of_two(float x) { return simulator::power_of_two(x); }
-inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
-inline int first_bit(uint32_t x) { return __builtin_ctz(x); }
-inline float to_float(Float16 x) { return float16_to_float(x.bits); }
-inline void from_float(float x, Float16* to) { to->bits = float_to_float16(x); }
-
-template <auto kKernel, class Params>
-int launch(int blocks, int threads, int shared_bytes, void*, const Params& params) {
-  return simulator::run([&params] { kKernel(params); }, blocks, threads, shared_bytes);
-}
-
-#elif defined(__CUDACC__)
 
 SSD_DEVICE int thread_index() { return threadIdx.x; }
 SSD_DEVICE int block_index() { return blockIdx.x; }
@@ -144,6 +61,15 @@ SSD_DEVICE T* whole(T* pointer) {
 // What a block has written before the fence is seen by blocks that see what it wrote after.
 SSD_DEVICE void fence() { __threadfence(); }
 SSD_DEVICE int32_t atomic_add(int32_t* at, int32_t value) { return atomicAdd(at, value); }
+// Of words that other blocks change by atomic_add meanwhile: plain accesses would race with that.
+SSD_DEVICE int32_t load_relaxed(const int32_t* at) {
+  int32_t value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+SSD_DEVICE void store_relaxed(int32_t* at, int32_t value) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
 // Past the first-level cache, which other blocks' writes don't reach.
 SSD_DEVICE float load_shared_by_blocks(const float* at) { return __ldcg(at); }
 SSD_DEVICE int32_t load_shared_by_blocks(const int32_t* at) { return __ldcg(at); }
@@ -187,8 +113,6 @@ int launch(int blocks, int threads, int shared_bytes, void* stream, const Params
   return cudaLaunchKernel(reinterpret_cast<const void*>(kKernel), dim3(blocks), dim3(threads), arguments, shared_bytes,
                           static_cast<cudaStream_t>(stream));
 }
-
-#endif
 
 SSD_DEVICE float to_float(float x) { return x; }
 SSD_DEVICE float to_float(BFloat16 x) {

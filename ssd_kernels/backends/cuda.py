@@ -57,7 +57,7 @@ class CUDABackend(Backend):
     device_type = "cuda"
 
     def extension(self) -> ModuleType:
-        """Where the kernels are; the tests put a simulation here."""
+        """Where the kernels are; the tests put others here."""
         return native.extension()
 
     def unavailable(self) -> str | None:

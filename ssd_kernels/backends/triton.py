@@ -42,6 +42,14 @@ class TritonBackend(Backend):
             return f"it needs device {'cpu while interpreting' if interpreting() else 'cuda'}, got {device}"
         return self.unsupported_by_kernels(dtype, head_dim)
 
+    def kernels(self) -> Any:
+        """The kernels; the tests put others here."""
+        return _kernels()
+
+    def capability(self, device: torch.device) -> int:
+        """The device's compute capability, 80 for 8.0."""
+        return _capability(device)
+
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                scale: float, rotary: Rotary | None = None) -> torch.Tensor:
         layout, (batch, slots, head_dim), heads = state.layout, state.keys.shape, state.table.shape[0]
@@ -52,9 +60,9 @@ class TritonBackend(Backend):
         logits = torch.empty((batch, group, layout.scored_slots), dtype=torch.float32, device=q.device)
         constants, options = launch.decode_constants(
             head_dim, q.element_size(), group, layout.row_buffer, layout.largest, layout.scored_slots > 0,
-            layout.keep_prompt, rotary is not None, _capability(q.device))
+            layout.keep_prompt, rotary is not None, self.capability(q.device))
         with torch.cuda.device(q.get_device()):
-            _kernels().decode_kernel[(batch * heads,)](
+            self.kernels().decode_kernel[(batch * heads,)](
                 q, k, v, *state.tensors, out, logits, logits.view(torch.int32), *(rotary or (logits, logits)),
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], batch, heads, slots, layout.scored_slots,
                 layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1), scale,
@@ -78,7 +86,7 @@ class TritonBackend(Backend):
                             for numbers in (prompt_lens, rows))
         slot_list = torch.empty((len(rows), heads, block), dtype=torch.int32, device=k.device)
         with torch.cuda.device(k.get_device()):
-            _kernels().prefill_kernel[(len(rows), heads)](
+            self.kernels().prefill_kernel[(len(rows), heads)](
                 k, v, k if scores is None else scores, lengths, indices, *state.tensors, slot_list, k.shape[2], heads,
                 state.keys.shape[1], layout.scored_slots, layout.max_prompt, layout.num_visual_tokens, layout.pin_words,
                 KEEP_PROMPT=layout.keep_prompt, GIVEN=scores is not None, D=k.shape[3],

@@ -45,6 +45,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
 PROTECTED = tl.constexpr(2**63 - 1)
+ONE_EACH = tl.constexpr(4 * 32 * 8)  # elements of a block, of which each thread reads 16 bytes once
 LEAST_FLOAT = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -56,6 +57,16 @@ def rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
         even = bits + 0x7FFF + ((bits >> 16) & 1)
         x = tl.where(x == x, even, bits).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def product(x, y):
+    """``x * y``, rounded by itself before it is summed over threads.
+
+    A compiler that fuses a thread's own product with its neighbour's rounds differently in both, which then hold
+    different copies of one sum.
+    """
+    return tl.fma(x, y, 0.0)
 
 
 @triton.jit
@@ -184,7 +195,10 @@ def attend_one(q, keys, values, logits, new_logit, new_value, total, base, begin
         weight = tl.exp2(logit - new_highest)
         fade = tl.exp2(highest - new_highest)
         norm = norm * fade + tl.sum(weight, 0)
-        acc = acc * fade + tl.sum(weight[:, None] * v.to(tl.float32), 0)
+        if BLOCK * D_PAD <= ONE_EACH:
+            acc = acc * fade + tl.sum(product(weight[:, None], v.to(tl.float32)), 0)
+        else:
+            acc = acc * fade + tl.sum(weight[:, None] * v.to(tl.float32), 0)
         highest = new_highest
     return tl.full([1], 0.0, tl.float32) + highest, tl.full([1], 0.0, tl.float32) + norm, acc[None, :]
 
@@ -211,7 +225,12 @@ def attend_group(q, keys, values, logits, new_logit, new_value, total, base, beg
         weight = tl.exp2(logit - new_highest[:, None])
         fade = tl.exp2(highest - new_highest)
         norm = norm * fade + tl.sum(weight, 1)
-        acc = acc * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        # One rounding to 16 bits would be an error of the weights as large as that of the whole result may be.
+        high = rounded(weight, values.dtype.element_ty, INTERPRETED)
+        low = rounded(weight - high.to(tl.float32), values.dtype.element_ty, INTERPRETED)
+        acc = acc * fade[:, None] + tl.dot(high.to(v.dtype), v, input_precision="ieee")
+        if values.dtype.element_ty != tl.float32:
+            acc += tl.dot(low.to(v.dtype), v, input_precision="ieee")
         highest = new_highest
     # Of queries that only pad the group: not NaN, whatever keys hold.
     return tl.where(member < GROUP, highest, 0.0), norm, acc
@@ -245,7 +264,7 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     kind, offset, capacity, keep, recent, rule, score_offset = head_columns(table, head)
     cursors += row * 2
     prompt_len = tl.load(cursors)
-    cursor = tl.load(cursors + 1)
+    cursor = tl.load(cursors + 1, volatile=True)  # other programs count in it meanwhile
     step, arrived = cursor & STEP_MASK, cursor >> ARRIVAL_SHIFT
 
     dim, member = tl.arange(0, D_PAD), tl.arange(0, GROUP_PAD)
@@ -304,7 +323,7 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
         swapped = tl.load(query_at + partner[None, :], mask=out_mask, other=0.0)
         turned = queries.to(tl.float32) * turn[None, :] + swapped.to(tl.float32) * swing[None, :]
         queries = rounded(turned, queries.dtype, INTERPRETED)
-    new_logit = tl.sum(queries.to(tl.float32) * new_key[None, :], 1) * to_log2  # [GROUP_PAD]
+    new_logit = tl.sum(product(queries.to(tl.float32), new_key[None, :]), 1) * to_log2  # [GROUP_PAD]
     if GROUP == 1:
         query = tl.sum(queries.to(tl.float32), 0)  # [D_PAD]
         highest, norm, acc = attend_one(query, keys, values, logits, tl.sum(new_logit, 0), new_value, total, base,
@@ -329,10 +348,10 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
                 slot = slot_of(index, base, begin, ring)
                 given = tl.load(logits + member[:, None] * scored_slots + slot[None, :],
                                 mask=in_group[:, None] & live[None, :], other=-float("inf"))
-                given = tl.sum(tl.exp2(given - highest[:, None]) * share[:, None], 0)  # [EVICT_BLOCK]
+                given = tl.sum(product(tl.exp2(given - highest[:, None]), share[:, None]), 0)  # [EVICT_BLOCK]
                 known = tl.load(score_at + slot, mask=live, other=0.0)
                 tl.store(score_at + slot, known * kept_share + given, mask=live)
-            tl.store(score_at + new_slot, tl.sum(tl.exp2(new_logit - highest) * share, 0))
+            tl.store(score_at + new_slot, tl.sum(product(tl.exp2(new_logit - highest), share), 0))
             tl.store(position_at + new_slot, position)
 
             losers = evictable + 1 - keep
@@ -378,4 +397,4 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
 
     # Step forward: the row's last program writes the next step, with no arrivals.
     if tl.atomic_add(cursors + 1, ONE_ARRIVAL, sem="acq_rel") >> ARRIVAL_SHIFT == heads - 1:
-        tl.store(cursors + 1, step + 1)
+        tl.atomic_xchg(cursors + 1, step + 1, sem="relaxed")

@@ -10,7 +10,8 @@ import torch
 from ssd_kernels import CachePlan, HeadSpec, backends
 from ssd_kernels.backends.triton import interpreting
 
-from . import simulation
+from .ptx.cuda import PTXBackend
+from .ptx.triton import PTXTritonBackend
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 PART = 256  # kept tokens that a block attends to, csrc/cuda/decode.h kPartSlots: longer heads are split
@@ -34,14 +35,14 @@ class Case:
 
 
 INTERPRETED = interpreting()
-SIMULATED = simulation.is_supported()
-if SIMULATED:
-    backends.register(simulation.SimulatedCUDABackend())
+backends.register(PTXBackend())
+backends.register(PTXTritonBackend())
 CASES = (
     Case("reference", dtypes=(F32, BF16, F16, F64), compiled=False),
     Case("cpu"),
     *([Case("triton", device="cpu" if INTERPRETED else "cuda")] if backends.available()["triton"] is None else []),
-    *([Case("simulated_cuda")] if SIMULATED else []),
+    Case("ptx"),
+    Case("ptx_triton"),
     *([Case("cuda", device="cuda")] if backends.available()["cuda"] is None else []),
 )
 
@@ -60,7 +61,7 @@ def _param(case: Case, *more: object, id: str) -> object:
 each_backend = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES])
 each_compiled = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES if case.compiled])
 each_cuda = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES
-                                             if case.name in ("simulated_cuda", "cuda")])
+                                             if case.name in ("ptx", "cuda")])
 each_on_the_host = pytest.mark.parametrize("case", [
     _param(case, id=case.name) for case in CASES if case.device == "cpu"])
 each_without_table = pytest.mark.parametrize("case", [  # that can do without reading the table on the host

@@ -1,8 +1,8 @@
-"""What Triton's interpreter and the simulation of CUDA run in `make test`: every contract test, with some parameters.
+"""What Triton's interpreter and the executor of PTX run in `make test`: every contract test, with some parameters.
 
-One program takes the interpreter some 10 ms, so that all parameters take many minutes: `make triton`. The simulation is
-faster; `make simulation` runs all on it, in several orders of threads and under sanitizers. Of a test that is not
-listed here, and of one whose parameters match no more, the first parameters run.
+One program takes the interpreter some 10 ms, so that all parameters take many minutes: `make triton`. `make simulation`
+runs all on the executor, under several schedules. Of a test that is not listed here, and of one whose parameters match
+no more, the first parameters run.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
 
 from .cases import INTERPRETED
+from .ptx import schedules
 
 SELECTED = {
     "test_every_kind_of_head": "R4-keep_prompt.*bf16|R0-evict_prompt.*-f16",
@@ -68,14 +71,25 @@ if INTERPRETED:
         settings.load_profile("interpreted")
 
 
+@pytest.fixture(autouse=True)
+def _races(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leaves races unreported where a test expects some."""
+    if "ptx" not in request.node.name or not request.node.get_closest_marker("races_expected"):
+        yield
+        return
+    with schedules.scheduled(replace(schedules.usual(), races=False)):
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as exhaustive what is not selected."""
+    slow = {"ptx", "ptx_triton", *(["triton"] if INTERPRETED else [])}
     tests = defaultdict(list)
     for item in items:
-        name, _, parameters = item.nodeid.partition("[")
-        if "simulated_cuda" in parameters or (INTERPRETED and "triton" in parameters):
-            tests[name].append(item)
-    for name, cases in tests.items():
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        if case is not None and case.name in slow:
+            tests[item.nodeid.partition("[")[0], case.name].append(item)
+    for (name, _), cases in tests.items():
         pattern = SELECTED.get(name.rpartition("::")[2])
         selected = [item for item in cases if pattern is not None and re.search(pattern, item.name)] or cases[:1]
         for item in cases:

@@ -11,15 +11,16 @@ from ssd_kernels import CachePlan, CompressedCache, HeadSpec, backends
 from ssd_kernels.backends.cuda import SHARED_BYTES, CUDABackend, count_parts
 from ssd_kernels.layout import LayerLayout
 
-from . import simulation
 from .cases import BF16, F32, mixed, uniform
+from .ptx import build
 
-pytestmark = pytest.mark.skipif(not simulation.is_supported(), reason="needs Linux and a C++ compiler")
+pytestmark = pytest.mark.skipif(build.unsupported() is not None, reason=str(build.unsupported()))
+needs_nvcc = pytest.mark.skipif(build.nvcc() is None, reason="needs nvcc")
 
 
 @pytest.fixture(scope="module")
 def extension():
-    backend = backends.get("simulated_cuda")
+    backend = backends.get("ptx")
     assert isinstance(backend, CUDABackend)
     return backend.extension()
 
@@ -63,19 +64,21 @@ def test_shared_memory_grows_with_what_is_ranked(extension):
     assert sizes == sorted(sizes) and sizes[2] >= 16 * 3001
 
 
+@needs_nvcc
 def test_too_many_evictable_tokens_are_refused():
     plan = uniform(HeadSpec.heavy(SHARED_BYTES // 16))
     cache = CompressedCache(plan, batch_size=1, num_query_heads=2, head_dim=32, max_prompt=0, num_visual_tokens=9000,
-                            dtype=F32, backend="simulated_cuda")
+                            dtype=F32, backend="ptx")
     before = [tensor.clone() for tensor in cache._layers[0].tensors]
     with pytest.raises(ValueError, match="evictable tokens of a heavy head"):
         cache.decode(0, torch.zeros(1, 2, 32), torch.zeros(1, 2, 32), torch.zeros(1, 2, 32))
     assert all(torch.equal(old, new) for old, new in zip(before, cache._layers[0].tensors, strict=True))
 
 
+@needs_nvcc
 def test_warmup_makes_what_split_heads_need():
     cache = CompressedCache(mixed(3), batch_size=2, num_query_heads=3, head_dim=32, max_prompt=600,
-                            num_visual_tokens=5, dtype=BF16, backend="simulated_cuda")
+                            num_visual_tokens=5, dtype=BF16, backend="ptx")
     cache.warmup()
     assert cache._layers[0].native.arrivals.shape == (2, 3)
 

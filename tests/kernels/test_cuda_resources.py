@@ -25,7 +25,7 @@ import pytest
 from ssd_kernels import native
 from ssd_kernels.files import write_atomically
 
-from . import simulation
+from .ptx import build
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = Path(__file__).with_name("cuda_resources.json")
@@ -121,7 +121,7 @@ def unmeasurable() -> str | None:
 
 def unknown_occupancy() -> str | None:
     """Why blocks per multiprocessor cannot be computed, or None."""
-    if not simulation.compiler():
+    if not build.compiler():
         return "needs a C++ compiler"
     return None if occupancy_header() else "needs cuda_occupancy.h, which comes with CUDA's runtime headers"
 
@@ -193,7 +193,7 @@ def occupancy(kernels: Sequence[Kernel]) -> dict[str, dict[str, int]]:
              for kernel, device in asked]
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "occupancy"
-        subprocess.run([str(simulation.compiler()), "-std=c++17", "-isystem", str(occupancy_header()),
+        subprocess.run([str(build.compiler()), "-std=c++17", "-isystem", str(occupancy_header()),
                         str(Path(__file__).with_name("occupancy.cpp")), "-o", str(program)], check=True)
         answer = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
     blocks: dict[str, dict[str, int]] = {kernel.key: {} for kernel in kernels}

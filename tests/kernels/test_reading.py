@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,12 @@ def test_sizes_are_limited(tmp_path: Path) -> None:
     assert "file: must be a file of at most 99 bytes, got 100" in refusal(lambda: read_json(path, 99))
     with path.open("r+b") as file:
         file.truncate(2**40)  # sparse
-    assert f"at most 100 bytes, got {2**40}" in refusal(lambda: read_bytes(path, 100))
+    assert f"at most {2**39} bytes, got {2**40}" in refusal(lambda: read_bytes(path, 2**39))  # without reading it
+    path.write_bytes(b"x" * 100)
+    tracemalloc.start()
+    read_bytes(path, 2**39)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
     if os.path.exists("/proc/self/maps"):
         assert "at most 10 bytes" in refusal(lambda: read_bytes("/proc/self/maps", 10))
 

@@ -1,0 +1,156 @@
+"""What a decode step executes and moves, counted in the PTX of both GPU backends: nothing more than recorded.
+
+`python -m tests.kernels.test_ptx_counts` writes the record anew, for the compilers it names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ssd_kernels import CachePlan, CompressedCache, HeadSpec, backends
+from ssd_kernels.files import write_atomically
+from ssd_kernels.layout import RowView
+from ssd_kernels.triton.launch import step_bytes
+
+from . import cases
+from .ptx import build, schedules
+
+RECORD = Path(__file__).with_name("ptx_counts.json")
+COMMAND = "python -m tests.kernels.test_ptx_counts"
+HEADS, PROMPT, TOKENS = 4, 24, 576
+BUDGETED = HeadSpec.heavy(96, recent=48, score="mean")
+GLOBAL = ("ld.global", "st.global", "cp.async", "atom.global")  # how opcodes begin
+SHARED = ("ld.shared", "st.shared", "cp.async", "ldmatrix", "stmatrix")
+FIELDS = {
+    "instructions_per_warp": "instructions that a warp executes",
+    "instructions_per_slot": "instructions of all warps, by kept slot",
+    "sectors": "sectors of 32 bytes that accesses to global memory touch",
+    "sectors_over_best": "sectors, by what the same bytes would take side by side",
+    "bytes_over_useful": "bytes of sectors, by what a step has to move",
+    "wavefronts": "passes over the banks of shared memory",
+    "wavefronts_over_best": "passes, by what they would be without conflicts",
+    "barriers_per_block": "barriers of a block",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step of one row: ``step`` tokens have been decoded before it."""
+
+    name: str
+    spec: HeadSpec
+    row_buffer: int
+    step: int
+    group: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    head_dim: int = 128
+
+
+STEPS = (
+    Step("heavy, between refreshes", BUDGETED, 24, 130),
+    Step("heavy, refresh", BUDGETED, 24, 143),
+    Step("heavy, one loser", HeadSpec.heavy(115, recent=57), 0, 130),
+    Step("window", HeadSpec.window(115), 0, 130),
+    Step("full, 524 slots", HeadSpec.full(), 0, 500),
+    Step("heavy, 4 queries a head", BUDGETED, 24, 130, group=4),
+    Step("heavy, float32", BUDGETED, 24, 130, dtype=torch.float32),
+    Step("heavy, head_dim 64", BUDGETED, 24, 130, head_dim=64),
+)
+RUNS = [(case.name, step) for case in cases.CASES if case.name in ("ptx", "ptx_triton") for step in STEPS]
+
+
+def launched(backend: str, step: Step) -> dict[str, Any]:
+    """What one launch did (`take` of the executor's module), and how many warps and kept slots it had."""
+    plan = CachePlan.uniform(step.spec, num_layers=1, num_heads=HEADS, row_buffer=step.row_buffer)
+    cache = CompressedCache(plan, batch_size=1, num_query_heads=HEADS * step.group, head_dim=step.head_dim,
+                            max_prompt=PROMPT, num_visual_tokens=TOKENS, dtype=step.dtype, backend=backend)
+    random = torch.Generator().manual_seed(0)
+    state = cache._layers[0]
+    for tensor in (state.keys, state.values, state.scores):
+        tensor.copy_(torch.randn(tensor.shape, generator=random))
+    state.scores.abs_()
+    state.positions.copy_(torch.randint(0, PROMPT + step.step, state.positions.shape, generator=random))
+    state.cursors.copy_(torch.tensor([[PROMPT, step.step]]))
+    q, k, v = (torch.randn(1, heads, step.head_dim, generator=random).to(step.dtype)
+               for heads in (HEADS * step.group, HEADS, HEADS))
+    cache.decode(0, q, k, v)  # compiles, and makes what split heads need
+    state.cursors.copy_(torch.tensor([[PROMPT, step.step]]))
+    module = build.module()
+    module.take()
+    with schedules.scheduled(replace(schedules.SCHEDULES["lockstep"], races=False, counts=True)):
+        cache.decode(0, q, k, v)
+    counted: dict[str, Any] = module.take()
+    views = [RowView.of(state.layout, head, PROMPT, step.step) for head in range(HEADS)]
+    counted["slots"] = sum(view.base + view.evictable for view in views)
+    counted["useful"] = step_bytes(state.layout, PROMPT, step.step, step.head_dim, step.dtype.itemsize,
+                                   HEADS * step.group)
+    return counted
+
+
+def measured(backend: str, step: Step) -> dict[str, float]:
+    """The fields of the record, rounded to three places."""
+    counted = launched(backend, step)
+    (rows,) = counted["counts"].values()
+
+    def total(column: int, *kinds: str) -> int:
+        return sum(row[column] for row in rows if row[0].startswith(kinds))
+
+    warps, sectors = counted["warps"], total(4, *GLOBAL)
+    wavefronts = total(6, *SHARED)
+    numbers = {
+        "instructions_per_warp": counted["warp_instructions"] / warps,
+        "instructions_per_slot": counted["warp_instructions"] / counted["slots"],
+        "sectors": sectors,
+        "sectors_over_best": sectors / total(5, *GLOBAL),
+        "bytes_over_useful": 32 * sectors / counted["useful"],
+        "wavefronts": wavefronts,
+        "wavefronts_over_best": wavefronts / total(7, *SHARED),
+        "barriers_per_block": counted["barriers"] / counted["blocks"],
+    }
+    return {name: round(number, 3) for name, number in numbers.items()}
+
+
+def compiler(backend: str) -> str:
+    """Which compiler the numbers are of: they say nothing of another one's."""
+    if backend == "ptx":
+        match = re.search(r"release (\S+),", build.nvcc_version())
+        return f"nvcc {match[1] if match else '?'}"
+    import triton
+
+    return f"triton {triton.__version__}"
+
+
+@pytest.mark.parametrize(("backend", "step"), RUNS, ids=[f"{backend}-{step.name}" for backend, step in RUNS])
+def test_counts(backend: str, step: Step) -> None:
+    """No field is worse than in the record."""
+    if reason := backends.available()[backend]:
+        pytest.skip(f"{backend}: {reason}")
+    record = json.loads(RECORD.read_text())[backend]
+    if record["compiler"] != compiler(backend):
+        pytest.skip(f"compiled by {compiler(backend)}, recorded for {record['compiler']}; `{COMMAND}` writes it anew")
+    now, before = measured(backend, step), record["steps"][step.name]
+    worse = [f"{now[field]} {meaning}, recorded {before[field]}" for field, meaning in FIELDS.items()
+             if now[field] > before[field]]
+    assert not worse, "\n".join(worse)
+
+
+def write() -> None:
+    record: dict[str, Any] = {}
+    for backend, step in RUNS:
+        if reason := backends.available()[backend]:
+            raise SystemExit(f"{backend}: {reason}")
+        of_backend = record.setdefault(backend, {"compiler": compiler(backend), "steps": {}})
+        of_backend["steps"][step.name] = measured(backend, step)
+    text = json.dumps(record, indent=1) + "\n"
+    write_atomically(RECORD, lambda file: file.write(text.encode()))
+
+
+if __name__ == "__main__":
+    write()
