@@ -39,7 +39,7 @@ def plain(name: str, tensor: object) -> torch.Tensor:
     Raises:
         TypeError: not a tensor, or one that is no strided memory: a fake tensor or another subclass that computes for
             itself, one inside torch.func's transforms, sparse, nested, of MKL-DNN. Quantized ones differ in dtype.
-        ValueError: a meta tensor.
+        ValueError: a meta tensor, or one whose storage was resized to nothing, as sharded training does.
     """
     try:  # the usual case, in a fraction of a microsecond
         if type(tensor) is torch.Tensor and not (tensor.is_neg() or tensor.is_nested) and (
@@ -59,6 +59,8 @@ def plain(name: str, tensor: object) -> torch.Tensor:
         raise TypeError(f"{name} must be a plain tensor, got {'a nested' if tensor.is_nested else tensor.layout} one")
     tensor = tensor.resolve_neg()
     if not _has_memory(tensor):
+        if _is_freed(tensor):
+            raise ValueError(f"{name} must be a tensor with values, got one whose storage was freed")
         tensor = tensor.clone(memory_format=torch.contiguous_format)
         if not _has_memory(tensor):
             raise TypeError(f"{name} must be a plain tensor, got one without memory of its own, as inside torch.func's "
@@ -73,6 +75,14 @@ def _has_memory(tensor: torch.Tensor) -> bool:
     except RuntimeError:
         return False
     return address % tensor.itemsize == 0 if address > offset else tensor.numel() == 0
+
+
+def _is_freed(tensor: torch.Tensor) -> bool:
+    """Whether a strided tensor has elements and a storage without bytes; zero tensors have none by design."""
+    try:
+        return tensor.numel() > 0 and not tensor._is_zerotensor() and tensor.untyped_storage().nbytes() == 0
+    except RuntimeError:
+        return False
 
 
 def check_memory(name: str, tensor: torch.Tensor) -> None:

@@ -42,9 +42,14 @@ def shown(value: object) -> str:
 
 @contextmanager
 def naming(where: str | os.PathLike[str]) -> Iterator[None]:
-    """Put ``where`` in front of the TypeErrors and ValueErrors of the block, as ValueErrors of one line."""
+    """Put ``where`` in front of the TypeErrors and ValueErrors of the block, as ValueErrors of one line; OSErrors that
+    name no file name it."""
     try:
         yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fsdecode(where)) from error
     except (TypeError, ValueError) as error:
         text = _one_line(str(error))
         short = text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE - 3]}..."

@@ -62,6 +62,12 @@ def _imaginary(x: torch.Tensor) -> torch.Tensor:
     return torch.complex(torch.ones_like(x), -x).conj().imag
 
 
+def _freed(x: torch.Tensor) -> torch.Tensor:
+    freed = x.clone()
+    freed.untyped_storage().resize_(0)
+    return freed
+
+
 # How to make a tensor of this kind that stands for x.
 RESOLVED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "negated": lambda x: torch._neg_view(-x), "parameter": lambda x: torch.nn.Parameter(x, x.is_floating_point()),
@@ -72,7 +78,7 @@ FLOATING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "computed-with-grad": lambda x: x.clone().requires_grad_() * 1}
 REFUSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "fake": lambda x: FakeTensorMode().from_tensor(x), "meta": lambda x: x.to("meta"), "wrapped": Wrapped,
-    "sparse": lambda x: x.to_sparse(), "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "freed": _freed, "sparse": lambda x: x.to_sparse(), "nested": lambda x: torch.nested.nested_tensor(list(x)),
     "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged)}
 REFUSED_FLOATING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "csr": lambda x: x.to_sparse_csr(), "mkldnn": lambda x: x.to_mkldnn(),

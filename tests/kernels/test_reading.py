@@ -62,6 +62,13 @@ def test_only_regular_files_are_opened(tmp_path: Path, read: Callable[[str, int]
     assert f"odd: must be a regular file, got a {word}" in refusal(lambda: read(str(path), 100))
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+def test_errors_while_reading_name_the_file() -> None:
+    """Address 0 of this process's memory is not there."""
+    with pytest.raises(OSError, match="/proc/self/mem"):
+        read_bytes("/proc/self/mem", 100)
+
+
 def test_a_file_that_turns_into_a_fifo_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was opened counts, not what the name stood for before; and opening it waits for no writer."""
     path = tmp_path / "plan.json"
