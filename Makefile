@@ -75,8 +75,9 @@ $(SANITIZERS): gpu-build
 			-k 'cuda and (test_smallest_sizes and R3-keep or test_heads_split_over_blocks and f32-R0-keep)'; \
 	else echo "compute-sanitizer is not installed: $@ not run"; fi
 
+# The benchmarks import ssd_janus, which lies in python/ where the package is not installed.
 gpu-bench: gpu-build
-	$(PYTHON) -m bench.gpu --out $(OUT)
+	PYTHONPATH=python $(PYTHON) -m bench.gpu --out $(OUT)
 
 # Every parameter of the contract tests on the executor of PTX, Triton's code for two architectures: in lockstep, and with
 # threads, blocks, stores and copies as late as may be. `make simulation SCHEDULES=eager` runs one schedule only.

@@ -190,7 +190,9 @@ class CompressedCache:
             q, k, v = self._checked_step(q, k, v)
         if scale is None:
             scale = 1.0 / math.sqrt(self.head_dim)
-        elif not isinstance(scale, (int, float)):
+        elif isinstance(scale, (int, float)):
+            scale = float(scale)  # Triton would compile anew for an int, inside a capture too
+        else:
             raise TypeError(f"scale must be a number or None, got {scale!r}")
         if rotary is not None:
             rotary = ops.checked_rotary(rotary, self.max_prompt + self.num_visual_tokens, q, compiling)

@@ -146,7 +146,7 @@ def rank_of(score, position, newest, prompt_len, steps, recent, rule, pinned, nu
     token = position - prompt_len
     visual = valid & (token >= 0) & (token < num_visual_tokens)
     word = tl.load(pinned + token // 32, mask=visual, other=0)
-    is_pinned = visual & (((word >> (token % 32)) & 1) == 1)
+    is_pinned = visual & (((word >> (token & 31)) & 1) == 1)
     highest: tl.constexpr = HIGHEST
     rank = tl.where(is_pinned, (tl.full(rank.shape, highest, tl.int64) << 32) + position.to(tl.int64), rank)
     return tl.where(position > newest - recent, PROTECTED, rank)

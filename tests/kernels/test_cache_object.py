@@ -70,3 +70,18 @@ def test_numbers_beyond_int32_are_the_largest(case: Case, huge: CachePlan, large
     for seed in range(N):
         assert torch.equal(_step(one, seed), _step(other, seed))
     assert one.positions(0, 0)[0].tolist() == list(range(N))
+
+
+@pytest.mark.parametrize("scale", [1, True, 1.0, None])
+def test_backends_get_the_scale_as_a_float(scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is compiled for the kinds of its arguments is compiled once."""
+    cache = _cache(Case("reference"))
+    kinds, decode = [], cache._backend.decode
+
+    def watched(*arguments: object) -> object:
+        kinds.append(type(arguments[4]))
+        return decode(*arguments)
+
+    monkeypatch.setattr(cache._backend, "decode", watched)
+    cache.decode(0, *torch.randn(3, B, H, D), scale)
+    assert kinds == [float]
