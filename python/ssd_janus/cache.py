@@ -14,6 +14,7 @@ from transformers import Cache, CacheLayerMixin
 
 from ssd_kernels import CachePlan, CompressedCache
 
+from . import waiting
 from .internals import CACHE_NAME, MODEL_ARGUMENTS, KeyHandle, sdpa_attention_forward
 
 # Arguments that reach the attention function of a Janus and do not change what it computes. Anything else that is set
@@ -46,6 +47,7 @@ class _Shared:
         order: ``[B, max(prompt_lens)]`` slots of the real prompt tokens, or None without padding.
         finished: the `generate` call that owned this cache is over.
         observer: told of every attention call, if there is one.
+        watch: of steps on a CPU, from one to the next.
     """
 
     def __init__(self, plan: CachePlan, num_visual_tokens: int, backend: str, observer: Observer | None) -> None:
@@ -60,6 +62,7 @@ class _Shared:
         self.order: torch.Tensor | None = None
         self.finished = False
         self.observer = observer
+        self.watch = waiting.StepWatch()
 
     def advance(self, keys: torch.Tensor) -> None:
         """Count the tokens of ``keys`` [B, H, T, D]."""
@@ -67,6 +70,9 @@ class _Shared:
         if self.next_position is None:
             self.next_position = torch.zeros((), dtype=torch.long, device=keys.device)
         self.next_position += keys.shape[2]
+        if keys.device.type == "cpu":
+            self.watch.end()
+            self.watch.begin()
 
     def begin(self, query: torch.Tensor, values: torch.Tensor) -> CompressedCache:
         """Make the cache for the prompt's query [B, Hq, P, D] and values [B, H, P, D]."""

@@ -37,33 +37,51 @@ def _process_module() -> dict[str, Any]:
     return runpy.run_path(str(Path(package.origin).with_name("process.py")))
 
 
-def watched(step: Callable[[], Any],
-            clock: Callable[[], tuple[float, float]] = lambda: (time.perf_counter(), time.process_time()),
-            ) -> Callable[[], None]:
-    """``step``, which says once per process, with the remedy, that its calls take ten times as long as the CPU time
-    that they need, where spinning threads or too many of them can be why.
+class StepWatch:
+    """Says once per process, with the remedy, that steps take ten times as long as the CPU time that they need, where
+    spinning threads or too many of them can be why.
 
-    CPU time grows with spinning, so what a call needs is the least that any call has taken. A few slow calls, as when
+    CPU time grows with spinning, so what a step needs is the least that any step has taken. A few slow steps, as when
     the machine slept, say nothing: the median counts.
-
-    Args:
-        clock: seconds on the wall, and of the process's CPU time.
     """
-    walls: list[float] = []
-    needed = math.inf
+
+    def __init__(self, clock: Callable[[], tuple[float, float]] | None = None) -> None:
+        """
+        Args:
+            clock: seconds on the wall, and of the process's CPU time.
+        """
+        self._clock = clock or (lambda: (time.perf_counter(), time.process_time()))
+        self._began: tuple[float, float] | None = None
+        self._walls: list[float] = []
+        self._needed = math.inf
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._began = self._clock()
+
+    def end(self) -> None:
+        """The step that began last is over; nothing if none is under way."""
+        if self._began is None:
+            return
+        wall, cpu = (now - began for now, began in zip(self._clock(), self._began, strict=True))
+        self._began = None
+        self._walls.append(wall)
+        self._needed = min(self._needed, cpu)
+        if len(self._walls) == STEPS:
+            typical = statistics.median(self._walls)
+            self._walls.clear()
+            if typical > TIMES * self._needed:
+                _tell(typical, self._needed)
+
+
+def watched(step: Callable[[], Any], clock: Callable[[], tuple[float, float]] | None = None) -> Callable[[], None]:
+    """``step`` under a `StepWatch`."""
+    watch = StepWatch(clock)
 
     def run() -> None:
-        nonlocal needed
-        wall, cpu = clock()
+        watch.begin()
         step()
-        wall, cpu = (now - began for now, began in zip(clock(), (wall, cpu), strict=True))
-        walls.append(wall)
-        needed = min(needed, cpu)
-        if len(walls) == STEPS:
-            typical = statistics.median(walls)
-            walls.clear()
-            if typical > TIMES * needed:
-                _tell(typical, needed)
+        watch.end()
 
     return run
 

@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+import torch
 
 from ssd_janus import waiting
+from ssd_janus.cache import JanusCache
 from ssd_janus.engine import Engine
+from ssd_kernels import CachePlan, HeadSpec
 
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
 
@@ -87,6 +90,18 @@ def test_the_engine_watches_its_steps(fresh: Any, monkeypatch: pytest.MonkeyPatc
     fresh.model.vision_model.to("meta")  # steps run where the language model is
     Engine(fresh).generate([[5, 6, 7]], steps=9)
     assert len(counted) == 8, "the first token is the prompt's"
+
+
+@pytest.mark.usefixtures("spinning")
+def test_transformers_loop_is_watched_from_step_to_step(caplog: pytest.LogCaptureFixture) -> None:
+    """Layers of one step are one step; the first interval is the prompt's."""
+    cache = JanusCache(CachePlan.uniform(HeadSpec.full(), 2, 2), 40)
+    cache.shared.watch = waiting.StepWatch(iter([(0.6 * step, 0.01 * step) for step in range(80)]).__next__)
+    with caplog.at_level(logging.WARNING, "ssd_janus"):
+        for step in range(18):
+            for layer in cache.layers:
+                layer.update(*torch.ones(2, 1, 2, 1 if step else 7, 8))
+    assert len(caplog.messages) == 1 and "export OMP_WAIT_POLICY=passive" in caplog.messages[0]
 
 
 def run(code: str, **environment: str) -> str:
