@@ -130,6 +130,11 @@ def test_random_numbers_in_a_capture(machine: pretend.Machine) -> None:
     assert first != x.tolist()
     with pytest.raises(RuntimeError, match="previous error"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         x.exponential_(generator=generator)
+    with pytest.raises(RuntimeError, match="outside graph capture"):
+        x.exponential_()
+    own = torch.cuda.default_generators[0]
+    own.graphsafe_set_state(own.clone_state())
+    x.exponential_()
 
 
 def test_streams_and_devices_belong_to_threads(machine: pretend.Machine) -> None:

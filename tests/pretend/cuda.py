@@ -38,6 +38,13 @@ class Generator(torch.Generator):
     def device(self) -> torch.device:
         return self.where
 
+    def clone_state(self) -> Generator:
+        return Generator(self.where)
+
+    def graphsafe_set_state(self, state: torch.Generator) -> None:
+        """Of the numbers to come, which mean nothing here, nothing changes."""
+        machine().stuck.discard(self.where.index)
+
 
 class Profile:
     """In the place of `torch.profiler.profile`: the launches as its events."""
@@ -149,6 +156,8 @@ def pretended(devices: int = 1, **sizes: Any) -> Iterator[Machine]:
                                    (threading.Thread, "run", in_thread),
                                    (torch.cuda.graph, "default_capture_stream", None), *kernels.patches(here)):
             undo.enter_context(patch.object(owner, name, value))
+        undo.enter_context(patch.object(torch.cuda, "default_generators", tuple(
+            Generator(torch.device("cuda", index)) for index in range(devices))))
         undo.enter_context(patch.object(torch._C, "_host_emptyCache", lambda: None, create=True))
         undo.enter_context(Mode())
         yield here

@@ -47,7 +47,7 @@ class Event:
             ``non_blocking``), ``wait`` (a synchronisation), ``prepare`` (a library made its workspace for a stream).
         name: of the operation.
         device, stream: index of the device, number of the stream.
-        place: who asked (`place`).
+        place: who asked (`place`); not looked up for launches.
         nbytes: copied, or read and written by the operation.
         launches: kernels, as far as one operation is one; of a replay as many as the graph recorded.
         captured: it was recorded by a graph instead of being done.
@@ -100,6 +100,7 @@ class TimingEvent:
 
     def record(self, stream: Stream | None = None) -> None:
         self.stream = stream or machine().stream()
+        machine().events.add(self.stream.device_index)
         self.seconds = time.perf_counter()
 
     def elapsed_time(self, other: TimingEvent) -> float:
@@ -157,6 +158,7 @@ class Graph:
                 storage.copy_(contents)
         self._saved.clear()
         if self._broken:
+            machine().stuck.add(self._stream.device_index)
             raise CUDAError("CUDA error: operation failed due to a previous error during capture")
         if not self._recorded:
             machine().empty_graphs += 1
@@ -166,7 +168,7 @@ class Graph:
     def replay(self) -> None:
         if not self._complete:
             raise RuntimeError("Called CUDAGraph::replay without a preceding successful capture.")
-        stream = machine().stream()
+        stream = machine().stream(self._stream.device)
         if stream.graph is not None:
             raise machine().forbidden("replay")
         self.replays += 1
@@ -215,6 +217,7 @@ class Machine:
         devices: how many. name, capability: of each. memory: bytes of each.
         log: what happened, in order.
         graphs: captured successfully; ``captures`` were begun, and ``empty_graphs`` recorded nothing.
+        events: devices on whose streams events were recorded.
     """
 
     devices: int = 1
@@ -223,6 +226,7 @@ class Machine:
     memory: int = 8 << 30
     log: list[Event] = field(default_factory=list)
     graphs: list[Graph] = field(default_factory=list)
+    events: set[int] = field(default_factory=set)
     captures: int = 0
     empty_graphs: int = 0
 
@@ -231,6 +235,7 @@ class Machine:
         self._guard = guard.load()
         self._guard.pretended_set_device_count(self.devices)
         self.generators: dict[int, int] = {}  # devices of random number generators, by the address of what they wrap
+        self.stuck: set[int] = set()  # devices whose own generator waits for the end of a capture that failed
         self._default: dict[int, Stream] = {}
         self._storages: dict[int, int] = {}
         self._prepared: set[tuple[str, int]] = set()
@@ -289,7 +294,8 @@ class Machine:
 
     def note(self, kind: str, name: str, device: int, stream: Stream, nbytes: int = 0, launches: int = 0) -> Event:
         launches = launches or int(kind == "launch")
-        event = Event(kind, name, device, stream.cuda_stream, place(), nbytes, launches, stream.graph is not None)
+        where = "" if kind == "launch" else place()  # of hundreds a step; looking it up takes longer than they do
+        event = Event(kind, name, device, stream.cuda_stream, where, nbytes, launches, stream.graph is not None)
         self.log.append(event)
         return event
 

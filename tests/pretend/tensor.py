@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from .machine import CUDAError, Machine, machine
 
@@ -104,6 +105,35 @@ def _unreachable(*args: Any, **others: Any) -> Any:
     raise AssertionError("an operation on a pretended device came past its tensors")
 
 
+@dataclass(frozen=True)
+class Operation:
+    """What is known of an operation before it is called.
+
+    Attributes:
+        name: ``add`` for ``aten::add.Tensor``.
+        written: arguments that it changes in place, by position and name.
+        returns_written: its results are these.
+        random: draws random numbers.
+        composite: made of others, in which it is taken apart.
+    """
+
+    name: str
+    written: tuple[tuple[int, str], ...]
+    returns_written: bool
+    random: bool
+    composite: bool
+
+    @classmethod
+    @cache
+    def of(cls, function: Any) -> Operation:
+        schema, name = function._schema, name_of(function)
+        writes = [argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments]
+        first = schema.returns[0].alias_info if schema.returns else None
+        return cls(name, tuple((number, argument.name) for number, argument in enumerate(schema.arguments)
+                               if writes[number]), first is not None and first.is_write,
+                   torch.Tag.nondeterministic_seeded in function.tags, name not in FUSED and function._can_decompose())
+
+
 def name_of(function: Any) -> str:
     """``add`` for ``aten::add.Tensor``."""
     return str(function.name()).split("::")[-1].split(".")[0]
@@ -118,35 +148,57 @@ def held(value: Any) -> Any:
     return value.held if isinstance(value, Pretended) else value
 
 
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """A function of every part of an argument: it may be in lists, tuples and dictionaries."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([mapped(function, part) for part in value])
+    if isinstance(value, dict):
+        return {name: mapped(function, part) for name, part in value.items()}
+    return function(value)
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """All tensors in an argument."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for part in value for tensor in tensors_of(part)]
+
+
 def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One operation of torch, on tensors of any device."""
-    flat = tree_flatten((args, kwargs))[0]
-    given = [value for value in flat if isinstance(value, Pretended)]
+    tensors = tensors_of((args, kwargs))
+    given = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
     asked = kwargs.get("device")
     if not given and not is_cuda(asked):
         return function(*args, **kwargs)
-    here, name = machine(), name_of(function)
-    if function._can_decompose() and name not in FUSED:  # in inference mode these come whole
+    here, known = machine(), Operation.of(function)
+    name = known.name
+    if known.composite:  # in inference mode these come whole
         with Mode():
             out = function.decompose(*args, **kwargs)
         if out is not NotImplemented:
             return out
     device = here.index(asked) if is_cuda(asked) else given[0].device.index
-    _check_devices(function, name, args, given, flat)
-    _check_generator(here, kwargs.get("generator"), device)
+    _check_devices(function, name, args, given, tensors)
+    if known.random:
+        _check_generator(here, kwargs.get("generator"), device)
     _notice_waits(here, name, args, kwargs, given, device)
     if name in PRODUCTS:
         here.prepare("cublas", device)
     on_device = is_cuda(asked) if asked is not None else True
     if name == "copy_" and not isinstance(args[0], Pretended):
         on_device = False
-    plain_args, plain_kwargs = tree_map(held, args), {key: tree_map(held, value) for key, value in kwargs.items()}
+    plain_args, plain_kwargs = mapped(held, args), mapped(held, kwargs)
     if is_cuda(asked):
         plain_kwargs["device"] = torch.device("cpu")
     if plain_kwargs.get("pin_memory"):
         del plain_kwargs["pin_memory"]
     graph = here.stream(device).graph if on_device else None
-    written = list(_written(function, args, kwargs))
+    written = list(_written(known, args, kwargs))
     if graph is not None:
         for tensor in written:
             graph.keep(held(tensor))
@@ -154,15 +206,17 @@ def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not on_device:
         return args[0] if name == "copy_" else out
     _note(here, function, name, plain_args, plain_kwargs, out, device, bool(written))
-    return _wrapped(here, function, out, written, device)
+    if known.returns_written:
+        return written[0] if isinstance(out, torch.Tensor) else type(out)(written)
+    return _wrapped(here, out, device)
 
 
-def _check_devices(function: Any, name: str, args: tuple[Any, ...], given: list[Pretended], flat: list[Any]) -> None:
+def _check_devices(function: Any, name: str, args: tuple[Any, ...], given: list[Pretended],
+                   tensors: list[torch.Tensor]) -> None:
     """Raise RuntimeError where tensors of different devices meet, as on CUDA."""
     if name in COPIES or not given:
         return
-    hosts = [value for value in flat if isinstance(value, torch.Tensor) and not isinstance(value, Pretended)
-             and value.device.type == "cpu" and value.dim() > 0]
+    hosts = [tensor for tensor in tensors if not isinstance(tensor, Pretended) and tensor.is_cpu and tensor.dim() > 0]
     others = [tensor for tensor in given if tensor.device != given[0].device]
     if hosts and name in MASKS and isinstance(args[0], Pretended):
         return  # indices are copied; `_notice_waits` says so
@@ -174,6 +228,8 @@ def _check_devices(function: Any, name: str, args: tuple[Any, ...], given: list[
 def _check_generator(here: Machine, generator: Any, device: int) -> None:
     """Raise RuntimeError unless random numbers come from a generator of the device, which a capture must know."""
     if generator is None:
+        if device in here.stuck:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         return
     if here.generators.get(generator._cdata) != device:
         raise RuntimeError(f"Expected a generator on cuda:{device}, got one on another device")
@@ -205,24 +261,16 @@ def _notice_waits(here: Machine, name: str, args: tuple[Any, ...], kwargs: dict[
                 here.wait(device, f"{name} with indices of the host", kind="to_device", nbytes=index.nbytes)
 
 
-def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+def _written(known: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
     """Arguments that an operation changes in place."""
-    for number, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = args[number] if not argument.kwarg_only and number < len(args) else kwargs.get(argument.name)
-        yield from (tensor for tensor in (value if isinstance(value, (tuple, list)) else [value])
-                    if isinstance(tensor, torch.Tensor))
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [tensor for tensor in tree_flatten(value)[0] if isinstance(tensor, torch.Tensor)]
+    for number, name in known.written:
+        yield from tensors_of(args[number] if number < len(args) else kwargs.get(name))
 
 
 def _note(here: Machine, function: Any, name: str, args: Any, kwargs: Any, out: Any, device: int,
           writes: bool) -> None:
     """Log the launch of an operation that has been computed, and record it in a capture."""
-    inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+    inputs, outputs = tensors_of((args, kwargs)), tensors_of(out)
     storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     fresh = [tensor for tensor in outputs if tensor.untyped_storage().data_ptr() not in storages]
     if name in ALLOCATIONS or not (writes or fresh):  # the rest are views
@@ -243,22 +291,18 @@ def _again(function: Any, args: Any, kwargs: Any, out: Any) -> Callable[[], None
     """The operation once more, with its results where they were."""
 
     def operation() -> None:
-        for old, new in zip(_tensors(out), _tensors(function(*args, **kwargs)), strict=True):
+        for old, new in zip(tensors_of(out), tensors_of(function(*args, **kwargs)), strict=True):
             if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                 old.copy_(new)
 
     return operation
 
 
-def _wrapped(here: Machine, function: Any, out: Any, written: list[torch.Tensor], device: int) -> Any:
-    """An operation's results on the device; those that it wrote in place are the tensors it was given."""
-    returns = function._schema.returns
-    if written and returns and returns[0].alias_info is not None and returns[0].alias_info.is_write:
-        return written[0] if isinstance(out, torch.Tensor) else type(out)(written)
+def _wrapped(here: Machine, out: Any, device: int) -> Any:
+    """An operation's results, on the device."""
     graph = here.stream(device).graph
-    for tensor in _tensors(out):
+    for tensor in tensors_of(out):
         here.allocate(tensor, device)
         if graph is not None:
             graph.own(tensor)
-    return tree_map_only(torch.Tensor, lambda tensor: Pretended(tensor, device), out)
-
+    return mapped(lambda value: Pretended(value, device) if isinstance(value, torch.Tensor) else value, out)
