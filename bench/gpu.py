@@ -199,8 +199,7 @@ def attempt(out: Path, point: dict[str, Any], name: str, measure: Callable[[], l
         file.write("".join(json.dumps(line) + "\n" for line in found))
     print_records(found)
     if all(line["status"].startswith("failed") for line in found):
-        # What a failed kernel leaves behind may keep memory, or the whole device, from the next.
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()  # a device that is broken says so once, and not at everything that follows
     torch.cuda.empty_cache()
     return found
 
