@@ -59,7 +59,8 @@ gpu:
 		$(addprefix --step ,$(if $(STEPS),extension $(STEPS)))
 
 # Every parameter of the contract tests on the executor of PTX, Triton's code for two architectures: in lockstep, and with
-# threads, blocks, stores and copies as late as may be. `make simulation SCHEDULES=eager` runs one schedule only.
+# threads, blocks, stores and copies as late as may be. `make simulation SCHEDULES=eager` runs one schedule only. Last,
+# all that `make gpu` runs, on a pretended GPU.
 SCHEDULES ?= lockstep adversarial
 simulation: export OMP_WAIT_POLICY := passive
 simulation: export OMP_NUM_THREADS := 1
@@ -68,6 +69,7 @@ simulation: $(VENV)/.built
 	for schedule in $(SCHEDULES); do SSD_PTX_SCHEDULE=$$schedule $(BIN)/python -m pytest -q $(WORKERS) tests/kernels \
 		-k ptx -m 'not gpu' || exit 1; done
 	SSD_PTX_ARCHITECTURE=90 $(BIN)/python -m pytest -q $(WORKERS) tests/kernels -k ptx_triton -m 'not gpu'
+	$(BIN)/python -m pytest -q tests/packaging/test_gpu_steps.py -m exhaustive
 
 bench: $(VENV)/.built
 	$(BIN)/ssd-bench suite --readme README.md
