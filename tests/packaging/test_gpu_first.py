@@ -59,8 +59,10 @@ time.sleep(600)
 """
 SPAWNS = """
 import os, subprocess, sys, time
-for session in (False, True):  # one stays in the process group, one leaves it
-    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"], start_new_session=session)
+# One stays in the process group without the environment, one leaves it with the environment.
+for session, variables in ((False, {}), (True, None)):
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"], start_new_session=session,
+                             env=variables)
     print(child.pid, flush=True)
 """
 
