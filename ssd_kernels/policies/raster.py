@@ -52,7 +52,7 @@ class Raster:
 
 def raster_of(shape: Any) -> Raster:
     """The raster of a shape, ``shape.raster``; without one, rows of ``shape.columns`` tokens and nothing between."""
-    known = getattr(shape, "raster", None)
+    known: Raster | None = getattr(shape, "raster", None)
     if known is not None:
         return known
     rows, rest = divmod(shape.num_visual_tokens, shape.columns)
