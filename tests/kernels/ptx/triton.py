@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ssd_kernels.backends.triton import TritonBackend, interpreting
+from ssd_kernels.backends.triton import TritonBackend
 
 from . import build, schedules
 
@@ -114,7 +114,7 @@ class PTXTritonBackend(TritonBackend):
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        return "Triton interprets in this process" if interpreting() else build.unsupported()
+        return build.unsupported()
 
     def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cpu":
