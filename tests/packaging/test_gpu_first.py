@@ -190,6 +190,19 @@ def test_some_steps_are_chosen_by_name(tool: ModuleType, tmp_path: Path, capsys:
     assert "--step must be one of" in capsys.readouterr().err
 
 
+def test_make_gpu_runs_it_with_the_python_at_hand() -> None:
+    """It builds first, whatever is there, in parts too."""
+    said = subprocess.run(["make", "-n", "gpu", "PYTHON=PYTHON", "OUT=there", "STEPS=smoke kernel", "SECONDS=60"],
+                          cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    expected = "PYTHON tools/gpu_first.py --build --out there --seconds 60 --step extension --step smoke --step kernel"
+    assert said.replace("\\\n", " ").split() == expected.split()
+
+
+def test_an_extension_that_is_there_may_be_built_anew(tool: ModuleType, tmp_path: Path) -> None:
+    steps = {step.name: step for stage in tool.stages(tmp_path, build=True) for step in stage.steps}
+    assert "build" not in steps and "build_ext --inplace" in steps["extension"].command[-1]
+
+
 @pytest.mark.parametrize(("text", "error"), [
     ("collected\nE       AssertionError: layer 0\nE   more\nFAILED a", "E AssertionError: layer 0"),
     ("Traceback\n  File\ntorch.AcceleratorError: CUDA error: an illegal memory access\nmore",
