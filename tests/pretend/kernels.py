@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ssd_kernels import native
+from ssd_kernels import native, noise, philox
 from ssd_kernels.backends.cpu import DTYPE_CODES
 from ssd_kernels.backends.cuda import CUDABackend
 from ssd_kernels.backends.triton import TritonBackend
@@ -137,6 +137,11 @@ def _prefill(given: SimpleNamespace) -> None:
                                   given.prompt_lens, given.rows)
 
 
+def _noise(given: SimpleNamespace) -> None:
+    out, seeds, steps = (given.held[name] for name in ("out", "seeds", "steps"))
+    out.copy_(philox.exponential(seeds, steps, given.codes))
+
+
 def patches(here: Machine) -> list[tuple[Any, str, Any]]:
     """Owner, name and replacement of what the backends ask about the machine and what they launch."""
     import ssd_kernels.arguments
@@ -158,6 +163,7 @@ def patches(here: Machine) -> list[tuple[Any, str, Any]]:
         return SimpleNamespace(decode_kernel=Launcher(real.decode_kernel, _decode),
                                prefill_kernel=Launcher(real.prefill_kernel, _prefill))
 
+    noise_kernel = noise._kernel
     cuda_unavailable = CUDABackend.unavailable
 
     def unavailable(self: CUDABackend) -> str | None:
@@ -174,6 +180,7 @@ def patches(here: Machine) -> list[tuple[Any, str, Any]]:
               (ssd_kernels.arguments, ssd_kernels.cache, ssd_kernels.ops)),
             (TritonBackend, "kernels", launchers),
             (TritonBackend, "capability", lambda self, device: 10 * here.capability[0] + here.capability[1]),
+            (noise, "_kernel", lambda: Launcher(noise_kernel(), _noise)),
             (CUDABackend, "unavailable", unavailable), (CUDABackend, "extension", own_extension)]
 
 

@@ -106,15 +106,14 @@ class Batch:
             watched.finish()
         self.lengths.copy_(torch.tensor([len(prompt) for prompt in prompts]))
         self.inputs[:self.rows] = last
-        if self.noise is not None:
-            self.noise.draw()
+        self.prepare()
         self._choose(self.inputs)
         self.done = 1
 
     def prepare(self) -> None:
-        """What comes before a step and is no part of it: fresh noise."""
+        """What comes before a step and is no part of it: noise from generators."""
         if self.noise is not None:
-            self.noise.draw()
+            self.noise.prepare()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -174,7 +173,7 @@ class Batch:
         guided, plain = conditional.split([self.guided, self.pictures - self.guided])
         guided = unconditional + (guided - unconditional) * self.scale
         token = self.sampling.choose(torch.cat([guided, plain]) if len(plain) else guided,
-                                     None if self.noise is None else self.noise.values)
+                                     None if self.noise is None else self.noise.values(self.column))
         self.tokens.index_copy_(1, self.column, token[:, None])
         self.column += 1
         self.inputs.copy_(weights.following(token.index_select(0, self.picture_of_row)))

@@ -24,7 +24,7 @@ from .batch import PACKED_ROW_MULTIPLE, ROW_MULTIPLE, Batch, LogitsProcessor
 from .capture import CapturedStep, can_capture
 from .decoding import DECODE_CHUNK, decode
 from .memory import MemoryReport
-from .sampling import Noise, Sampling
+from .sampling import Sampling, noise_for
 from .timing import StepTiming
 from .weights import Weights
 
@@ -322,7 +322,7 @@ class Engine:
                                 self.shape.num_visual_tokens, self.dtype, weights.device, self.backend)
         cache.warmup(rotary=True)
         seeds = None if request.seeds is None else [request.seeds[i] for i in order]
-        noise = None if request.sampling.greedy else Noise(len(order), weights.codes, seeds, weights.device)
+        noise = None if request.sampling.greedy else noise_for(len(order), weights.codes, seeds, weights.device)
         observer = self.plan.observer() if isinstance(self.plan, OnlinePlan) else request.observer
         multiple = (PACKED_ROW_MULTIPLE if self.packed else ROW_MULTIPLE) if self.exact else 1
         batch = Batch(weights, cache, guidance, request.steps, request.sampling, noise, row_multiple=multiple,
