@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from ssd_attach.cache import Observer
+from ssd_attach.online import OnlinePlan, check_observer
 from ssd_kernels import CachePlan, CompressedCache
 
 from .. import waiting
-from ..cache import Observer
-from ..online import OnlinePlan, check_observer
 from ..progress import ProgressCallback
 from ..shape import ModelShape, placement
 from . import capture, memory
