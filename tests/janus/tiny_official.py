@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 SPECIALS = [BOS, EOS, PAD, "<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<|User|>", "<|Assistant|>"]
@@ -184,6 +184,11 @@ def build_tokenizer() -> Tokenizer:
         vocab_size=310, special_tokens=SPECIALS, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return tokenizer
+
+
+def wrapped_tokenizer() -> PreTrainedTokenizerFast:
+    """As transformers' code holds it."""
+    return PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
 def prompt_ids(text: str, user: str = "<|User|>", assistant: str = "<|Assistant|>") -> list[int]:

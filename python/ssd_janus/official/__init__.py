@@ -1,7 +1,7 @@
 """DeepSeek's own Janus (deepseek-ai/Janus), which is no class of transformers: its checkpoints and its living models.
 
-`checkpoint` reads its folders with `weights`, which knows names, and `processor`, which knows prompts; `live` takes a
-model that is in memory.
+`checkpoint` reads its folders with `weights`, which knows names, and `processor`, which knows prompts; `live` puts
+the engine around a model that is in memory, `loops` compressed caches into the loops over it.
 """
 
 from __future__ import annotations

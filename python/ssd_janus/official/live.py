@@ -35,6 +35,17 @@ def is_official(model: object) -> bool:
     return isinstance(model, nn.Module) and not missing_parts(model)
 
 
+def check_official(model: object) -> None:
+    """
+    Raises:
+        TypeError: not built as a `MultiModalityCausalLM`.
+    """
+    missing = missing_parts(model)
+    if missing:
+        raise TypeError(f"model must be a model of deepseek-ai/Janus (MultiModalityCausalLM), got a "
+                        f"{type(model).__name__} without {', '.join(missing)}")
+
+
 def as_transformers(model: nn.Module, tokenizer: Any) -> PictureJanus:
     """transformers' Janus around the parts of a living official model, for drawing.
 
@@ -52,17 +63,14 @@ def as_transformers(model: nn.Module, tokenizer: Any) -> PictureJanus:
         ValueError: the tokenizer lacks a token that prompts need, or a part has sizes that transformers' Janus cannot
             have.
     """
-    missing = missing_parts(model)
-    if missing:
-        raise TypeError(f"model must be a model of deepseek-ai/Janus (MultiModalityCausalLM), got a "
-                        f"{type(model).__name__} without {', '.join(missing)}")
+    check_official(model)
     official: Any = model
     tokens = SpecialTokens.of(getattr(tokenizer, "tokenizer", tokenizer))
     decoder = official.language_model.model
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     with naming(type(model).__name__):
         config = janus_config(decoder.config, {name: tensor.shape for name, tensor in tensors.items()},
-                              _image_size(official))
+                              image_size(official))
     with torch.device("meta"):
         janus = PictureJanus(config)
     inner, aligner, head = janus.model, official.gen_aligner.layers, official.gen_head
@@ -86,6 +94,7 @@ def as_transformers(model: nn.Module, tokenizer: Any) -> PictureJanus:
     return janus
 
 
-def _image_size(model: Any) -> int:
+def image_size(model: Any) -> int:
+    """Pixels of the side of an official model's pictures."""
     params = getattr(getattr(getattr(model, "config", None), "vision_config", None), "params", None) or {}
     return int(params.get("image_size", IMAGE_SIZE))

@@ -68,9 +68,8 @@ def janus_config(text: LlamaConfig, shapes: Mapping[str, Sequence[int]], image_s
         return len(set(_numbers(pattern, shapes)))
 
     vq, base = "gen_vision_model", size("gen_vision_model.encoder.conv_in.weight")
-    levels = count(rf"{vq}\.encoder\.conv_blocks\.(\d+)\.")
+    levels, pixels = count(rf"{vq}\.encoder\.conv_blocks\.(\d+)\."), token_pixels(shapes)
     multiplier = [size(f"{vq}.encoder.conv_blocks.{level}.res.0.conv1.weight") // base for level in range(levels)]
-    pixels = 2 ** (levels - 1)  # of a token's side: every level but the last halves the picture
     if image_size < 1 or image_size % pixels:
         raise ValueError(f"image_size must be a positive multiple of the {pixels} pixels of a token, got {image_size}")
     latent = size(f"{vq}.post_quant_conv.weight")
@@ -86,6 +85,11 @@ def janus_config(text: LlamaConfig, shapes: Mapping[str, Sequence[int]], image_s
     vision = JanusVisionConfig(image_size=image_size, patch_size=pixels, num_image_tokens=(image_size // pixels) ** 2,
                                projection_dim=text.hidden_size)
     return JanusConfig(text_config=text, vision_config=vision, vq_config=vq_config)
+
+
+def token_pixels(names: Iterable[str]) -> int:
+    """Pixels of a token's side by the names of weights: every level of the decoder but the last doubles the picture."""
+    return 2 ** max(0, len(set(_numbers(r"gen_vision_model\.decoder\.conv_blocks\.(\d+)\.", names))) - 1)
 
 
 def _numbers(pattern: str, names: Iterable[str]) -> list[int]:
