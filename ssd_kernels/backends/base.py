@@ -21,6 +21,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     reads_table: ClassVar[bool] = True  # on the host; if False, ``state.layout.heads`` may be empty
+    shares_prompts: ClassVar[bool] = True
 
     @abstractmethod
     def unavailable(self) -> str | None:
@@ -39,6 +40,12 @@ class Backend(ABC):
             return f"it needs head_dim to be a multiple of 8 within 32 .. 256, got {head_dim}"
         return None
 
+    def check_shared(self, shared: bool) -> None:
+        """Raise ValueError if rows are to share prompts and cannot."""
+        if shared and not self.shares_prompts:
+            raise ValueError(f"shared_prompts must be None with backend={self.name!r}, whose kernels read prompts from "
+                             "their own rows only")
+
     @abstractmethod
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                scale: float, rotary: Rotary | None = None) -> torch.Tensor:
@@ -52,7 +59,8 @@ class Backend(ABC):
         """One `decode` of a row that has no step left, which kernels leave as it is: a `warmup` of what a GPU runs."""
         done = torch.tensor([[0, state.layout.num_visual_tokens]], dtype=torch.int32, device=state.keys.device)
         row = LayerState(state.layout, state.keys[:1], state.values[:1], state.scores[:1], state.positions[:1], done,
-                         state.table, state.pinned)
+                         state.table, state.pinned, state.prompt_keys, state.prompt_values,
+                         None if state.prompt_of is None else state.prompt_of[:1])
         q, k = (state.keys.new_zeros((1, heads, state.keys.shape[2])) for heads in (query_heads, state.table.shape[0]))
         tables = k.new_zeros((1, k.shape[2] // 2), dtype=torch.float32)
         self.decode(row, q, k, k, 1.0, (tables, tables) if rotary else None)
