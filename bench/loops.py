@@ -46,7 +46,7 @@ def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, 
     """
     from transformers import DynamicCache, StaticCache
 
-    from ssd_janus.internals import CACHE_NAME, compiled
+    from ssd_attach.internals import CACHE_NAME, compiled
     from ssd_janus.shape import placement
 
     device, dtype = placement(model)
@@ -94,18 +94,19 @@ def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, 
 
 
 def engine_loop(engine: Engine, prompts: Sequence[Sequence[int]], steps: int, start: int | None = None,
-                timing: StepTiming | None = None, sample: bool = True,
+                timing: StepTiming | None = None, sample: bool = True, seeds: int | None = None,
                 clock: Callable[[], float] = time.perf_counter) -> Drawn:
     """Our engine's steps.
 
     Args:
         start: visual tokens that are in the cache before the first step, random ones; None begins with the prompt.
         prompts, steps, timing, sample: as in `transformers_loop`, which draws from the same random numbers.
+        seeds: of the first picture, the others counting on: numbers of their own instead.
     """
     from ssd_janus.engine import capture
 
     sampling = Sampling.make(1.0, top_k=TOP_K) if sample else Sampling(greedy=True)
-    batch = engine.batch(prompts, guidance=GUIDANCE, seeds=None, sampling=sampling, steps=steps, timing=timing)
+    batch = engine.batch(prompts, guidance=GUIDANCE, seeds=seeds, sampling=sampling, steps=steps, timing=timing)
     if start is not None:
         steady_state(batch.cache, len(prompts[0]), start)
     step, cuda, marks = batch.step, engine.device.type == "cuda", []

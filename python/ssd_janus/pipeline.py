@@ -21,20 +21,22 @@ from transformers import (
     LogitsProcessorList,
 )
 
+from ssd_attach.cache import DecoderCache, Observer
+from ssd_attach.coupling import Coupling
+from ssd_attach.internals import CACHE_NAME
+from ssd_attach.online import check_observer
 from ssd_kernels import CachePlan
 from ssd_kernels.reading import shown
 
 from . import hooks
-from .cache import JanusCache, Observer
 from .checkpoints import included_model
 from .engine import Engine, MemoryReport, Sampling, call, decode, unsupported
 from .engine.sampling import SampledByPicture
 from .images import to_pictures
-from .internals import CACHE_NAME
 from .loading import PictureJanus
-from .online import OnlinePlan, check_observer
 from .progress import ProgressCallback, progress_bar
 from .shape import ModelShape, placement
+from .waiting import StepWatch
 
 Preview = Callable[[Sequence[int], list[Image]], Any]
 
@@ -277,11 +279,11 @@ class Pipeline:
         tokens, runs = [], []
         for number, batch in enumerate(batches):
             began, first = time.perf_counter(), seed + number * size
-            cache = JanusCache(plan, self.shape.num_visual_tokens, backend,
-                               plan.observer() if isinstance(plan, OnlinePlan) else observer, guided=guidance > 1)
+            coupling = Coupling(plan, self.shape.num_visual_tokens, backend)
+            cache = DecoderCache(coupling.generation(observer, guided=guidance > 1, watch=StepWatch()))
             sampled = SampledByPicture(self.model, guidance, range(first, first + len(batch)), **options)
             inputs = self._tokenise(batch)
-            with hooks.drawing(self.model, cache):
+            with hooks.drawing(self.model, coupling, cache):
                 tokens.append(type(self.model).generate(
                     self.model, **inputs, **{CACHE_NAME: cache}, generation_mode="image", do_sample=False,
                     guidance_scale=1.0, num_return_sequences=1, return_dict_in_generate=False,

@@ -67,7 +67,7 @@ class TritonBackend(Backend):
                 q, k, v, *state.tensors, out, logits, logits.view(torch.int32), *(rotary or (logits, logits)),
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], batch, heads, slots, layout.scored_slots,
                 layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1), scale,
-                **constants, INTERPRETED=interpreting(), **options)
+                **constants, **options)
         return out
 
     def warmup(self, states: Sequence[LayerState], query_heads: int, rotary: bool) -> None:

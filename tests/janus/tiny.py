@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 
-from ssd_janus.internals import CACHE_NAME
+from ssd_attach.internals import CACHE_NAME
 from ssd_kernels import CachePlan, HeadSpec
 
 LAYERS, GRID, HEAD_DIM = 3, 6, 32

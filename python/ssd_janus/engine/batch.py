@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from ssd_attach.cache import Observer
+from ssd_attach.online import Typing
 from ssd_kernels import CompressedCache
 from ssd_kernels.reference import rotate
 
-from ..cache import Observer
-from ..online import Typing
 from .sampling import Noise, Sampling
 from .timing import StepTiming
 from .weights import Layer, Weights

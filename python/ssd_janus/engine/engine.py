@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from ssd_attach.cache import Observer
+from ssd_attach.online import OnlinePlan, check_observer
 from ssd_kernels import CachePlan, CompressedCache
 
 from .. import waiting
-from ..cache import Observer
-from ..online import OnlinePlan, check_observer
 from ..progress import ProgressCallback
 from ..shape import ModelShape, placement
-from . import capture, memory
+from . import memory
 from .batch import PACKED_ROW_MULTIPLE, ROW_MULTIPLE, Batch, LogitsProcessor
+from .capture import CapturedStep, can_capture
 from .decoding import DECODE_CHUNK, decode
 from .memory import MemoryReport
 from .sampling import Noise, Sampling
@@ -297,12 +298,12 @@ class Engine:
         batch = self._started(request, order)
         request.step_done()
         self._report_row(request, batch, numbers, back)
-        step, captured = batch.step, not self.capture
+        step: Callable[[], None] = batch.step
         if self.device.type == "cpu":
             step = waiting.watched(step)
         while batch.done < request.steps:
-            if not captured and batch.done > capture.WARM_STEPS and capture.can_capture(batch):
-                step, captured = capture.capture(batch), True
+            if self.capture and not isinstance(step, CapturedStep) and can_capture(batch):
+                step = CapturedStep(batch)
             step()
             request.step_done()
             self._report_row(request, batch, numbers, back)

@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..internals import logits_processors, prepared_config
+from ssd_attach.internals import logits_processors, prepared_config
 
 # Fields of a generation config that say how tokens are chosen; the further ones where they are set.
 USUAL = ("temperature", "top_k", "top_p")
