@@ -235,7 +235,8 @@ class CompressedCache:
         return result
 
     def warmup(self, rotary: bool = False) -> float:
-        """Compile the kernels that `decode` will run, where the backend compiles at first use; changes nothing.
+        """Compile the kernels that `decode` and `prefill` will run, where the backend compiles at first use; changes
+        nothing.
 
         Call it before capturing a CUDA graph. Triton keeps what it compiled on disk, so that another process finds it.
 

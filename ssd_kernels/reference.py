@@ -60,17 +60,20 @@ def decode(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     return out
 
 
-def rotate(x: torch.Tensor, rotary: Rotary, positions: Sequence[int]) -> torch.Tensor:
+def rotate(x: torch.Tensor, rotary: Rotary, positions: Sequence[int] | torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) in the halves layout of Llama.
 
     Elements i and i + D / 2 are a pair, turned by the angle of ``rotary`` at the token's position; computed in
     float32 or wider and rounded once.
 
     Args:
-        x: ``[B, heads, D]``. rotary: cos and sin ``[N, D / 2]``. positions: B positions below N.
+        x: ``[B, heads, D]``. rotary: cos and sin ``[N, D / 2]``. positions: B positions below N; a long tensor on the
+            device of ``x`` spares a copy to it.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (table[list(positions), None].to(wide) for table in rotary)  # [B, 1, D / 2]
+    if not isinstance(positions, torch.Tensor):
+        positions = torch.tensor(positions, dtype=torch.long, device=x.device)
+    cos, sin = (table.index_select(0, positions)[:, None].to(wide) for table in rotary)  # [B, 1, D / 2]
     a, b = x.to(wide).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 

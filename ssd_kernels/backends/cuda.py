@@ -102,6 +102,7 @@ class CUDABackend(Backend):
             known = self._native(state)
             self._check_shared(known, state, query_heads)
             self.decode_finished_row(state, query_heads, rotary)
+            self.prefill_empty_row(state)
 
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
                 scores: torch.Tensor | None, rows: Sequence[int]) -> None:

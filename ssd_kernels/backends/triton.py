@@ -73,6 +73,7 @@ class TritonBackend(Backend):
     def warmup(self, states: Sequence[LayerState], query_heads: int, rotary: bool) -> None:
         for state in states:
             self.decode_finished_row(state, query_heads, rotary)
+            self.prefill_empty_row(state)
 
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
                 scores: torch.Tensor | None, rows: Sequence[int]) -> None:
@@ -82,7 +83,8 @@ class TritonBackend(Backend):
             return
         k, v = k.contiguous(), v.contiguous()
         scores = None if scores is None else scores.contiguous()
-        block = launch.power_of_two(max(k.shape[2], 1))
+        # Of the longest prompt that the cache may get, not of this one: the same kernel for all of them.
+        block = max(launch.power_of_two(layout.max_prompt), launch.MIN_EVICT_BLOCK)
         lengths, indices = (torch.tensor(list(numbers), dtype=torch.int32).to(k.device, non_blocking=True)
                             for numbers in (prompt_lens, rows))
         slot_list = torch.empty((len(rows), heads, block), dtype=torch.int32, device=k.device)

@@ -172,6 +172,20 @@ def test_watched_pictures_are_not_captured(fresh: Any, machine: pretend.Machine)
     assert torch.equal(drawn, expected) and machine.captures == 0
 
 
+@pytest.mark.parametrize("observed", [False, True])
+def test_positions_go_to_the_device_once(fresh: Any, machine: pretend.Machine, observed: bool) -> None:
+    """Not for every layer, nor for q and k, cos and sin: a prompt's are counted on the device, and so are a step's."""
+    options = {"logits_processor": [lambda tokens, logits: logits]} if observed else {}
+    steps = of_steps(machine, Engine(fresh.to("cuda"), PLAN), sampling=GREEDY, steps=WARM_STEPS + 1,
+                     **options)
+    assert len(steps) == WARM_STEPS and all(names(step, *WAITING) == [] for step in steps)
+    lengths = len({len(prompt) for prompt in prompts()})
+    copies = [event.place.partition(":")[0] for event in machine.of_kind("to_device")]
+    assert not any(place.endswith("ssd_kernels/reference.py") for place in copies)
+    # Tokens, rows and copies of every group of prompts; and once: whose rows, guidance, lengths.
+    assert copies.count("python/ssd_janus/engine/batch.py") == 3 * lengths + 3
+
+
 def test_too_little_memory_is_shared(fresh: Any, machine: pretend.Machine, caplog: pytest.LogCaptureFixture) -> None:
     fresh.to("cuda")
     expected = Engine(fresh, PLAN).generate(prompts(), guidance=2.0, sampling=GREEDY)

@@ -74,7 +74,7 @@ class Batch:
         self.tokens = torch.zeros(self.pictures, steps, dtype=torch.long, device=device)
         self.column = torch.zeros(1, dtype=torch.long, device=device)
         self.done = 0
-        self.lengths: list[int] = []
+        self.lengths = torch.zeros(self.rows, dtype=torch.long, device=device)
         self._project = _compiled(project) if compiled and timing is None else project
         self._mix = _compiled(mix) if compiled and timing is None else mix
         self._decode = cache.decode if timing is None else timing.timed("attention", cache.decode)
@@ -104,7 +104,7 @@ class Batch:
                 last.index_copy_(0, torch.tensor(rows, device=last.device), hidden[copies])
         if watched is not None:
             watched.finish()
-        self.lengths = [len(prompt) for prompt in prompts]
+        self.lengths.copy_(torch.tensor([len(prompt) for prompt in prompts]))
         self.inputs[:self.rows] = last
         if self.noise is not None:
             self.noise.draw()
@@ -156,7 +156,7 @@ class Batch:
         if self.observer is None and not self.logits_processor:
             return self._decode(layer, query, keys, values, self.weights.scale, self.weights.rotary)
         # An observer wants them rotated, and who compares runs, some of them observed, wants the same bits in all.
-        positions = [length + self.done - 1 for length in self.lengths]
+        positions = self.lengths + (self.column - 1)
         query, keys = (rotate(tensor, self.weights.rotary, positions) for tensor in (query, keys))
         out = self._decode(layer, query, keys, values, self.weights.scale)
         if self.observer is not None:
@@ -188,7 +188,7 @@ class Batch:
         """
         weights, count, length = self.weights, len(prompts), len(prompts[0])
         tokens = torch.tensor(prompts, device=weights.device).flatten()
-        positions = [*range(length)] * count
+        positions = torch.arange(length, device=weights.device).repeat(count)
         tokens = functional.pad(tokens, (0, self._padded(len(tokens)) - len(tokens)))
         hidden = functional.embedding(tokens, weights.embed).to(weights.dtype)
         for index, layer in enumerate(weights.layers):
