@@ -23,6 +23,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     reads_table = False
+    shares_prompts = False
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
