@@ -2,7 +2,6 @@
 #
 #   make demo      draw pictures with a small Janus, full cache beside compressed -> demo/
 #   make test      all tests that need no GPU
-#   make triton    all contract tests of the Triton backend, interpreted on the CPU; takes long
 #   make simulation  all contract tests of the CUDA and Triton kernels, from their PTX on the CPU; takes long
 #   make gpu       first contact with a CUDA GPU: tests, times, sanitizers, with the Python at hand and offline -> $(OUT)
 #   make bench     the CPU benchmarks: kernel, decoder steps, pictures -> bench/results/, README.md
@@ -33,9 +32,9 @@ BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13,<4' ninja 'cmake>=3.24'
 SOURCES     := $(shell find csrc -type f)
-CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/kernels/*.cpp tests/kernels/ptx/*.cpp tests/kernels/ptx/*.h)
+CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard $(addprefix tests/kernels/*/*.,cpp h cuh))
 
-.PHONY: demo test triton simulation gpu bench quality policies lint format pins compat newest clean
+.PHONY: demo test simulation gpu bench quality policies lint format pins compat newest clean
 
 # Passive waiting: on a busy machine, threads that spin while they wait can turn seconds into minutes.
 demo: export OMP_WAIT_POLICY := passive
@@ -46,11 +45,6 @@ test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.built
 	$(BIN)/python -m tests.kernels.ptx.build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS)
-
-# Every parameter of the contract tests in Triton's interpreter; `make test` runs them from Triton's PTX instead.
-triton: export OMP_WAIT_POLICY := passive
-triton: $(VENV)/.built
-	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS) tests/kernels -k 'triton and not test_triton' -m 'not gpu' -W ignore
 
 # Installs nothing: a machine with a GPU brings its own torch, Triton and pytest. `make gpu STEPS="smoke kernel"` runs
 # some parts, `make gpu SECONDS=1800` gives every step more time.

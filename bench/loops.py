@@ -46,7 +46,7 @@ def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, 
     """
     from transformers import DynamicCache, StaticCache
 
-    from ssd_janus.internals import CACHE_NAME, compiled
+    from ssd_attach.internals import CACHE_NAME, compiled
     from ssd_janus.shape import placement
 
     device, dtype = placement(model)

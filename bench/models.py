@@ -40,7 +40,7 @@ def random_model(hidden: int, intermediate: int, layers: int, heads: int, dtype:
     """A Janus of these sizes with random weights, 24 x 24 tokens of 16384 codes, and a small picture decoder."""
     from transformers import GenerationConfig, JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
-    from ssd_janus.internals import no_init_weights
+    from ssd_attach.internals import no_init_weights
 
     text = LlamaConfig(vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate,
                        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,

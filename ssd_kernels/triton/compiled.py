@@ -57,7 +57,6 @@ def compile_decode(architecture: int, dtype: str, head_dim: int, group: int = 1,
     item_size = 4 if dtype == "fp32" else 2
     constants, options = decode_constants(head_dim, item_size, group, row_buffer, largest, scored, keep_prompt, rotary,
                                           architecture)
-    constants["INTERPRETED"] = False
     names = decode_kernel.arg_names
     signature = {name: "constexpr" if name in constants else "fp32" if name == "scale" else
                  "*" + (POINTERS[name] or dtype) if name in POINTERS else "i32" for name in names}

@@ -50,16 +50,6 @@ LEAST_FLOAT = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``x`` in ``dtype``, rounded to nearest even; Triton's interpreter cuts bfloat16 off instead."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        even = bits + 0x7FFF + ((bits >> 16) & 1)
-        x = tl.where(x == x, even, bits).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
 def product(x, y):
     """``x * y``, rounded by itself before it is summed over threads.
 
@@ -179,8 +169,7 @@ def attend_one(q, keys, values, logits, new_logit, new_value, total, base, begin
                SCORED: tl.constexpr):
     """Attention of one query [D_PAD] over ``total`` slots and the new token: maximum, sum [1] and output [1, D_PAD].
 
-    ``scored_total``: of how many slots logits are stored, all or none. Masks come from comparisons only: Triton 3.9's
-    interpreter makes an int32 mask, and refuses it, of a block's bool and a scalar one.
+    ``scored_total``: of how many slots logits are stored, all or none.
     """
     highest = new_logit
     norm = 1.0
@@ -206,7 +195,7 @@ def attend_one(q, keys, values, logits, new_logit, new_value, total, base, begin
 @triton.jit
 def attend_group(q, keys, values, logits, new_logit, new_value, total, base, begin, ring, scored_total, scale,
                  scored_slots, D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
-                 BLOCK: tl.constexpr, STAGES: tl.constexpr, SCORED: tl.constexpr, INTERPRETED: tl.constexpr):
+                 BLOCK: tl.constexpr, STAGES: tl.constexpr, SCORED: tl.constexpr):
     """`attend_one` for the queries [GROUP_PAD, D_PAD] of a group, which read every slot together."""
     member = tl.arange(0, GROUP_PAD)
     highest = new_logit  # [GROUP_PAD]
@@ -214,9 +203,7 @@ def attend_group(q, keys, values, logits, new_logit, new_value, total, base, beg
     acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32) + new_value[None, :]
     for start in tl.range(0, total, BLOCK, num_stages=STAGES):
         slot, live, k, v = load_slots(keys, values, start, total, base, begin, ring, D, D_PAD, BLOCK)
-        if INTERPRETED:
-            k, v = k.to(tl.float32), v.to(tl.float32)
-        logit = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee") * scale  # [GROUP_PAD, BLOCK]
+        logit = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [GROUP_PAD, BLOCK]
         if SCORED:
             tl.store(logits + member[:, None] * scored_slots + slot[None, :], logit,
                      mask=(member < GROUP)[:, None] & (start + tl.arange(0, BLOCK) < scored_total)[None, :])
@@ -226,11 +213,11 @@ def attend_group(q, keys, values, logits, new_logit, new_value, total, base, beg
         fade = tl.exp2(highest - new_highest)
         norm = norm * fade + tl.sum(weight, 1)
         # One rounding to 16 bits would be an error of the weights as large as that of the whole result may be.
-        high = rounded(weight, values.dtype.element_ty, INTERPRETED)
-        low = rounded(weight - high.to(tl.float32), values.dtype.element_ty, INTERPRETED)
-        acc = acc * fade[:, None] + tl.dot(high.to(v.dtype), v, input_precision="ieee")
-        if values.dtype.element_ty != tl.float32:
-            acc += tl.dot(low.to(v.dtype), v, input_precision="ieee")
+        high = weight.to(v.dtype)
+        low = (weight - high.to(tl.float32)).to(v.dtype)
+        acc = acc * fade[:, None] + tl.dot(high, v, input_precision="ieee")
+        if v.dtype != tl.float32:
+            acc += tl.dot(low, v, input_precision="ieee")
         highest = new_highest
     # Of queries that only pad the group: not NaN, whatever keys hold.
     return tl.where(member < GROUP, highest, 0.0), norm, acc
@@ -247,8 +234,7 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
                   num_visual_tokens, pin_words, period, scale,
                   KEEP_PROMPT: tl.constexpr, EVERY_STEP: tl.constexpr, SCORED: tl.constexpr, D: tl.constexpr,
                   D_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr,
-                  ROTARY: tl.constexpr, EVICT_BLOCK: tl.constexpr, COPY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-                  INTERPRETED: tl.constexpr):
+                  ROTARY: tl.constexpr, EVICT_BLOCK: tl.constexpr, COPY_BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """One (batch row, head) of one decode step. Tensors as in `ssd_kernels.state.LayerState`.
 
     ``q`` [B, Hq, D], ``k`` and ``v`` [B, H, D] with the given strides, ``out`` [B, Hq, D] contiguous.
@@ -256,7 +242,6 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     ``cos``, ``sin``: float32 [N, D / 2], read if ROTARY.
     ``period``: max(R, 1). ``scale``: of the dot products.
     ``EVICT_BLOCK``: at least the evictable tokens of any heavy head.
-    ``INTERPRETED``: avoid what Triton's interpreter cannot do in bfloat16.
     """
     program = tl.program_id(0)
     row = (program % batch).to(tl.int64)
@@ -307,7 +292,7 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     if ROTARY:
         partner, turn, swing = turns(cos, sin, position, dim, D)
         swapped = tl.load(key_at + partner, mask=in_dim, other=0.0)
-        new_key = rounded(new_key.to(tl.float32) * turn + swapped.to(tl.float32) * swing, new_key.dtype, INTERPRETED)
+        new_key = (new_key.to(tl.float32) * turn + swapped.to(tl.float32) * swing).to(new_key.dtype)
     new_value = tl.load(v + row * v_row + head * v_head + dim, mask=in_dim, other=0.0)
     tl.store(keys + new_slot * D + dim, new_key, mask=in_dim)
     tl.store(values + new_slot * D + dim, new_value, mask=in_dim)
@@ -322,7 +307,7 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     if ROTARY:
         swapped = tl.load(query_at + partner[None, :], mask=out_mask, other=0.0)
         turned = queries.to(tl.float32) * turn[None, :] + swapped.to(tl.float32) * swing[None, :]
-        queries = rounded(turned, queries.dtype, INTERPRETED)
+        queries = turned.to(queries.dtype)
     new_logit = tl.sum(product(queries.to(tl.float32), new_key[None, :]), 1) * to_log2  # [GROUP_PAD]
     if GROUP == 1:
         query = tl.sum(queries.to(tl.float32), 0)  # [D_PAD]
@@ -332,8 +317,8 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
         new_logit = tl.where(in_group, new_logit, 0.0)
         highest, norm, acc = attend_group(queries, keys, values, logits, new_logit, new_value, total, base, begin,
                                           ring, scored_total, to_log2, scored_slots, D, D_PAD, GROUP, GROUP_PAD, BLOCK,
-                                          STAGES, SCORED, INTERPRETED)
-    tl.store(out_at, rounded(acc / norm[:, None], out.dtype.element_ty, INTERPRETED), mask=out_mask)
+                                          STAGES, SCORED)
+    tl.store(out_at, acc / norm[:, None], mask=out_mask)
 
     if SCORED:
         if keep_scores:

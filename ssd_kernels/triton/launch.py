@@ -96,7 +96,7 @@ def decode_constants(head_dim: int, item_size: int, group: int, row_buffer: int,
         rotary: whether q and k are rotated in the launch.
 
     Returns:
-        the kernel's constants but INTERPRETED, by name, and Triton's options.
+        the kernel's constants, by name, and Triton's options.
     """
     evict_block = max(power_of_two(largest), MIN_EVICT_BLOCK)
     config = decode_config(head_dim, item_size, group, evict_block, capability)

@@ -15,10 +15,10 @@ import torch
 from tiny import draw
 from transformers import DynamicCache, JanusForConditionalGeneration, LlamaForCausalLM
 
+from ssd_attach.cache import DecoderCache, Generation
+from ssd_attach.internals import CACHE_NAME
 from ssd_janus import disable, enable, hooks
-from ssd_janus.cache import JanusCache
 from ssd_janus.hooks import is_enabled
-from ssd_janus.internals import CACHE_NAME
 from ssd_kernels import CachePlan, HeadSpec
 
 FULL = CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4)
@@ -92,8 +92,8 @@ def test_text_generation_and_forward_stay_stock(fresh: Any) -> None:
         assert torch.equal(fresh.generate(**options), expected)
         assert torch.equal(fresh.generate(**options, generation_mode="text"), expected)
         assert torch.equal(fresh(input_ids=text["input_ids"]).logits, logits)
-        assert fresh.model.language_model.config._attn_implementation == implementation
         disable(fresh)
+        assert fresh.model.language_model.config._attn_implementation == implementation
 
 
 def test_copies_are_independent_and_saving_is_clean(fresh: Any, tmp_path: Path) -> None:
@@ -149,17 +149,17 @@ def test_used_caches_are_refused(fresh: Any) -> None:
             draw(fresh, **{name: used})
         with pytest.raises(ValueError, match=f"{CACHE_NAME} must be left out.*DynamicCache"):
             draw(fresh, **{name: DynamicCache()})
-        with pytest.raises(ValueError, match=f"{CACHE_NAME} must be left out.*JanusCache"):
+        with pytest.raises(ValueError, match=f"{CACHE_NAME} must be left out.*DecoderCache"):
             fresh.generate(**tiny.image_inputs(), **{name: used}, max_new_tokens=2)
     with pytest.raises(ValueError, match=f"{CACHE_NAME} must be a fresh cache"):
         fresh.model.language_model(input_ids=torch.tensor([[1]]), **{CACHE_NAME: used})
     disable(fresh)
     with pytest.raises(ValueError, match=f"{CACHE_NAME} must be a fresh cache"):
         draw(fresh, **{CACHE_NAME: used})
-    unused = JanusCache(FULL, tiny.TOKENS)
+    unused = DecoderCache(Generation(FULL, tiny.TOKENS))
     for implementation in ("sdpa", "eager"):
         fresh.set_attn_implementation(implementation)
-        with pytest.raises(ValueError, match="a compressed cache works inside generate only"):
+        with pytest.raises(ValueError, match="a compressed cache works on the model that made it"):
             fresh.model.language_model(input_ids=torch.tensor([[1]]), **{CACHE_NAME: unused})
 
 

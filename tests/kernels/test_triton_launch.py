@@ -83,7 +83,6 @@ def test_byte_count_follows_the_sizes_of_the_tensors() -> None:
 def test_auto_takes_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the compiled CUDA extension, `backend="auto"` serves CUDA tensors with Triton."""
     monkeypatch.setattr(TritonBackend, "unavailable", lambda self: None)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert backends.resolve("auto", torch.device("cuda"), torch.bfloat16, 128).name == "triton"
     with pytest.raises(ValueError, match="head_dim"):
         backends.resolve("triton", torch.device("cuda"), torch.bfloat16, 20)
