@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(guard.unsupported() is not None, reason=f"no mac
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pretend.Machine]:
     monkeypatch.setattr(contender, "COLD_BYTES", 2**16)
-    monkeypatch.setattr(kernel, "LARGE", 2**16)
+    monkeypatch.setattr(kernel, "LARGE_ON_GPU", 2**16)
     monkeypatch.setattr(timing, "WARMUP_CALLS", 1)
     with pretend.pretended() as made:
         yield made
