@@ -89,10 +89,11 @@ def test_schedules_give_the_same_bits(name: str, dtype: torch.dtype, head_dim: i
 QUIET = ("lockstep", "adversarial")
 each_order_of_cuda = pytest.mark.parametrize(("name", "order"), [
     pytest.param(name, order, id=f"{name}-{order.place if order else 'all'}",
-                 marks=[] if name == "f32-D40-G5" else [EXHAUSTIVE])
+                 marks=[] if name == "f32-D40-G5" and order else [EXHAUSTIVE])
     for name in ("f32-D40-G5", "bf16-D128-G1") for order in (None, *planted.cuda_orders())])
 each_order_of_triton = pytest.mark.parametrize("order", [
-    pytest.param(order, id=order.place if order else "all") for order in (None, *planted.triton_orders())])
+    pytest.param(order, id=order.place if order else "all", marks=[] if order else [EXHAUSTIVE])
+    for order in (None, *planted.triton_orders())])
 
 
 @needs_nvcc
