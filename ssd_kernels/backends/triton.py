@@ -23,6 +23,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     reads_table = False
+    shares_prompts = False
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -75,17 +76,17 @@ class TritonBackend(Backend):
         k, v = k.contiguous(), v.contiguous()
         scores = None if scores is None else scores.contiguous()
         # Of the longest prompt that the cache may get, not of this one: the same kernel for all of them.
-        block = max(launch.power_of_two(layout.max_prompt), launch.MIN_EVICT_BLOCK)
+        longest = max(layout.max_prompt, launch.MIN_EVICT_BLOCK)
+        constants, options = launch.prefill_constants(k.shape[3], k.element_size(), longest, layout.keep_prompt,
+                                                      scores is not None)
         lengths, indices = (torch.tensor(list(numbers), dtype=torch.int32).to(k.device, non_blocking=True)
                             for numbers in (prompt_lens, rows))
-        slot_list = torch.empty((len(rows), heads, block), dtype=torch.int32, device=k.device)
+        slot_list = torch.empty((len(rows), heads, constants["PROMPT_BLOCK"]), dtype=torch.int32, device=k.device)
         with torch.cuda.device(k.get_device()):
             self.kernels().prefill_kernel[(len(rows), heads)](
                 k, v, k if scores is None else scores, lengths, indices, *state.tensors, slot_list, k.shape[2], heads,
                 state.keys.shape[1], layout.scored_slots, layout.max_prompt, layout.num_visual_tokens, layout.pin_words,
-                KEEP_PROMPT=layout.keep_prompt, GIVEN=scores is not None, D=k.shape[3],
-                D_PAD=launch.power_of_two(k.shape[3]), PROMPT_BLOCK=block,
-                BLOCK=launch.decode_config(k.shape[3], k.element_size(), 1, block).block, **launch.compile_options())
+                **constants, **options)
 
 
 @cache

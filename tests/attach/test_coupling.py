@@ -281,7 +281,7 @@ def test_what_was_chosen_is_said_in_one_line(llama: PreTrainedModel, caplog: pyt
     assert f"{choice.nbytes() / choice.full_nbytes():.1%} of the full cache's" in str(choice)
     output = write(llama, 4, guided=False, return_dict_in_generate=True)
     (cache,) = caches(llama)
-    assert cache.nbytes == choice.nbytes(rows=3, max_prompt=5) < choice.full_nbytes(rows=3, max_prompt=5)
+    assert cache.nbytes == choice.nbytes(rows=3, max_prompt=6) < choice.full_nbytes(rows=3, max_prompt=6)
     del output
     assert str(attach(llama, "full", pictures=RASTER)).startswith("full: budget 100.0% asked, 100.0% reached")
     assert str(attach(llama, NARROW, pictures=RASTER)).startswith("the given plan: budget ")

@@ -13,12 +13,12 @@ from pretend import guard
 from test_engine import prompts_of
 
 import ssd_janus
+from ssd_attach.online import OnlinePlan
 from ssd_janus import Pipeline
 from ssd_janus.engine import Engine, Sampling, StepTiming, capture, saying
 from ssd_janus.engine.capture import WARM_STEPS
-from ssd_janus.online import OnlinePlan
 from ssd_janus.shape import ModelShape
-from ssd_kernels import HeadSpec, backends
+from ssd_kernels import HeadSpec, backends, philox
 
 pytestmark = pytest.mark.skipif(guard.unsupported() is not None, reason=f"no machine to pretend: {guard.unsupported()}")
 
@@ -126,6 +126,42 @@ def test_timings_are_of_the_tensors_device(fresh: Any, machine: pretend.Machine)
     assert len(timing.steps) == len(steps) and all(step["total"] > 0 for step in timing.steps)
     assert {(event.kind, event.device) for step in steps for event in step} == {("launch", 1), ("wait", 1)}
     assert machine.events == {1}
+
+
+def test_noise_is_one_launch_whatever_the_batch(fresh: Any, machine: pretend.Machine,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the graph; the numbers of a picture are its own in every batch, in transformers' loop too."""
+    fresh.to("cuda")
+    engine, expected = Engine(fresh, PLAN), {}
+    for count in (4, 1, 3):
+        machine.graphs.clear()
+        drawn = engine.generate(prompts()[:count], guidance=2.0, seeds=[7, 8, 2**64 - 1, 7][:count])
+        (graph,) = machine.graphs
+        assert [event.name for event in graph.operations].count("noise_kernel (triton)") == 1
+        assert not {event.name for event in graph.operations} & {"exponential_", "random_"}
+        expected[count] = drawn
+    assert torch.equal(expected[1], expected[4][:1]) and torch.equal(expected[3], expected[4][:3])
+    seen: list[Any] = []
+    choose = Sampling.choose
+    monkeypatch.setattr(Sampling, "choose", lambda self, logits, noise: (seen.append(noise.cpu()),
+                                                                         choose(self, logits, noise))[1])
+    pipe = Pipeline(fresh, tiny.build_processor())
+    pipe.generate_tokens(list(tiny.PROMPTS[:2]), seed=3, plan=PLAN)
+    by_engine, seen[:] = seen[:2], []
+    fresh.model.language_model.layers[0].mlp.register_forward_hook(lambda module, args, output: output)
+    pipe.generate_tokens(list(tiny.PROMPTS[:2]), seed=3, plan=PLAN)
+    assert len(seen) == tiny.TOKENS and all(map(torch.equal, by_engine, seen))
+    assert torch.equal(seen[5], philox.exponential(torch.tensor([3, 4]), torch.tensor([5, 5]), 64))
+
+
+def test_without_triton_every_picture_has_a_generator(fresh: Any, machine: pretend.Machine,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := backends.available()["cuda"]:
+        pytest.skip(f"cuda: {reason}")
+    monkeypatch.setattr("ssd_janus.engine.sampling.in_one_launch", lambda device: False)
+    steps = of_steps(machine, Engine(fresh.to("cuda"), PLAN, backend="cuda"), guidance=2.0, seeds=3, steps=8)
+    assert [[event.name for event in step].count("exponential_") for step in steps] == [4] * 7
+    assert all(names(step, *WAITING) == [] for step in steps[WARM_STEPS + 1:])
 
 
 def test_pipeline_draws_the_same_pictures(fresh: Any, machine: pretend.Machine, backend: str) -> None:
