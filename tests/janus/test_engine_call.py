@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from ssd_janus import enable
-from ssd_janus.engine import call
+from ssd_janus.engine import call, saying
 from ssd_kernels import CachePlan, HeadSpec
 
 FULL = CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4)
@@ -93,7 +93,7 @@ def test_engine_off(fresh: Any, drawn: list[str]) -> None:
 
 
 def test_a_reason_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(call, "_said", set())
+    monkeypatch.setattr(saying, "_said", set())
     for reason in ("first", "second", "first"):
         call.say_once(reason)
     assert [record.message.split(": ")[1] for record in caplog.records] == ["first", "second"]

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import JanusForConditionalGeneration
 
 from ssd_janus import Pipeline, disable, enable
-from ssd_janus.engine import Engine, call, fuse, unfuse, unsupported, weights
+from ssd_janus.engine import Engine, call, fuse, saying, unfuse, unsupported, weights
 from ssd_kernels import CachePlan, HeadSpec
 
 FULL = CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4)
@@ -306,8 +306,8 @@ def test_a_reason_is_said_once_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
             return known
 
     said: list[str] = []
-    monkeypatch.setattr(call, "_said", Slow())
-    monkeypatch.setattr(call._logger, "warning", lambda *args: said.append(args[-1]))
+    monkeypatch.setattr(saying, "_said", Slow())
+    monkeypatch.setattr(saying._logger, "warning", lambda *args: said.append(args[-1]))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: call.say_once("planted"), range(8)))
-    assert said == ["planted"]
+    assert said == ["transformers' own loop draws, not the engine: planted"]

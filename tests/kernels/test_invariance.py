@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .cases import F32, INTERPRETED, Case, each_backend, each_compiled, mixed
+from .cases import F32, Case, each_backend, each_compiled, mixed
 from .pair import Pair, bits
 
-STEPS = 10 if INTERPRETED else 15
-ROWS = 3 if INTERPRETED else 5
-THREADS = (1, 17) if INTERPRETED else (1, 2, 3, 17)
+STEPS = 15
+ROWS = 5
+THREADS = (1, 2, 3, 17)
 
 
 def _play(case: Case, rows: list[int], dtype: torch.dtype, row_buffer: int) -> tuple[torch.Tensor, ...]:

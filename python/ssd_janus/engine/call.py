@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +12,8 @@ from ssd_kernels import CachePlan
 
 from .engine import Engine, unconditional_prompt
 from .sampling import Sampling
+from .saying import warn_once
 from .weights import unsupported
-
-_logger = logging.getLogger("ssd_janus")
-_said: set[str] = set()
-_saying = threading.Lock()
 
 
 class NotForTheEngine(Exception):
@@ -76,8 +71,4 @@ def draw(model: Any, plan: CachePlan, backend: str, arguments: Mapping[str, Any]
 
 def say_once(reason: str) -> None:
     """Tell why transformers' loop runs instead of the engine, the first time for every reason."""
-    with _saying:
-        new = reason not in _said
-        _said.add(reason)
-    if new:
-        _logger.warning("transformers' own loop draws, not the engine: %s", reason)
+    warn_once(f"transformers' own loop draws, not the engine: {reason}")

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import (
@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from ssd_attach.internals import logits_processors, prepared_config
+from ssd_kernels.noise import exponential_, in_one_launch
 
 # Fields of a generation config that say how tokens are chosen; the further ones where they are set.
 USUAL = ("temperature", "top_k", "top_p")
@@ -123,36 +124,82 @@ class SampledByPicture(LogitsProcessor):
         self.sampling = Sampling(greedy=not config.do_sample)
         self.seeds = seeds
         self.noise: Noise | None = None
+        self.step: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for processor in self.after:
             scores = processor(input_ids, scores)
-        if not self.sampling.greedy:
-            self.noise = self.noise or Noise(*scores.shape, self.seeds, scores.device)
-            self.noise.draw()
-        chosen = self.sampling.choose(scores, self.noise.values if self.noise else None)
+        noise = None if self.sampling.greedy else self._noise(scores)
+        chosen = self.sampling.choose(scores, noise)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
+    def _noise(self, scores: torch.Tensor) -> torch.Tensor:
+        """Of the next step, as the engine draws it."""
+        if self.noise is None or self.step is None:
+            self.noise = noise_for(*scores.shape, self.seeds, scores.device)
+            self.step = torch.full((1,), -1, device=scores.device)
+        self.step += 1
+        self.noise.prepare()
+        return self.noise.values(self.step)
 
-class Noise:
-    """Exponential noise, fresh for every step, in one buffer.
 
-    Attributes:
-        values: float32 [pictures, codes].
-    """
+class Noise(Protocol):
+    """Exponential noise, fresh for every step."""
+
+    def prepare(self) -> None:
+        """What comes before a step and is no part of it, as a graph cannot hold it."""
+
+    def values(self, step: torch.Tensor) -> torch.Tensor:
+        """float32 [pictures, codes] of a step.
+
+        Args:
+            step: its number from 0, long [1] on the device.
+        """
+
+
+class GeneratorNoise:
+    """Noise from generators of torch: a picture's numbers are those that transformers would draw for it alone."""
 
     def __init__(self, pictures: int, codes: int, seeds: Sequence[int] | None, device: torch.device) -> None:
         """
         Args:
             seeds: one per picture, or None to draw for all from torch's own generator, as transformers does.
         """
-        self.values = torch.ones(pictures, codes, device=device)
-        self.generators = None if seeds is None else [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._values = torch.ones(pictures, codes, device=device)
+        self._generators = None if seeds is None else [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def draw(self) -> None:
-        """Fill the buffer. A picture's numbers are those that transformers would draw for it alone."""
-        if self.generators is None:
-            self.values.exponential_()
+    def prepare(self) -> None:
+        if self._generators is None:
+            self._values.exponential_()
         else:
-            for row, generator in zip(self.values, self.generators, strict=True):
+            for row, generator in zip(self._values, self._generators, strict=True):
                 row.exponential_(generator=generator)
+
+    def values(self, step: torch.Tensor) -> torch.Tensor:
+        return self._values
+
+
+class CountedNoise:
+    """Noise by `ssd_kernels.noise`: of all pictures in one launch, which reads the step on the device.
+
+    A picture's numbers do not depend on its batch. They are not those that transformers would draw on a GPU.
+    """
+
+    def __init__(self, codes: int, seeds: Sequence[int], device: torch.device) -> None:
+        self._values = torch.empty(len(seeds), codes, device=device)
+        words = [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]  # torch's generators take unsigned ones, too
+        self._seeds = torch.tensor(words, dtype=torch.long, device=device)
+
+    def prepare(self) -> None:
+        pass
+
+    def values(self, step: torch.Tensor) -> torch.Tensor:
+        exponential_(self._values, self._seeds, step.expand(len(self._seeds)))
+        return self._values
+
+
+def noise_for(pictures: int, codes: int, seeds: Sequence[int] | None, device: torch.device) -> Noise:
+    """The noise of pictures on a device; ``seeds`` as in `GeneratorNoise`."""
+    if seeds is not None and in_one_launch(device):
+        return CountedNoise(codes, seeds, device)
+    return GeneratorNoise(pictures, codes, seeds, device)

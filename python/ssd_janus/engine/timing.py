@@ -22,18 +22,18 @@ class StepTiming:
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
         self._parts: dict[str, list[tuple[Any, Any]]] = {}
-        self._cuda = False
+        self._device = torch.device("cpu")
 
     def begin(self, device: torch.device) -> None:
-        """A step starts."""
-        self._cuda = device.type == "cuda"
+        """A step of tensors on ``device`` starts."""
+        self._device = device
         self._parts = {"total": [(self._now(), None)], "linear": [], "attention": []}
 
     def end(self) -> None:
         """The step is over."""
         self._parts["total"][0] = (self._parts["total"][0][0], self._now())
-        if self._cuda:
-            torch.cuda.synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         seconds = {name: sum(self._between(*pair) for pair in pairs) for name, pairs in self._parts.items()}
         self.steps.append(seconds | {"rest": seconds["total"] - seconds["linear"] - seconds["attention"]})
 
@@ -52,11 +52,11 @@ class StepTiming:
         return run
 
     def _now(self) -> Any:
-        if not self._cuda:
+        if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def _between(self, began: Any, ended: Any) -> float:
-        return began.elapsed_time(ended) / 1e3 if self._cuda else ended - began
+        return began.elapsed_time(ended) / 1e3 if self._device.type == "cuda" else ended - began

@@ -1,0 +1,234 @@
+"""Engine, pipeline and transformers' loop on the pretended machine (tests/pretend): the rules of CUDA, kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pretend
+import pytest
+import tiny
+import torch
+from pretend import guard
+from test_engine import prompts_of
+
+import ssd_janus
+from ssd_attach.online import OnlinePlan
+from ssd_janus import Pipeline
+from ssd_janus.engine import Engine, Sampling, StepTiming, capture, saying
+from ssd_janus.engine.capture import WARM_STEPS
+from ssd_janus.shape import ModelShape
+from ssd_kernels import HeadSpec, backends, philox
+
+pytestmark = pytest.mark.skipif(guard.unsupported() is not None, reason=f"no machine to pretend: {guard.unsupported()}")
+
+PLAN = tiny.plan_of(HeadSpec.heavy(6, recent=2), HeadSpec.window(5), HeadSpec.full(), HeadSpec.heavy(7, score="mean"),
+                    row_buffer=6)
+GREEDY, GUIDANCE = Sampling(greedy=True), [5.0, 2.0, 2.0, 1.0]
+WAITING = ("to_host", "to_device", "wait")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pretend.Machine]:
+    monkeypatch.setattr(saying, "_said", set())
+    with pretend.pretended(devices=2) as made:
+        yield made
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(machine: pretend.Machine, request: pytest.FixtureRequest) -> str:
+    if reason := backends.available()[request.param]:
+        pytest.skip(f"{request.param}: {reason}")
+    return str(request.param)
+
+
+def prompts() -> list[list[int]]:
+    return prompts_of(tiny.image_inputs())
+
+
+def of_steps(machine: pretend.Machine, engine: Engine, **options: Any) -> list[list[pretend.Event]]:
+    """What was logged in every step after the first."""
+    marks: list[int] = []
+    engine.generate(prompts(), progress=lambda done, total: marks.append(len(machine.log)), **options)
+    return [machine.log[begin:end] for begin, end in zip(marks, marks[1:], strict=False)]
+
+
+def names(events: list[pretend.Event], *kinds: str) -> list[tuple[str, str, str]]:
+    return [(event.kind, event.name, event.place) for event in events if event.kind in kinds]
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_the_engine_draws_the_same_and_no_step_waits(fresh: Any, machine: pretend.Machine, backend: str,
+                                                     device: str) -> None:
+    """On a device that is not the current one, too, where a capture on torch's own stream would record nothing."""
+    expected = Engine(fresh, PLAN).generate(prompts(), guidance=GUIDANCE, sampling=GREEDY)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):  # torch's stream for captures is of cuda:0 from now on
+        torch.ones(1, device="cuda:0")
+    machine.graphs.clear()
+    engine = Engine(fresh.to(device), PLAN, backend=backend)
+    marks: list[int] = []
+    drawn = engine.generate(prompts(), guidance=GUIDANCE, sampling=GREEDY,
+                            progress=lambda done, total: marks.append(len(machine.log)))
+    assert torch.equal(drawn, expected)
+    steps = [machine.log[begin:end] for begin, end in zip(marks, marks[1:], strict=False)]
+    (graph,) = machine.graphs
+    assert machine.empty_graphs == 0 and graph.replays == len(steps) - WARM_STEPS
+    assert sum(event.name == f"decode_kernel ({backend})" or event.name == f"decode ({backend})"
+               for event in graph.operations) == tiny.LAYERS
+    for step in (*steps[:WARM_STEPS], *steps[WARM_STEPS + 1:]):
+        assert names(step, *WAITING) == []
+    for step in steps[WARM_STEPS + 1:]:
+        assert [event.kind for event in step] == ["replay"]
+    assert {event.device for step in steps for event in step} == {torch.device(device).index}
+
+
+def test_libraries_are_ready_before_the_capture(fresh: Any, machine: pretend.Machine) -> None:
+    of_steps(machine, Engine(fresh.to("cuda:1"), PLAN), sampling=GREEDY, steps=8)
+    prepared = machine.of_kind("prepare")
+    assert len(prepared) == 2 and not any(event.captured for event in prepared)
+    of_steps(machine, Engine(fresh, PLAN), sampling=GREEDY, steps=8)
+    assert machine.of_kind("prepare") == prepared, "every picture would leave a workspace behind"
+    assert torch.cuda.current_stream(1) is torch.cuda.default_stream(1)
+
+
+@pytest.mark.parametrize(("broken", "seeds"), [("reads", None), ("launches", 3)])
+def test_a_capture_that_fails_is_told_once_and_the_picture_goes_on(
+        fresh: Any, machine: pretend.Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+        broken: str, seeds: int | None) -> None:
+    engine = Engine(fresh.to("cuda:1"), PLAN)
+    torch.manual_seed(0)
+    expected = engine.generate(prompts(), guidance=GUIDANCE, seeds=seeds, steps=8)
+    machine.graphs.clear()
+    advance, failures = capture.Batch.advance, []
+
+    def failing(batch: Any) -> None:
+        advance(batch)
+        if torch.cuda.is_current_stream_capturing():
+            failures.append(batch.done)
+            if broken == "reads":
+                batch.tokens.cpu()
+            raise RuntimeError("no capture here")
+
+    monkeypatch.setattr(capture.Batch, "advance", failing)
+    for _ in range(2):
+        torch.manual_seed(0)
+        assert torch.equal(engine.generate(prompts(), guidance=GUIDANCE, seeds=seeds, steps=8), expected)
+    assert failures == [WARM_STEPS + 1] * 2
+    (said,) = caplog.records
+    assert "CUDA graph" in said.message and said.levelname == "WARNING"
+    assert ("not permitted when stream is capturing" if broken == "reads" else "no capture here") in said.message
+    assert torch.cuda.current_stream(1) is torch.cuda.default_stream(1) and torch.cuda.current_device() == 0
+
+
+def test_timings_are_of_the_tensors_device(fresh: Any, machine: pretend.Machine) -> None:
+    timing = StepTiming()
+    steps = of_steps(machine, Engine(fresh.to("cuda:1"), PLAN), sampling=GREEDY, timing=timing, steps=8)
+    assert len(timing.steps) == len(steps) and all(step["total"] > 0 for step in timing.steps)
+    assert {(event.kind, event.device) for step in steps for event in step} == {("launch", 1), ("wait", 1)}
+    assert machine.events == {1}
+
+
+def test_noise_is_one_launch_whatever_the_batch(fresh: Any, machine: pretend.Machine,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the graph; the numbers of a picture are its own in every batch, in transformers' loop too."""
+    fresh.to("cuda")
+    engine, expected = Engine(fresh, PLAN), {}
+    for count in (4, 1, 3):
+        machine.graphs.clear()
+        drawn = engine.generate(prompts()[:count], guidance=2.0, seeds=[7, 8, 2**64 - 1, 7][:count])
+        (graph,) = machine.graphs
+        assert [event.name for event in graph.operations].count("noise_kernel (triton)") == 1
+        assert not {event.name for event in graph.operations} & {"exponential_", "random_"}
+        expected[count] = drawn
+    assert torch.equal(expected[1], expected[4][:1]) and torch.equal(expected[3], expected[4][:3])
+    seen: list[Any] = []
+    choose = Sampling.choose
+    monkeypatch.setattr(Sampling, "choose", lambda self, logits, noise: (seen.append(noise.cpu()),
+                                                                         choose(self, logits, noise))[1])
+    pipe = Pipeline(fresh, tiny.build_processor())
+    pipe.generate_tokens(list(tiny.PROMPTS[:2]), seed=3, plan=PLAN)
+    by_engine, seen[:] = seen[:2], []
+    fresh.model.language_model.layers[0].mlp.register_forward_hook(lambda module, args, output: output)
+    pipe.generate_tokens(list(tiny.PROMPTS[:2]), seed=3, plan=PLAN)
+    assert len(seen) == tiny.TOKENS and all(map(torch.equal, by_engine, seen))
+    assert torch.equal(seen[5], philox.exponential(torch.tensor([3, 4]), torch.tensor([5, 5]), 64))
+
+
+def test_without_triton_every_picture_has_a_generator(fresh: Any, machine: pretend.Machine,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := backends.available()["cuda"]:
+        pytest.skip(f"cuda: {reason}")
+    monkeypatch.setattr("ssd_janus.engine.sampling.in_one_launch", lambda device: False)
+    steps = of_steps(machine, Engine(fresh.to("cuda"), PLAN, backend="cuda"), guidance=2.0, seeds=3, steps=8)
+    assert [[event.name for event in step].count("exponential_") for step in steps] == [4] * 7
+    assert all(names(step, *WAITING) == [] for step in steps[WARM_STEPS + 1:])
+
+
+def test_pipeline_draws_the_same_pictures(fresh: Any, machine: pretend.Machine, backend: str) -> None:
+    texts, seen = list(tiny.PROMPTS), []
+    expected = Pipeline(fresh, tiny.build_processor())(texts, seed=3, plan=PLAN, temperature=0)
+    pipe = Pipeline(fresh.to("cuda"), tiny.build_processor(), backend)
+    drawn = pipe(texts, seed=3, plan=PLAN, temperature=0, preview=lambda numbers, part: seen.append(len(part)))
+    assert [picture.tobytes() for picture in drawn] == [picture.tobytes() for picture in expected]
+    assert seen == [len(texts)] * tiny.GRID and pipe.last_run is not None and pipe.last_run.backend == backend
+    report = pipe.memory_report()
+    assert 0 < report.weights < report.device_peak <= machine.peak[0]
+
+
+@pytest.mark.parametrize(("engine", "guidance"), [(True, 2.0), (False, 2.0), (False, 1.0)])
+def test_enabled_models_draw_the_same(fresh: Any, machine: pretend.Machine, engine: bool, guidance: float) -> None:
+    def draw() -> torch.Tensor:
+        ssd_janus.enable(fresh, PLAN, engine=engine)
+        inputs = {name: tensor.to(fresh.device) for name, tensor in tiny.image_inputs().items()}
+        drawn = fresh.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=guidance)
+        ssd_janus.disable(fresh)
+        return drawn
+
+    expected = draw()
+    fresh.to("cuda")
+    drawn = draw()
+    assert drawn.device == torch.device("cuda", 0) and torch.equal(drawn.cpu(), expected)
+    assert len(names(machine.log, "to_host")) < tiny.TOKENS, "a step of the loop reads the device"
+
+
+def test_online_typing_makes_way_for_a_capture(fresh: Any, machine: pretend.Machine) -> None:
+    def draw() -> torch.Tensor:
+        plan = OnlinePlan(ModelShape.of(fresh), 0.7, 6, loss=0.42)
+        return Engine(fresh, plan).generate(prompts(), guidance=2.0, sampling=GREEDY)
+
+    expected = draw()
+    fresh.to("cuda")
+    assert torch.equal(draw(), expected) and len(machine.graphs) == 1
+
+
+def test_watched_pictures_are_not_captured(fresh: Any, machine: pretend.Machine) -> None:
+    expected = Engine(fresh, PLAN).generate(prompts(), guidance=2.0, sampling=GREEDY, steps=8)
+    drawn = Engine(fresh.to("cuda"), PLAN).generate(prompts(), guidance=2.0, sampling=GREEDY, steps=8,
+                                                    logits_processor=[lambda tokens, logits: logits])
+    assert torch.equal(drawn, expected) and machine.captures == 0
+
+
+@pytest.mark.parametrize("observed", [False, True])
+def test_positions_go_to_the_device_once(fresh: Any, machine: pretend.Machine, observed: bool) -> None:
+    """Not for every layer, nor for q and k, cos and sin: a prompt's are counted on the device, and so are a step's."""
+    options = {"logits_processor": [lambda tokens, logits: logits]} if observed else {}
+    steps = of_steps(machine, Engine(fresh.to("cuda"), PLAN), sampling=GREEDY, steps=WARM_STEPS + 1,
+                     **options)
+    assert len(steps) == WARM_STEPS and all(names(step, *WAITING) == [] for step in steps)
+    lengths = len({len(prompt) for prompt in prompts()})
+    copies = [event.place.partition(":")[0] for event in machine.of_kind("to_device")]
+    assert not any(place.endswith("ssd_kernels/reference.py") for place in copies)
+    # Tokens, rows and copies of every group of prompts; and once: whose rows, guidance, lengths.
+    assert copies.count("python/ssd_janus/engine/batch.py") == 3 * lengths + 3
+
+
+def test_too_little_memory_is_shared(fresh: Any, machine: pretend.Machine, caplog: pytest.LogCaptureFixture) -> None:
+    fresh.to("cuda")
+    expected = Engine(fresh, PLAN).generate(prompts(), guidance=2.0, sampling=GREEDY)
+    machine.memory = 2**26
+    engine, longest = Engine(fresh, PLAN), max(map(len, prompts()))
+    while engine.max_batch(max_prompt=longest) > 2:
+        machine.memory -= 2**18
+    assert torch.equal(engine.generate(prompts(), guidance=2.0, sampling=GREEDY), expected)
+    assert engine.last_run is not None and engine.last_run.batches == (2, 2)
+    assert any("at once" in record.message for record in caplog.records)
