@@ -71,7 +71,7 @@ def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, c
         block = max(8, (2048 if group == 1 else 1024) // dim)
         registers = 128 if group == 1 else 255
     buffers = (24 if capability in (86, 89) else 38) * 1024 // (2 * block * dim * item_size)
-    return DecodeConfig(matrices, block, 64 * warps, max(16, min(32, 4096 // dim)), warps, 1 + max(1, min(3, buffers)),
+    return DecodeConfig(matrices, block, 32 * warps, max(16, min(32, 4096 // dim)), warps, 1 + max(1, min(3, buffers)),
                         registers)
 
 
