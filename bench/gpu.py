@@ -81,16 +81,16 @@ def kernel_points(sizes: Sizes) -> Iterator[Point]:
             yield Point.of_plan(plan, 0, name, batch, sizes.head_dim, DTYPE, 24, START, 576)
     for batch, heads, tokens in sizes.published:
         plan = CachePlan([[HeadSpec.full()] * heads])
-        label = f"x {tokens} tokens x {heads} heads, everything kept"
+        label = f"{tokens} tokens, everything kept"
         yield Point.of_plan(plan, 0, label, batch, sizes.head_dim, DTYPE, 0, tokens - 1, tokens)
     for batch in sizes.batches:
         yield Point.of_lengths(batch, sizes.heads, sizes.head_dim, DTYPE)
 
 
-# Parts of contenders' names. What is compiled takes long, and so do libraries that compile when first used.
-RIVALS = {"torch": ("SDPA", "two bmm, every", "gather", "torch FlashAttention"),
-          "installed": ("FlashInfer", "flash-attn", "xformers", "fla decoding"),
-          "compiled": ("FlexAttention",)}
+# Parts of the names of contenders that are measured together. What compiles when it is first used takes long.
+RIVALS = {"torch": (("SDPA", "two bmm, every"), ("torch FlashAttention",)),
+          "installed": (("FlashInfer",), ("flash-attn",), ("xformers",), ("fla decoding",)),
+          "compiled": (("FlexAttention",),)}
 
 
 def rival_points(sizes: Sizes) -> Iterator[Point]:
@@ -127,12 +127,17 @@ def measure_kernel(backend: Backend, out: Out, small: Small = False) -> None:
 def measure_rivals(group: Annotated[str, typer.Option(help=f"One of {', '.join(RIVALS)}.")], out: Out,
                    small: Small = False) -> None:
     """Attention over heads of the same lengths by what else is installed."""
-    sizes = Sizes.chosen(small)
+    sizes, missing = Sizes.chosen(small), set()
     for point in list(rival_points(sizes))[:1 if group == "compiled" else None]:
-        for name in RIVALS[group]:
-            options = Options(device(), (), only=(name,), repetitions=sizes.repetitions, trials=sizes.trials,
+        for names in RIVALS[group]:
+            if names in missing:
+                continue
+            options = Options(device(), (), only=names, repetitions=sizes.repetitions, trials=sizes.trials,
                               launches=False)
-            attempt(out, point.to_dict(), name, lambda point=point, options=options: kernel.measure(point, options)[1:])
+            found = attempt(out, point.to_dict(), names[0],
+                            lambda point=point, options=options: kernel.measure(point, options)[1:])
+            if all(line["status"].startswith("not installed") for line in found):
+                missing.add(names)
 
 
 @app.command("engine")
@@ -149,7 +154,7 @@ def measure_engine(backend: Backend, out: Out, small: Small = False) -> None:
               if loop.features["backend"] is not None]
     done = []
     for pictures in sizes.pictures:
-        setting = decoder.Setting("pictures", DTYPE, pictures, sizes.steps, START, sizes.trials)
+        setting = decoder.Setting("random weights", DTYPE, pictures, sizes.steps, START, sizes.trials)
         for loop in reversed(listed):  # what is new first
 
             def measure(loop: decoder.Loop = loop, setting: decoder.Setting = setting) -> list[Record]:
@@ -194,8 +199,7 @@ def attempt(out: Path, point: dict[str, Any], name: str, measure: Callable[[], l
         file.write("".join(json.dumps(line) + "\n" for line in found))
     print_records(found)
     if all(line["status"].startswith("failed") for line in found):
-        # What a failed kernel leaves behind may keep memory, or the whole device, from the next.
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()  # a device that is broken says so once, and not at everything that follows
     torch.cuda.empty_cache()
     return found
 

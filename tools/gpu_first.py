@@ -135,7 +135,7 @@ def stages(out: Path, workers: int = 12, small: bool = False, build: bool = Fals
     return [
         Stage(5, (Step("versions", (*python, str(Path(__file__).resolve()), "--versions")),)),
         *([Stage(60, (Step("extension", built, environment=insist),))] if build else
-          [Stage(20, (Step("extension", check),)),
+          [Stage(20, (Step("extension", check),), least=40),
            Stage(0, (Step("build", built, instead_of="extension", environment=insist),), least=60)]),
         Stage(40, tuple(Step(f"smoke {backend} {case}", test(0, "-s", "tests/kernels/test_smoke.py", "-k",
                                                              f"{backend} and {case}"),

@@ -31,15 +31,33 @@ def table(out: Path, records: dict[str, Record]) -> list[tuple[str, str, str, st
         rows.append(("memory, the highest rate measured", "", f"{copy / 1e12:.2f} TB/s", ""))
     full = {(line["contender"]["backend"], line["point"]["batch"]): line["seconds"]["median"]
             for line in times if line["kind"] == "step" and line["seconds"] and line["contender"]["budget"] == 1}
+    fastest = {_point(line): line for line in sorted(times, key=_seconds, reverse=True) if _is_rival(line)}
     for line in times:
-        what = f"{line['contender']['name']}, {line['point']['batch']} {line['point']['label']}"
+        backend, name = line["contender"].get("backend"), line["contender"]["name"]
         if line["seconds"] is None:
-            rows.append((what, "", line["status"], ""))
-        elif line["kind"] == "kernel":
-            rows.append((what, *_kernel_cells(line)))
-        else:
-            rows.append((what, *_engine_cells(line, copy, full)))
+            if not line["status"].startswith("not installed"):
+                where = _point(line) if line["kind"] == "kernel" else f"{line['point']['batch']} at once"
+                rows.append((f"{name}, {where}", "", line["status"][:120], ""))
+        elif line["kind"] == "step":
+            rows.append((f"{name} ({backend}), {line['point']['batch']} at once", *_engine_cells(line, copy, full)))
+        elif not _is_rival(line):
+            rows.append((f"{name}, {_point(line)}", *_kernel_cells(line)))
+        elif line is fastest[_point(line)]:
+            rows.append((f"fastest rival, {name}, {_point(line)}", *_kernel_cells(line)))
     return rows
+
+
+def _point(line: Record) -> str:
+    point = line["point"]
+    return f"{point['batch']} x {point['heads']} heads, {point['label']}"
+
+
+def _seconds(line: Record) -> float:
+    return float(line["seconds"]["median"]) if line["seconds"] else 0.0
+
+
+def _is_rival(line: Record) -> bool:
+    return line["kind"] == "kernel" and line["seconds"] is not None and not line["contender"].get("backend")
 
 
 def _kernel_cells(line: Record) -> tuple[str, str, str]:
@@ -96,7 +114,12 @@ def write(out: Path, records: dict[str, Record], versions: str) -> str:
     cells = [("", "goal", "measured", "of the floor"), ("---", "---", "---", "---:"), *rows]
     troubles = [f"- {one['step']}: {one['status']}" + (f": {one['error']}" if one["error"] else "")
                 for one in records.values() if one["status"] != OK]
-    text = "\n\n".join(["\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells),
+    missing = sorted({line["contender"]["name"] for line in _lines(out / "times.jsonl")
+                      if line["status"].startswith("not installed")})
+    if missing:
+        notes.append(f"Not installed: {', '.join(missing)}.")
+    text = "\n\n".join(["; ".join(line for line in versions.splitlines() if line not in notes),
+                        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells),
                         "\n".join(troubles) or "Every step is ok.", *notes]) + "\n"
     (out / "summary.md").write_text(text, encoding="utf-8")
     data = {"versions": versions.splitlines(), "steps": list(records.values()), "notes": notes,

@@ -112,13 +112,23 @@ class Generation:
                                    "attention without the cache that it is given")
             inputs["attention_mask"] = None
         elif inputs.get("attention_mask") is not None:
-            real = _real(inputs["attention_mask"])
-            if not bool(real.any(1).all()):
-                raise ValueError("attention_mask must leave at least one prompt token in every row, got a row of "
-                                 "padding")
-            self._real = None if bool(real.all()) else real
+            self.see(inputs["attention_mask"])
         self.called = True
         return inputs
+
+    def see(self, mask: torch.Tensor) -> None:
+        """Store of the prompt only what its last token sees: ``mask`` [B, P], or [B, 1, P, P], bool or added to logits.
+
+        Raises:
+            ValueError: a row of padding.
+        """
+        real = mask.bool()
+        if mask.dim() == 4:
+            last = mask[:, 0, -1]
+            real = last if mask.dtype == torch.bool else last == 0
+        if not bool(real.any(1).all()):
+            raise ValueError("attention_mask must leave at least one prompt token in every row, got a row of padding")
+        self._real = None if bool(real.all()) else real
 
     def advance(self, keys: torch.Tensor) -> None:
         """Count the tokens of ``keys`` [B, H, T, D]."""
@@ -180,14 +190,6 @@ class Generation:
         if self._order is None:
             return tensor
         return torch.take_along_dim(tensor, self._order[:, None, :, None].to(tensor.device), dim=2)
-
-
-def _real(mask: torch.Tensor) -> torch.Tensor:
-    """[B, P], which tokens a prompt's last one sees, by its mask: [B, P], or [B, 1, P, P], bool or added to logits."""
-    if mask.dim() == 4:
-        mask = mask[:, 0, -1]
-        return mask if mask.dtype == torch.bool else mask == 0
-    return mask.bool()
 
 
 def _unsupported(name: str) -> Callable[..., NoReturn]:

@@ -38,8 +38,11 @@ class Coupling:
 
     Attributes:
         plan, num_visual_tokens, backend: what caches are made from.
-        answers: put a cache in the place of an absent or empty one; else only `cache` makes them.
+        answers: put a cache in the place of an absent or empty one; else only `generation` makes them.
+        through_model: what was attached is a model around the decoder.
     """
+
+    through_model = False
 
     def __init__(self, plan: CachePlan, num_visual_tokens: int, backend: str = "auto", *, answers: bool = False,
                  begins: Callable[[Mapping[str, Any]], bool] | None = None) -> None:
@@ -58,11 +61,11 @@ class Coupling:
 
     def _renew(self) -> None:
         self._generations: weakref.WeakSet[Generation] = weakref.WeakSet()
-        self._inside = threading.local()
+        self._around = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy takes no cache along."""
-        return {name: value for name, value in vars(self).items() if name not in ("_generations", "_inside")}
+        return {name: value for name, value in vars(self).items() if name not in ("_generations", "_around")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -96,10 +99,7 @@ class Coupling:
         name = next((name for name in _CACHE_NAMES if given.get(name) is not None), CACHE_NAME)
         generation = generation_of(given.get(name))
         if generation is None and self.answers and self._starts(given, given.get(name)):
-            if checkpoints_layers(module):
-                raise ValueError("gradient checkpointing must be off while a compressed cache is used, because layers "
-                                 "that checkpoint take no KV cache; call model.eval() or "
-                                 "model.gradient_checkpointing_disable()")
+            _check_takes_caches(module)
             self.route(module)  # the implementation may have been changed since
             generation = self.generation()
             if given.get(name) is None:
@@ -112,29 +112,28 @@ class Coupling:
 
     def _starts(self, given: Mapping[str, Any], cache: object) -> bool:
         """Whether a call is the beginning of what is to be compressed."""
-        inside = getattr(self._inside, "pictures", None)
-        if inside and not inside[-1]:
+        if cache is None and given.get("use_cache") is not True:
             return False
-        if cache is None:
-            return given.get("use_cache") is True
-        if not isinstance(cache, Cache) or int(cache.get_seq_length()):
+        if cache is not None and (not isinstance(cache, Cache) or int(cache.get_seq_length())):
             return False
-        if not isinstance(cache, DynamicCache):
+        around = getattr(self._around, "calls", None)
+        if around and self._begins is not None and not self._begins(around[-1]):
+            return False
+        if cache is not None and not isinstance(cache, DynamicCache):
             raise ValueError(f"{CACHE_NAME} must be left out or an empty DynamicCache on an attached decoder, whose "
                              f"plan says what is cached, got {type(cache).__name__}; leave cache_implementation out")
         return True
 
     def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         """Forward pre-hook of a module around the decoder."""
-        if not hasattr(self._inside, "pictures"):
-            self._inside.pictures = []
-        begins = self._begins is None or self._begins(_by_name(module, args, kwargs or {}))
-        self._inside.pictures.append(begins)
+        if not hasattr(self._around, "calls"):
+            self._around.calls = []
+        self._around.calls.append(_by_name(module, args, kwargs or {}))
 
     def leave(self, module: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Forward hook of the same module, called whatever happens."""
-        if getattr(self._inside, "pictures", None):
-            self._inside.pictures.pop()
+        if getattr(self._around, "calls", None):
+            self._around.calls.pop()
 
 
 def _by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,6 +143,12 @@ def _by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     return {**dict(zip(names, args, strict=True)), **kwargs}
 
 
+def _check_takes_caches(decoder: torch.nn.Module) -> None:
+    if checkpoints_layers(decoder):
+        raise ValueError("gradient checkpointing must be off while pictures are drawn, because layers that checkpoint "
+                         "take no KV cache; call model.eval() or model.gradient_checkpointing_disable()")
+
+
 @contextmanager
 def coupled(decoder: torch.nn.Module, coupling: Coupling) -> Iterator[None]:
     """While this lasts, the decoder may be called with the caches of ``coupling``. Other calls notice nothing of it.
@@ -151,9 +156,7 @@ def coupled(decoder: torch.nn.Module, coupling: Coupling) -> Iterator[None]:
     Raises:
         ValueError: the decoder checkpoints gradients.
     """
-    if checkpoints_layers(decoder):
-        raise ValueError("gradient checkpointing must be off while pictures are drawn, because layers that checkpoint "
-                         "take no KV cache; call model.eval() or model.gradient_checkpointing_disable()")
+    _check_takes_caches(decoder)
     try:
         coupling.route(decoder)
         hook = decoder.register_forward_pre_hook(coupling, with_kwargs=True)
@@ -208,16 +211,12 @@ def attach(model: PreTrainedModel, plan: CachePlan | str | None = None, backend:
     check_backend(backend)
     coupling = Coupling(choice.plan, choice.shape.num_visual_tokens, backend, answers=True, begins=form.begins)
     with _lock:
-        before = vars(decoder).get(_ATTACHED)
-        if before is not None and vars(model).get(_ATTACHED) is not before:
-            raise ValueError(f"the decoder of this {type(model).__name__} is attached as part of another model; detach "
-                             "that one first")
         detach(model)
         coupling.route(decoder)
         decoder.register_forward_pre_hook(coupling, with_kwargs=True)
-        setattr(decoder, _ATTACHED, coupling)
-        if model is not decoder:
-            setattr(model, _ATTACHED, coupling)
+        for module in {model, decoder}:
+            vars(module)[_ATTACHED] = coupling
+        coupling.through_model = model is not decoder
         if form.begins is not None:
             model.register_forward_pre_hook(coupling.enter, with_kwargs=True)
             model.register_forward_hook(coupling.leave, always_call=True)
@@ -229,13 +228,20 @@ def detach(model: PreTrainedModel) -> None:
     """Undo `attach`; nothing is left. A model that is not attached stays as it is.
 
     A generation that is under way in another thread ends with a `ValueError`.
+
+    Raises:
+        ValueError: the decoder of this model was attached as part of another.
     """
+    decoder = model.get_decoder()
     with _lock:
-        coupling = vars(model).pop(_ATTACHED, None)
+        coupling: Coupling | None = vars(decoder).get(_ATTACHED)
         if coupling is None:
             return
-        decoder = model.get_decoder()
-        vars(decoder).pop(_ATTACHED, None)
+        if vars(model).get(_ATTACHED) is not coupling or coupling.through_model != (model is not decoder):
+            raise ValueError(f"the decoder of this {type(model).__name__} is attached as part of another model; detach "
+                             "that one first")
+        for module in {model, decoder}:
+            del vars(module)[_ATTACHED]
         for module in (model, decoder):
             remove_hooks(module, coupling)
         unroute(decoder, coupling)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ssd_kernels import CachePlan, HeadSpec
-from ssd_kernels.policies import Raster, raster_of
+from ssd_kernels.policies import Raster
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,9 @@ class ModelShape:
         num_visual_tokens: tokens of a picture, those that stand for no place of the grid included.
         columns: tokens in one grid row.
         raster: where grid rows stand among the picture's tokens; None for one after the other, nothing between.
+
+    Raises:
+        ValueError: the raster has other sizes.
     """
 
     num_layers: int
@@ -32,11 +38,13 @@ class ModelShape:
     raster: Raster | None = None
 
     def __post_init__(self) -> None:
-        if self.raster is None:
-            object.__setattr__(self, "raster", raster_of(self))
+        own = self.num_visual_tokens, self.columns
+        if self.raster is not None and own != (self.raster.tokens, self.raster.columns):
+            raise ValueError(f"raster must have the shape's (num_visual_tokens, columns) = {own}, got "
+                             f"{(self.raster.tokens, self.raster.columns)}")
 
     @classmethod
-    def of_decoder(cls, config: Any, raster: Raster) -> ModelShape:
+    def of_decoder(cls, config: Any, raster: Raster) -> Self:
         """The shape of a decoder by its transformers configuration, for pictures of a raster."""
         heads = config.num_attention_heads
         return cls(num_layers=config.num_hidden_layers,

@@ -27,6 +27,7 @@ from ssd_kernels import CachePlan
 from ssd_kernels.policies import HeadProfile
 
 from .engine import call, fuse, unfuse
+from .official import is_official, loops
 from .shape import ModelShape, placement
 from .waiting import StepWatch
 
@@ -65,14 +66,17 @@ def enable(model: JanusForConditionalGeneration, plan: CachePlan | str | None = 
     one row per picture; None means the model's default. Text generation and plain forward passes are not touched:
     the call's cache decides what attends. Calls may run in several threads. Enabling again replaces plan and backend.
 
+    A model of DeepSeek's code (deepseek-ai/Janus) has no ``generate`` for pictures; loops over it keep their caches
+    under the plan (`ssd_janus.official.loops.enable`).
+
     Args:
-        model: transformers' ``JanusForConditionalGeneration``.
+        model: transformers' ``JanusForConditionalGeneration``, or DeepSeek's `MultiModalityCausalLM`.
         plan: head specs for the model's layers and KV heads, or the name of a policy, such as ``"decayed"``; None for
             a default, see `ssd_attach.choice.choose`.
         backend: ``"auto"`` or one of `ssd_kernels.info`'s backends.
         budget, row_buffer, profile, parameters: of the policy, see `ssd_attach.choice.choose`.
         engine: draw with `ssd_janus.engine`, which gives the same tokens, where the call's options allow; else, and
-            for all other calls, transformers' own loop draws.
+            for all other calls, transformers' own loop draws. Loops over a model of DeepSeek's code stay what they are.
 
     Returns:
         what was chosen; its text, which is logged, too, is one line.
@@ -82,6 +86,8 @@ def enable(model: JanusForConditionalGeneration, plan: CachePlan | str | None = 
         ValueError: the plan does not fit the model, no plan can be made as asked, or the backend is unknown or cannot
             run here.
     """
+    if is_official(model):
+        return loops.enable(model, plan, backend, budget=budget, row_buffer=row_buffer, profile=profile, **parameters)
     _check_model(model)
     shape = ModelShape.of(model)
     choice = choose(shape, plan, placement(model)[1], budget=budget, row_buffer=row_buffer, profile=profile,
@@ -104,7 +110,8 @@ def enable(model: JanusForConditionalGeneration, plan: CachePlan | str | None = 
 
 @contextmanager
 def enabled(model: JanusForConditionalGeneration, *args: Any, **kwargs: Any) -> Iterator[Choice]:
-    """`enable` for a block, with the same arguments; gives what was chosen. What was in force before is so again."""
+    """`enable` for a block, with the same arguments; gives what was chosen. What was in force before is so again; on a
+    model of DeepSeek's code nothing is."""
     before = vars(model).get(_ENABLED)
     choice = enable(model, *args, **kwargs)
     try:
@@ -124,6 +131,8 @@ def disable(model: JanusForConditionalGeneration) -> None:
     Raises:
         TypeError: another kind of model.
     """
+    if is_official(model):
+        return loops.disable(model)
     _check_model(model)
     with _lock:
         enabled = vars(model).pop(_ENABLED, None)
@@ -255,4 +264,5 @@ def _settle_guidance(model: JanusForConditionalGeneration, kwargs: dict[str, Any
 
 def _check_model(model: object) -> None:
     if not isinstance(model, JanusForConditionalGeneration):
-        raise TypeError(f"model must be a transformers JanusForConditionalGeneration, got {type(model).__name__}")
+        raise TypeError("model must be a MultiModalityCausalLM of deepseek-ai/Janus or a transformers "
+                        f"JanusForConditionalGeneration, got {type(model).__name__}")

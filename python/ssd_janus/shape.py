@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,4 +29,4 @@ class ModelShape(ssd_attach.shape.ModelShape):
         """The shape of a ``JanusForConditionalGeneration``, whose tokens are the grid's and nothing else."""
         columns = model.config.vq_config.num_patches
         rows, rest = divmod(model.model.vision_model.config.num_image_tokens, columns)
-        return cls.of_decoder(model.model.language_model.config, Raster(rows, columns, tail=rest))
+        return replace(cls.of_decoder(model.model.language_model.config, Raster(rows, columns, tail=rest)), raster=None)

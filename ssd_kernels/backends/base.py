@@ -21,6 +21,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     reads_table: ClassVar[bool] = True  # on the host; if False, ``state.layout.heads`` may be empty
+    shares_prompts: ClassVar[bool] = True
 
     @abstractmethod
     def unavailable(self) -> str | None:
@@ -39,23 +40,45 @@ class Backend(ABC):
             return f"it needs head_dim to be a multiple of 8 within 32 .. 256, got {head_dim}"
         return None
 
+    def check_shared(self, shared: bool) -> None:
+        """Raise ValueError if rows are to share prompts and cannot."""
+        if shared and not self.shares_prompts:
+            raise ValueError(f"shared_prompts must be None with backend={self.name!r}, whose kernels read prompts from "
+                             "their own rows only")
+
     @abstractmethod
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                scale: float, rotary: Rotary | None = None) -> torch.Tensor:
         """One decode step; see `ssd_kernels.reference.decode`."""
 
     def warmup(self, states: Sequence[LayerState], query_heads: int, rotary: bool) -> None:
-        """Compile or load what `decode` of these layers will run; nothing in them changes. Nothing to do by default."""
+        """Compile or load what `decode` and `prefill` of these layers will run, by default nothing; they stay as they
+        are."""
         return None
 
     def decode_finished_row(self, state: LayerState, query_heads: int, rotary: bool) -> None:
         """One `decode` of a row that has no step left, which kernels leave as it is: a `warmup` of what a GPU runs."""
-        done = torch.tensor([[0, state.layout.num_visual_tokens]], dtype=torch.int32, device=state.keys.device)
-        row = LayerState(state.layout, state.keys[:1], state.values[:1], state.scores[:1], state.positions[:1], done,
-                         state.table, state.pinned)
+        row = self._first_row(state, state.layout.num_visual_tokens)
         q, k = (state.keys.new_zeros((1, heads, state.keys.shape[2])) for heads in (query_heads, state.table.shape[0]))
         tables = k.new_zeros((1, k.shape[2] // 2), dtype=torch.float32)
         self.decode(row, q, k, k, 1.0, (tables, tables) if rotary else None)
+
+    def prefill_empty_row(self, state: LayerState) -> None:
+        """One `prefill` of a prompt without tokens, which stores nothing: a `warmup` of what a GPU runs.
+
+        Not where rows share prompts: torch's own operations store these (`ssd_kernels.sharing.store`).
+        """
+        if state.shared:
+            return
+        k = state.keys.new_zeros((1, state.table.shape[0], 1, state.keys.shape[2]))
+        self.prefill(self._first_row(state, 0), k, k, [0], None, [0])
+
+    @staticmethod
+    def _first_row(state: LayerState, step: int) -> LayerState:
+        """The first row of a layer, with cursors of its own that say it is at ``step`` after an empty prompt."""
+        cursors = torch.tensor([[0, step]], dtype=torch.int32, device=state.keys.device)
+        return LayerState(state.layout, state.keys[:1], state.values[:1], state.scores[:1], state.positions[:1],
+                          cursors, state.table, state.pinned, *state.shared[:2], *(of[:1] for of in state.shared[2:]))
 
     @abstractmethod
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],

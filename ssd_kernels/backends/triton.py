@@ -52,18 +52,22 @@ class TritonBackend(Backend):
         logits = torch.empty((batch, group, layout.scored_slots), dtype=torch.float32, device=q.device)
         constants, options = launch.decode_constants(
             head_dim, q.element_size(), group, layout.row_buffer, layout.largest, layout.scored_slots > 0,
-            layout.keep_prompt, rotary is not None, self.capability(q.device))
+            layout.keep_prompt, rotary is not None, self.capability(q.device), bool(state.shared),
+            layout.prompt_scores)
         with torch.cuda.device(q.get_device()):
             self.kernels().decode_kernel[(batch * heads,)](
                 q, k, v, *state.tensors, out, logits, logits.view(torch.int32), *(rotary or (logits, logits)),
+                *(state.shared or (q, q, state.table)),
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], batch, heads, slots, layout.scored_slots,
-                layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1), scale,
+                layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1),
+                layout.shared_prompts, scale,
                 **constants, **options)
         return out
 
     def warmup(self, states: Sequence[LayerState], query_heads: int, rotary: bool) -> None:
         for state in states:
             self.decode_finished_row(state, query_heads, rotary)
+            self.prefill_empty_row(state)
 
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
                 scores: torch.Tensor | None, rows: Sequence[int]) -> None:
@@ -73,17 +77,18 @@ class TritonBackend(Backend):
             return
         k, v = k.contiguous(), v.contiguous()
         scores = None if scores is None else scores.contiguous()
-        block = launch.power_of_two(max(k.shape[2], 1))
+        # Of the longest prompt that the cache may get, not of this one: the same kernel for all of them.
+        longest = max(layout.max_prompt, launch.MIN_EVICT_BLOCK)
+        constants, options = launch.prefill_constants(k.shape[3], k.element_size(), longest, layout.keep_prompt,
+                                                      scores is not None)
         lengths, indices = (torch.tensor(list(numbers), dtype=torch.int32).to(k.device, non_blocking=True)
                             for numbers in (prompt_lens, rows))
-        slot_list = torch.empty((len(rows), heads, block), dtype=torch.int32, device=k.device)
+        slot_list = torch.empty((len(rows), heads, constants["PROMPT_BLOCK"]), dtype=torch.int32, device=k.device)
         with torch.cuda.device(k.get_device()):
             self.kernels().prefill_kernel[(len(rows), heads)](
                 k, v, k if scores is None else scores, lengths, indices, *state.tensors, slot_list, k.shape[2], heads,
                 state.keys.shape[1], layout.scored_slots, layout.max_prompt, layout.num_visual_tokens, layout.pin_words,
-                KEEP_PROMPT=layout.keep_prompt, GIVEN=scores is not None, D=k.shape[3],
-                D_PAD=launch.power_of_two(k.shape[3]), PROMPT_BLOCK=block,
-                BLOCK=launch.decode_config(k.shape[3], k.element_size(), 1, block).block, **launch.compile_options())
+                **constants, **options)
 
 
 @cache

@@ -11,14 +11,15 @@ import tiny
 import torch
 from pretend import guard
 from test_engine import prompts_of
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import ssd_janus
+from ssd_attach.online import OnlinePlan
 from ssd_janus import Pipeline
 from ssd_janus.engine import Engine, Sampling, StepTiming, capture, saying
 from ssd_janus.engine.capture import WARM_STEPS
-from ssd_janus.online import OnlinePlan
 from ssd_janus.shape import ModelShape
-from ssd_kernels import HeadSpec, backends
+from ssd_kernels import HeadSpec, backends, philox
 
 pytestmark = pytest.mark.skipif(guard.unsupported() is not None, reason=f"no machine to pretend: {guard.unsupported()}")
 
@@ -128,6 +129,63 @@ def test_timings_are_of_the_tensors_device(fresh: Any, machine: pretend.Machine)
     assert machine.events == {1}
 
 
+def test_a_draw_is_one_launch_whatever_the_batch(fresh: Any, machine: pretend.Machine) -> None:
+    """Guidance, filters, noise and choice, in the graph; a picture's numbers are its own in every batch."""
+    fresh.to("cuda")
+    engine, drawn = Engine(fresh, PLAN), {}
+    for count in (4, 1, 3):
+        machine.graphs.clear()
+        drawn[count] = engine.generate(prompts()[:count], guidance=2.0, seeds=[7, 8, 2**64 - 1, 7][:count],
+                                       sampling=Sampling.make(0.9, 20, 0.9))
+        (graph,) = machine.graphs
+        operations = [event.name for event in graph.operations]
+        assert operations.count("sample_kernel (triton)") == 1
+        assert not {"exponential_", "sort", "topk", "_softmax", "argmax", "noise_kernel (triton)"} & set(operations)
+    assert torch.equal(drawn[1], drawn[4][:1]) and torch.equal(drawn[3], drawn[4][:3])
+
+
+def test_other_filters_have_their_noise_in_one_launch(fresh: Any, machine: pretend.Machine,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    choose = Sampling.choose
+    monkeypatch.setattr(Sampling, "choose", lambda self, logits, noise: (seen.append(noise), choose(self, logits, noise)
+                                                                         )[1])
+    sampling = Sampling(warpers=[TopPLogitsWarper(0.9, min_tokens_to_keep=2)])
+    Engine(fresh.to("cuda"), PLAN).generate(prompts()[:2], guidance=2.0, seeds=3, sampling=sampling, steps=8)
+    (graph,) = machine.graphs
+    assert [event.name for event in graph.operations].count("noise_kernel (triton)") == 1
+    assert torch.equal(seen[0].cpu(), philox.exponential(torch.tensor([3, 4]), torch.tensor([7, 7]), 64))
+
+
+def test_transformers_loop_draws_the_same_samples(fresh: Any, machine: pretend.Machine) -> None:
+    pipe = Pipeline(fresh.to("cuda"), tiny.build_processor())
+    expected = pipe.generate_tokens(list(tiny.PROMPTS[:2]), seed=3, plan=PLAN)
+    fresh.model.language_model.layers[0].mlp.register_forward_hook(lambda module, args, output: output)
+    machine.log.clear()
+    assert torch.equal(pipe.generate_tokens(list(tiny.PROMPTS[:2]), seed=3, plan=PLAN), expected)
+    launches = [event.name for event in machine.of_kind("launch")]
+    assert launches.count("noise_kernel (triton)") == tiny.TOKENS and "exponential_" not in launches
+
+
+@pytest.mark.parametrize(("warpers", "numbers"), [
+    ([], (1.0, 0, 1.0)), ([TemperatureLogitsWarper(0.5), TopPLogitsWarper(0.9)], (0.5, 0, 0.9)),
+    ([TemperatureLogitsWarper(0.5), TopKLogitsWarper(7), TopPLogitsWarper(0.9)], (0.5, 7, 0.9)),
+    ([TopKLogitsWarper(7), TemperatureLogitsWarper(0.5)], None), ([TopKLogitsWarper(7), TopKLogitsWarper(8)], None),
+    ([TopPLogitsWarper(0.9, filter_value=-5.0)], None), ([MinPLogitsWarper(0.1)], None)])
+def test_filters_that_a_launch_knows(warpers: list[Any], numbers: Any) -> None:
+    assert Sampling(warpers=warpers).numbers == numbers and Sampling(greedy=True, warpers=warpers).numbers is None
+
+
+def test_without_triton_every_picture_has_a_generator(fresh: Any, machine: pretend.Machine,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := backends.available()["cuda"]:
+        pytest.skip(f"cuda: {reason}")
+    monkeypatch.setattr("ssd_janus.engine.sampling.in_one_launch", lambda device: False)
+    steps = of_steps(machine, Engine(fresh.to("cuda"), PLAN, backend="cuda"), guidance=2.0, seeds=3, steps=8)
+    assert [[event.name for event in step].count("exponential_") for step in steps] == [4] * 7
+    assert all(names(step, *WAITING) == [] for step in steps[WARM_STEPS + 1:])
+
+
 def test_pipeline_draws_the_same_pictures(fresh: Any, machine: pretend.Machine, backend: str) -> None:
     texts, seen = list(tiny.PROMPTS), []
     expected = Pipeline(fresh, tiny.build_processor())(texts, seed=3, plan=PLAN, temperature=0)
@@ -170,6 +228,20 @@ def test_watched_pictures_are_not_captured(fresh: Any, machine: pretend.Machine)
     drawn = Engine(fresh.to("cuda"), PLAN).generate(prompts(), guidance=2.0, sampling=GREEDY, steps=8,
                                                     logits_processor=[lambda tokens, logits: logits])
     assert torch.equal(drawn, expected) and machine.captures == 0
+
+
+@pytest.mark.parametrize("observed", [False, True])
+def test_positions_go_to_the_device_once(fresh: Any, machine: pretend.Machine, observed: bool) -> None:
+    """Not for every layer, nor for q and k, cos and sin: a prompt's are counted on the device, and so are a step's."""
+    options = {"logits_processor": [lambda tokens, logits: logits]} if observed else {}
+    steps = of_steps(machine, Engine(fresh.to("cuda"), PLAN), sampling=GREEDY, steps=WARM_STEPS + 1,
+                     **options)
+    assert len(steps) == WARM_STEPS and all(names(step, *WAITING) == [] for step in steps)
+    lengths = len({len(prompt) for prompt in prompts()})
+    copies = [event.place.partition(":")[0] for event in machine.of_kind("to_device")]
+    assert not any(place.endswith("ssd_kernels/reference.py") for place in copies)
+    # Tokens, rows and copies of every group of prompts; and once: whose rows, guidance, lengths.
+    assert copies.count("python/ssd_janus/engine/batch.py") == 3 * lengths + 3
 
 
 def test_too_little_memory_is_shared(fresh: Any, machine: pretend.Machine, caplog: pytest.LogCaptureFixture) -> None:

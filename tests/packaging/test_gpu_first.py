@@ -59,8 +59,10 @@ time.sleep(600)
 """
 SPAWNS = """
 import os, subprocess, sys, time
-for session in (False, True):  # one stays in the process group, one leaves it
-    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"], start_new_session=session)
+# One stays in the process group without the environment, one leaves it with the environment.
+for session, variables in ((False, {}), (True, None)):
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"], start_new_session=session,
+                             env=variables)
     print(child.pid, flush=True)
 """
 
@@ -188,6 +190,19 @@ def test_some_steps_are_chosen_by_name(tool: ModuleType, tmp_path: Path, capsys:
     with pytest.raises(SystemExit):
         tool.main(["--step", "painting"])
     assert "--step must be one of" in capsys.readouterr().err
+
+
+def test_make_gpu_runs_it_with_the_python_at_hand() -> None:
+    """It builds first, whatever is there, in parts too."""
+    said = subprocess.run(["make", "-n", "gpu", "PYTHON=PYTHON", "OUT=there", "STEPS=smoke kernel", "SECONDS=60"],
+                          cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    expected = "PYTHON tools/gpu_first.py --build --out there --seconds 60 --step extension --step smoke --step kernel"
+    assert said.replace("\\\n", " ").split() == expected.split()
+
+
+def test_an_extension_that_is_there_may_be_built_anew(tool: ModuleType, tmp_path: Path) -> None:
+    steps = {step.name: step for stage in tool.stages(tmp_path, build=True) for step in stage.steps}
+    assert "build" not in steps and "build_ext --inplace" in steps["extension"].command[-1]
 
 
 @pytest.mark.parametrize(("text", "error"), [

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ssd_kernels import native
+from ssd_kernels import filters, native, noise, philox, sampling
 from ssd_kernels.backends.cpu import DTYPE_CODES
 from ssd_kernels.backends.cuda import CUDABackend
 from ssd_kernels.backends.triton import TritonBackend
@@ -30,7 +30,8 @@ class Layer:
     def __init__(self, *arguments: int) -> None:
         self.arguments = arguments
         names = ("dtype", "batch", "heads", "head_dim", "slots", "scored_slots", "max_prompt", "num_visual_tokens",
-                 "row_buffer", "keep_prompt")
+                 "row_buffer", "keep_prompt", "prompt_keys", "prompt_values", "prompt_of", "shared_prompts",
+                 "prompt_scores")
         self.addresses = dict(zip(TENSORS, arguments, strict=False))
         self.sizes = SimpleNamespace(**dict(zip(names, arguments[len(TENSORS):], strict=True)))
 
@@ -44,7 +45,8 @@ class Layer:
         slab, scored = row * sizes.slots * sizes.head_dim * ITEM_SIZES[sizes.dtype], row * sizes.scored_slots * 4
         moved = (at["keys"] + slab, at["values"] + slab, at["scores"] + scored, at["positions"] + scored,
                  at["cursors"] + 8 * row, at["table"], at["pinned"])
-        return native.extension().Layer(*moved, sizes.dtype, 1, *self.arguments[len(TENSORS) + 2:])
+        rest = {**vars(sizes), "batch": 1, "prompt_of": sizes.prompt_of and sizes.prompt_of + 4 * row}
+        return native.extension().Layer(*moved, *rest.values())
 
     def step(self, q: int, k: int, v: int, out: int, query_heads: int, strides: Sequence[int], scale: float, cos: int,
              sin: int) -> None:
@@ -118,8 +120,10 @@ class Launcher:
 
 def _layer(given: SimpleNamespace, batch: int, row_buffer: int) -> Layer:
     dtype = DTYPE_CODES[given.held["keys"].dtype]
+    shared = (given.prompt_keys, given.prompt_values, given.prompt_of, given.shared_prompts, given.PROMPT_SCORES
+              ) if getattr(given, "SHARED", False) else (0, 0, 0, 0, True)
     return Layer(*(getattr(given, name) for name in TENSORS), dtype, batch, given.heads, given.D, given.slots,
-                 given.scored_slots, given.max_prompt, given.num_visual_tokens, row_buffer, given.KEEP_PROMPT)
+                 given.scored_slots, given.max_prompt, given.num_visual_tokens, row_buffer, given.KEEP_PROMPT, *shared)
 
 
 def _decode(given: SimpleNamespace) -> None:
@@ -135,6 +139,18 @@ def _prefill(given: SimpleNamespace) -> None:
     # Which steps evict is nothing to a prefill.
     _layer(given, batch, 0).start(given.k, given.v, given.given if given.GIVEN else 0, given.prompt_stride, count,
                                   given.prompt_lens, given.rows)
+
+
+def _noise(given: SimpleNamespace) -> None:
+    out, seeds, steps = (given.held[name] for name in ("out", "seeds", "steps"))
+    out.copy_(philox.exponential(seeds, steps, given.codes))
+
+
+def _sample(given: SimpleNamespace) -> None:
+    held = given.held
+    chosen = filters.sample(held["row_logits"], held["scale"], held["seeds"], held["steps"], given.temperature,
+                             given.top_k, 1 - given.share / 2**30)
+    held["tokens"].copy_(chosen)
 
 
 def patches(here: Machine) -> list[tuple[Any, str, Any]]:
@@ -158,6 +174,7 @@ def patches(here: Machine) -> list[tuple[Any, str, Any]]:
         return SimpleNamespace(decode_kernel=Launcher(real.decode_kernel, _decode),
                                prefill_kernel=Launcher(real.prefill_kernel, _prefill))
 
+    noise_kernel, sample_kernel = noise._kernel, sampling._kernel
     cuda_unavailable = CUDABackend.unavailable
 
     def unavailable(self: CUDABackend) -> str | None:
@@ -174,6 +191,8 @@ def patches(here: Machine) -> list[tuple[Any, str, Any]]:
               (ssd_kernels.arguments, ssd_kernels.cache, ssd_kernels.ops)),
             (TritonBackend, "kernels", launchers),
             (TritonBackend, "capability", lambda self, device: 10 * here.capability[0] + here.capability[1]),
+            (noise, "_kernel", lambda: Launcher(noise_kernel(), _noise)),
+            (sampling, "_kernel", lambda: Launcher(sample_kernel(), _sample)),
             (CUDABackend, "unavailable", unavailable), (CUDABackend, "extension", own_extension)]
 
 

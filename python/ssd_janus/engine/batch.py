@@ -12,9 +12,11 @@ from torch.nn import functional
 from ssd_attach.cache import Observer
 from ssd_attach.online import Typing
 from ssd_kernels import CompressedCache
+from ssd_kernels.filters import guided
 from ssd_kernels.reference import rotate
+from ssd_kernels.sampling import MAX_CODES
 
-from .sampling import Noise, Sampling
+from .sampling import CountedNoise, Noise, Sampling
 from .timing import StepTiming
 from .weights import Layer, Weights
 
@@ -66,7 +68,7 @@ class Batch:
         device, dtype = weights.device, weights.dtype
         self.row_multiple = row_multiple
         padded = self._padded(self.rows)
-        self.scale = torch.tensor(guidance[:self.guided], device=device)[:, None]
+        self.scale = torch.tensor(guidance[:self.guided], dtype=torch.float32, device=device)
         pictures = [*range(self.pictures), *range(self.guided)] + [0] * (padded - self.rows)
         self.picture_of_row = torch.tensor(pictures, device=device)
         self.inputs = torch.zeros(padded, weights.embed.shape[1], device=device, dtype=dtype)
@@ -74,9 +76,11 @@ class Batch:
         self.tokens = torch.zeros(self.pictures, steps, dtype=torch.long, device=device)
         self.column = torch.zeros(1, dtype=torch.long, device=device)
         self.done = 0
-        self.lengths: list[int] = []
+        self.lengths = torch.zeros(self.rows, dtype=torch.long, device=device)
         self._project = _compiled(project) if compiled and timing is None else project
         self._mix = _compiled(mix) if compiled and timing is None else mix
+        # Guidance, filters and draw in one launch, where the noise allows.
+        self._numbers = sampling.numbers if isinstance(noise, CountedNoise) and weights.codes <= MAX_CODES else None
         self._decode = cache.decode if timing is None else timing.timed("attention", cache.decode)
 
     @torch.no_grad()
@@ -98,23 +102,21 @@ class Batch:
             size = max(1, PREFILL_TOKENS // length)
             for part in (group[first:first + size] for first in range(0, len(group), size)):
                 rows = [row for prompt in part for row in rows_of[prompt]]
-                copies = torch.tensor([index for index, prompt in enumerate(part) for _ in rows_of[prompt]],
-                                      device=last.device)
-                hidden = self._prefill(part, rows, copies, watched)
-                last.index_copy_(0, torch.tensor(rows, device=last.device), hidden[copies])
+                share = [index for index, prompt in enumerate(part) for _ in rows_of[prompt]]
+                hidden = self._prefill(part, rows, share, watched)
+                last.index_copy_(0, torch.tensor(rows, device=last.device), hidden)
         if watched is not None:
             watched.finish()
-        self.lengths = [len(prompt) for prompt in prompts]
+        self.lengths.copy_(torch.tensor([len(prompt) for prompt in prompts]))
         self.inputs[:self.rows] = last
-        if self.noise is not None:
-            self.noise.draw()
+        self.prepare()
         self._choose(self.inputs)
         self.done = 1
 
     def prepare(self) -> None:
-        """What comes before a step and is no part of it: fresh noise."""
+        """What comes before a step and is no part of it: noise from generators."""
         if self.noise is not None:
-            self.noise.draw()
+            self.noise.prepare()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -156,7 +158,7 @@ class Batch:
         if self.observer is None and not self.logits_processor:
             return self._decode(layer, query, keys, values, self.weights.scale, self.weights.rotary)
         # An observer wants them rotated, and who compares runs, some of them observed, wants the same bits in all.
-        positions = [length + self.done - 1 for length in self.lengths]
+        positions = self.lengths + (self.column - 1)
         query, keys = (rotate(tensor, self.weights.rotary, positions) for tensor in (query, keys))
         out = self._decode(layer, query, keys, values, self.weights.scale)
         if self.observer is not None:
@@ -170,25 +172,30 @@ class Batch:
         logits = weights.head(normed)[:self.rows].float()
         for processor in self.logits_processor:
             logits = processor(self.tokens, logits)
-        conditional, unconditional = logits.split([self.pictures, self.guided])
-        guided, plain = conditional.split([self.guided, self.pictures - self.guided])
-        guided = unconditional + (guided - unconditional) * self.scale
-        token = self.sampling.choose(torch.cat([guided, plain]) if len(plain) else guided,
-                                     None if self.noise is None else self.noise.values)
+        token = self._token(logits)
         self.tokens.index_copy_(1, self.column, token[:, None])
         self.column += 1
         self.inputs.copy_(weights.following(token.index_select(0, self.picture_of_row)))
 
-    def _prefill(self, prompts: Sequence[tuple[int, ...]], rows: list[int], copies: torch.Tensor,
+    def _token(self, logits: torch.Tensor) -> torch.Tensor:
+        """Tokens [pictures] of the logits [rows, codes] before guidance."""
+        if self._numbers is not None:
+            assert isinstance(self.noise, CountedNoise)
+            return self.noise.draw(logits.float().contiguous(), self.scale, self.column, self._numbers)
+        noise = None if self.noise is None else self.noise.values(self.column)
+        return self.sampling.choose(guided(logits, self.scale), noise)
+
+    def _prefill(self, prompts: Sequence[tuple[int, ...]], rows: list[int], share: list[int],
                  watched: _WatchedPrompts | None) -> torch.Tensor:
-        """Run different prompts of one length; ``copies`` says whose keys each of ``rows`` gets.
+        """Run different prompts of one length; ``share`` says which of them each of ``rows`` takes.
 
         Returns:
-            last hidden states [prompts, hidden].
+            last hidden states [rows, hidden].
         """
         weights, count, length = self.weights, len(prompts), len(prompts[0])
+        copies = torch.tensor(share, device=weights.device)
         tokens = torch.tensor(prompts, device=weights.device).flatten()
-        positions = [*range(length)] * count
+        positions = torch.arange(length, device=weights.device).repeat(count)
         tokens = functional.pad(tokens, (0, self._padded(len(tokens)) - len(tokens)))
         hidden = functional.embedding(tokens, weights.embed).to(weights.dtype)
         for index, layer in enumerate(weights.layers):
@@ -197,15 +204,19 @@ class Batch:
             # [prompts, heads, length, D]
             query, keys, values = (tensor.unflatten(0, (count, length)).transpose(1, 2)
                                    for tensor in (query, keys, values))
-            store = self.cache.prefill if watched is None else watched.prefill
-            store(index, *(tensor[copies].to(self.cache.dtype) for tensor in (keys, values)), [length] * len(rows),
-                  rows=rows)
+            stored = [tensor.to(self.cache.dtype) for tensor in (keys, values)]
+            if self.cache.plan.keep_prompt:
+                self.cache.prefill(index, *stored, [length] * count, rows=rows, share=share)
+            else:
+                self.cache.prefill(index, *(tensor[copies] for tensor in stored), [length] * len(rows), rows=rows)
+            if watched is not None:
+                watched.prefill(index, *(tensor[copies] for tensor in stored), length, rows)
             out = functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=weights.scale,
                                                           enable_gqa=weights.num_heads != weights.num_query_heads)
             attended = hidden.new_zeros(len(hidden), out.shape[1] * out.shape[3])
             attended[:count * length] = out.transpose(1, 2).flatten(2).flatten(0, 1)
             hidden = self._mix(hidden, attended, layer)
-        return hidden[:count * length].unflatten(0, (count, length))[:, -1]
+        return hidden[:count * length].unflatten(0, (count, length))[:, -1][copies]
 
 
 class _WatchedPrompts:
@@ -215,17 +226,15 @@ class _WatchedPrompts:
         self.cache, self.observer, self.lengths = cache, observer, lengths
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def prefill(self, layer: int, keys: torch.Tensor, values: torch.Tensor, lengths: list[int],
-                rows: list[int]) -> None:
+    def prefill(self, layer: int, keys: torch.Tensor, values: torch.Tensor, length: int, rows: list[int]) -> None:
         if layer == len(self.layers):
             size = (len(self.lengths), keys.shape[1], max(self.lengths), keys.shape[3])
             self.layers.append((keys.new_zeros(size), values.new_zeros(size)))
         for store, tensor in zip(self.layers[layer], (keys, values), strict=True):
-            store[torch.tensor(rows, device=keys.device), :, :lengths[0]] = tensor
+            store[torch.tensor(rows, device=keys.device), :, :length] = tensor
 
     def finish(self) -> None:
         for layer, (keys, values) in enumerate(self.layers):
-            self.cache.prefill(layer, keys, values, self.lengths)
             self.observer.prefill(self.cache, layer, keys, values, self.lengths)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import (
@@ -19,6 +20,8 @@ from transformers import (
 )
 
 from ssd_attach.internals import logits_processors, prepared_config
+from ssd_kernels.noise import exponential_, in_one_launch
+from ssd_kernels.sampling import sample_in_one_launch
 
 # Fields of a generation config that say how tokens are chosen; the further ones where they are set.
 USUAL = ("temperature", "top_k", "top_p")
@@ -86,6 +89,21 @@ class Sampling:
                 raise ValueError(f"{type(processor).__name__} is in force")
         return cls(not config.do_sample, tuple(found))
 
+    @property
+    def numbers(self) -> tuple[float, int, float] | None:
+        """Temperature, top-k and top-p, if that is all that restricts a draw, in this order; 1, 0 and 1 do not."""
+        known = (("temperature", TemperatureLogitsWarper, 1.0), ("top_k", TopKLogitsWarper, 0),
+                 ("top_p", TopPLogitsWarper, 1.0))
+        order = [index for warper in self.warpers for index, (_, kind, _) in enumerate(known) if type(warper) is kind]
+        plain = all(getattr(warper, "filter_value", -math.inf) == -math.inf
+                    and getattr(warper, "min_tokens_to_keep", 1) == 1 for warper in self.warpers)
+        if self.greedy or not plain or len(order) != len(self.warpers) or order != sorted(set(order)):
+            return None
+        values = [default for _, _, default in known]
+        for index, warper in zip(order, self.warpers, strict=True):
+            values[index] = getattr(warper, known[index][0])
+        return values[0], values[1], values[2]
+
     def choose(self, logits: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """Tokens [N] of guided logits [N, codes] and noise [N, codes] of the exponential distribution.
 
@@ -123,36 +141,89 @@ class SampledByPicture(LogitsProcessor):
         self.sampling = Sampling(greedy=not config.do_sample)
         self.seeds = seeds
         self.noise: Noise | None = None
+        self.step: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         for processor in self.after:
             scores = processor(input_ids, scores)
-        if not self.sampling.greedy:
-            self.noise = self.noise or Noise(*scores.shape, self.seeds, scores.device)
-            self.noise.draw()
-        chosen = self.sampling.choose(scores, self.noise.values if self.noise else None)
+        noise = None if self.sampling.greedy else self._noise(scores)
+        chosen = self.sampling.choose(scores, noise)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
+    def _noise(self, scores: torch.Tensor) -> torch.Tensor:
+        """Of the next step, as the engine draws it."""
+        if self.noise is None or self.step is None:
+            self.noise = noise_for(*scores.shape, self.seeds, scores.device)
+            self.step = torch.full((1,), -1, device=scores.device)
+        self.step += 1
+        self.noise.prepare()
+        return self.noise.values(self.step)
 
-class Noise:
-    """Exponential noise, fresh for every step, in one buffer.
 
-    Attributes:
-        values: float32 [pictures, codes].
-    """
+class Noise(Protocol):
+    """Exponential noise, fresh for every step."""
+
+    def prepare(self) -> None:
+        """What comes before a step and is no part of it, as a graph cannot hold it."""
+
+    def values(self, step: torch.Tensor) -> torch.Tensor:
+        """float32 [pictures, codes] of a step.
+
+        Args:
+            step: its number from 0, long [1] on the device.
+        """
+
+
+class GeneratorNoise:
+    """Noise from generators of torch: a picture's numbers are those that transformers would draw for it alone."""
 
     def __init__(self, pictures: int, codes: int, seeds: Sequence[int] | None, device: torch.device) -> None:
         """
         Args:
             seeds: one per picture, or None to draw for all from torch's own generator, as transformers does.
         """
-        self.values = torch.ones(pictures, codes, device=device)
-        self.generators = None if seeds is None else [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._values = torch.ones(pictures, codes, device=device)
+        self._generators = None if seeds is None else [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def draw(self) -> None:
-        """Fill the buffer. A picture's numbers are those that transformers would draw for it alone."""
-        if self.generators is None:
-            self.values.exponential_()
+    def prepare(self) -> None:
+        if self._generators is None:
+            self._values.exponential_()
         else:
-            for row, generator in zip(self.values, self.generators, strict=True):
+            for row, generator in zip(self._values, self._generators, strict=True):
                 row.exponential_(generator=generator)
+
+    def values(self, step: torch.Tensor) -> torch.Tensor:
+        return self._values
+
+
+class CountedNoise:
+    """Noise by `ssd_kernels.noise`: of all pictures in one launch, which reads the step on the device.
+
+    A picture's numbers do not depend on its batch. They are not those that transformers would draw on a GPU.
+    """
+
+    def __init__(self, codes: int, seeds: Sequence[int], device: torch.device) -> None:
+        words = [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]  # torch's generators take unsigned ones, too
+        self._codes, self._seeds = codes, torch.tensor(words, dtype=torch.long, device=device)
+        self._values: torch.Tensor | None = None
+
+    def prepare(self) -> None:
+        pass
+
+    def values(self, step: torch.Tensor) -> torch.Tensor:
+        if self._values is None:
+            self._values = torch.empty(len(self._seeds), self._codes, device=self._seeds.device)
+        exponential_(self._values, self._seeds, step.expand(len(self._seeds)))
+        return self._values
+
+    def draw(self, logits: torch.Tensor, scale: torch.Tensor, step: torch.Tensor,
+             numbers: tuple[float, int, float]) -> torch.Tensor:
+        """Tokens [pictures] in one launch, guidance included; see `ssd_kernels.filters.sample`."""
+        return sample_in_one_launch(logits, scale, self._seeds, step.expand(len(self._seeds)), *numbers)
+
+
+def noise_for(pictures: int, codes: int, seeds: Sequence[int] | None, device: torch.device) -> Noise:
+    """The noise of pictures on a device; ``seeds`` as in `GeneratorNoise`."""
+    if seeds is not None and in_one_launch(device):
+        return CountedNoise(codes, seeds, device)
+    return GeneratorNoise(pictures, codes, seeds, device)
