@@ -2,10 +2,8 @@
 #
 #   make demo      draw pictures with a small Janus, full cache beside compressed -> demo/
 #   make test      all tests that need no GPU
-#   make triton    all contract tests of the Triton backend, interpreted on the CPU; takes long
 #   make simulation  all contract tests of the CUDA and Triton kernels, from their PTX on the CPU; takes long
-#   make gpu       contract tests and kernel times on a CUDA GPU, with the Python at hand and offline -> $(OUT)
-#                  in parts: make gpu-test, gpu-sanitize (or gpu-memcheck, ...), gpu-bench
+#   make gpu       first contact with a CUDA GPU: tests, times, sanitizers, with the Python at hand and offline -> $(OUT)
 #   make bench     the CPU benchmarks: kernel, decoder steps, pictures -> bench/results/, README.md
 #   make quality   scores and fidelity of the included model, full cache beside compressed -> docs/quality.md
 #   make policies  every policy at every budget, with the included model; long -> docs/policy-results.md
@@ -27,17 +25,16 @@ OUT         ?= gpu
 COMPAT      ?= --write docs/compatibility.md
 COMPARE     ?= --fidelity-prompts 6 --prompts 30
 WORKERS     ?= -n auto --maxprocesses 16
-GPU_TESTS   ?= tests/kernels
-SANITIZERS  := gpu-memcheck gpu-racecheck gpu-initcheck gpu-synccheck
+STEPS       ?=
+SECONDS     ?=
 
 BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13,<4' ninja 'cmake>=3.24'
 SOURCES     := $(shell find csrc -type f)
-CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/kernels/*.cpp tests/kernels/ptx/*.cpp tests/kernels/ptx/*.h)
+CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard $(addprefix tests/kernels/*/*.,cpp h cuh))
 
-.PHONY: demo test triton simulation gpu gpu-build gpu-test gpu-sanitize $(SANITIZERS) gpu-bench bench quality policies \
-	lint format pins compat newest clean
+.PHONY: demo test simulation gpu bench quality policies lint format pins compat newest clean
 
 # Passive waiting: on a busy machine, threads that spin while they wait can turn seconds into minutes.
 demo: export OMP_WAIT_POLICY := passive
@@ -49,38 +46,15 @@ test: $(VENV)/.built
 	$(BIN)/python -m tests.kernels.ptx.build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS)
 
-# Every parameter of the contract tests in Triton's interpreter; `make test` runs them from Triton's PTX instead.
-triton: export OMP_WAIT_POLICY := passive
-triton: $(VENV)/.built
-	TRITON_INTERPRET=1 HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS) tests/kernels -k 'triton and not test_triton' -m 'not gpu' -W ignore
-
-# Installs nothing: a machine with a GPU brings its own torch, Triton and pytest. A part that fails does not keep the
-# others from running, and fails the whole.
+# Installs nothing: a machine with a GPU brings its own torch, Triton and pytest. `make gpu STEPS="smoke kernel"` runs
+# some parts, `make gpu SECONDS=1800` gives every step more time.
 gpu:
-	$(MAKE) --keep-going --jobs=1 gpu-test gpu-sanitize gpu-bench
-
-gpu-build:
-	SSD_KERNELS_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
-	@$(PYTHON) -c "import sys; from ssd_kernels import backends; \
-		sys.exit((why := backends.available()['cuda']) and f'no GPU tests: the cuda backend cannot run here: {why}')"
-
-gpu-test: gpu-build
-	$(PYTHON) -m pytest -q -m gpu $(GPU_TESTS)
-
-gpu-sanitize: $(SANITIZERS)
-$(SANITIZERS): gpu-build
-	@if command -v compute-sanitizer; then \
-		compute-sanitizer --tool $(@:gpu-%=%) --error-exitcode 1 --target-processes all \
-			$(PYTHON) -m pytest -q -m gpu tests/kernels/test_contract.py tests/kernels/test_split_heads.py \
-			-k 'cuda and (test_smallest_sizes and R3-keep or test_heads_split_over_blocks and f32-R0-keep)'; \
-	else echo "compute-sanitizer is not installed: $@ not run"; fi
-
-# The benchmarks import ssd_janus, which lies in python/ where the package is not installed.
-gpu-bench: gpu-build
-	PYTHONPATH=python $(PYTHON) -m bench.gpu --out $(OUT)
+	$(PYTHON) tools/gpu_first.py --build --out $(OUT) $(if $(SECONDS),--seconds $(SECONDS)) \
+		$(addprefix --step ,$(if $(STEPS),extension $(STEPS)))
 
 # Every parameter of the contract tests on the executor of PTX, Triton's code for two architectures: in lockstep, and with
-# threads, blocks, stores and copies as late as may be. `make simulation SCHEDULES=eager` runs one schedule only.
+# threads, blocks, stores and copies as late as may be. `make simulation SCHEDULES=eager` runs one schedule only. Last,
+# all that `make gpu` runs, on a pretended GPU.
 SCHEDULES ?= lockstep adversarial
 simulation: export OMP_WAIT_POLICY := passive
 simulation: export OMP_NUM_THREADS := 1
@@ -89,6 +63,7 @@ simulation: $(VENV)/.built
 	for schedule in $(SCHEDULES); do SSD_PTX_SCHEDULE=$$schedule $(BIN)/python -m pytest -q $(WORKERS) tests/kernels \
 		-k ptx -m 'not gpu' || exit 1; done
 	SSD_PTX_ARCHITECTURE=90 $(BIN)/python -m pytest -q $(WORKERS) tests/kernels -k ptx_triton -m 'not gpu'
+	$(BIN)/python -m pytest -q tests/packaging/test_gpu_steps.py -m exhaustive
 
 bench: $(VENV)/.built
 	$(BIN)/ssd-bench suite --readme README.md

@@ -27,6 +27,7 @@ from setuptools.errors import SetupError
 ROOT = Path(__file__).resolve().parent
 PACKAGE_DIRS = {
     "ssd_kernels": "ssd_kernels",
+    "ssd_attach": "python/ssd_attach",
     "ssd_janus": "python/ssd_janus",
     "ssd_shapes": "python/ssd_shapes",
     "ssd_bench": "bench",

@@ -22,7 +22,7 @@ from .records import OK, Record, record
 from .timing import Timing
 
 POLICY = "heavy"
-WARM_STEPS = 2  # of every loop, not counted
+WARM_STEPS = 3  # of every loop, not counted; on a GPU the engine records its graph in the last
 GATE_STEPS = 6
 PARTS = ("linear", "attention", "rest")
 
@@ -68,8 +68,11 @@ class Loop:
 
 
 def loops(model: Any, prompt: Sequence[int], compiled: bool = False, budgets: Sequence[float] = (0.5, 0.2),
-          row_buffers: Sequence[int] = (0, 24), backend: str = "auto") -> Iterator[Loop]:
-    """transformers with its kinds of cache, then the engine with a full plan and with budgets."""
+          row_buffers: Sequence[int] = (0, 24), backend: str = "auto", seeds: int | None = None) -> Iterator[Loop]:
+    """transformers with its kinds of cache, then the engine with a full plan and with budgets.
+
+    With ``seeds`` every picture of the engine's draws from numbers of its own (`engine_loop`).
+    """
     def transformers(kind: str) -> Callable[..., Drawn]:
         def run(pictures: int, steps: int, start: int | None, timing: StepTiming | None, sample: bool) -> Drawn:
             # With tokens in the cache, a prompt of one: what was held and the prompt are as many as the engine's.
@@ -88,7 +91,7 @@ def loops(model: Any, prompt: Sequence[int], compiled: bool = False, budgets: Se
 
         def run(pictures: int, steps: int, start: int | None, timing: StepTiming | None, sample: bool,
                 engine: Engine = engine) -> Drawn:
-            return engine_loop(engine, [list(prompt)] * pictures, steps, start, timing, sample)
+            return engine_loop(engine, [list(prompt)] * pictures, steps, start, timing, sample, seeds)
 
         yield Loop(f"engine, {name}", {"backend": backend, "budget": budget or 1.0, "row_buffer": row_buffer},
                    engine.plan, run)

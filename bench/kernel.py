@@ -17,7 +17,7 @@ from .point import Point
 from .records import OK, Record, record
 from .timing import REPETITIONS, TRIALS, Timing, Work, stopwatch, time_in_turn
 
-LARGE = 128 * 2**20  # bytes of a read or copy in which starting it counts for nothing
+LARGE, LARGE_ON_GPU = 2**27, 2**30  # bytes of a read or copy in which starting it counts for nothing
 READ, READ_LARGE, COPY_LARGE = "read the kept bytes once", "large read", "large copy"
 
 
@@ -29,6 +29,7 @@ class Options:
         device: where. backends: of ours; None for all that can run there but the slow reference.
         scored, row_buffers: kinds of our plans. only: parts of contenders' names; empty for all.
         repetitions, trials: of the protocol.
+        launches: count kernels, for which torch's profiler looks into every contender on a GPU.
     """
 
     device: torch.device = torch.device("cpu")
@@ -38,6 +39,7 @@ class Options:
     only: Sequence[str] = ()
     repetitions: int = REPETITIONS
     trials: int = TRIALS
+    launches: bool = True
 
     def backend_names(self) -> list[str]:
         if self.backends is not None:
@@ -90,8 +92,6 @@ def measure(point: Point, options: Options, progress: Callable[[str], None] = la
             status[one.name] = ready
         else:
             built[one.name] = ready
-    launches = {name: ready.launches if ready.launches and options.device.type == "cpu"
-                else count_launches(ready.work.calls[-1], options.device) for name, ready in built.items()}
     works = {name: ready.work for name, ready in built.items()} | ceilings(point, options.device)
     watches = {}
     mine = {one.name for one in listed if one.backend is not None}
@@ -105,9 +105,13 @@ def measure(point: Point, options: Options, progress: Callable[[str], None] = la
             status[name] = f"failed: {first_line(error)}"
     timings = time_in_turn(watches, options.repetitions, options.trials, lambda name: progress(f"timing {name}"))
     about["load_after"] = machine.load()
-    kept = point.attend_bytes()
-    rates = {"read": max(LARGE / timings[READ_LARGE].median, kept / timings[READ].median),
-             "copy": 2 * LARGE / timings[COPY_LARGE].median}
+    # Afterwards: a GPU that is being profiled is slower.
+    launches = {name: ready.launches if ready.launches and options.device.type == "cpu"
+                else count_launches(ready.work.calls[-1], options.device) if options.launches else None
+                for name, ready in built.items()}
+    kept, large = point.attend_bytes(), large_bytes(options.device)
+    rates = {"read": max(large / timings[READ_LARGE].median, kept / timings[READ].median),
+             "copy": 2 * large / timings[COPY_LARGE].median}
     lines = [_record(about, point, {"name": READ, "does": "read (torch.sum)", "omits": "everything else"}, OK,
                      timings[READ], rates, {"useful": kept, "read": kept, "allocated": kept}, 1)]
     for one in listed:
@@ -149,10 +153,16 @@ def ceilings(point: Point, device: torch.device) -> dict[str, Work]:
             fill(one)
         return Work([one.sum for one in data])
 
-    source, target = (torch.empty(LARGE // 4, device=device) for _ in range(2))
+    large = large_bytes(device)
+    source, target = (torch.empty(large // 4, device=device) for _ in range(2))
     fill(source)
-    return {READ: reads(point.attend_bytes()), READ_LARGE: reads(LARGE),
+    return {READ: reads(point.attend_bytes()), READ_LARGE: reads(large),
             COPY_LARGE: Work([lambda: target.copy_(source)])}
+
+
+def large_bytes(device: torch.device) -> int:
+    """Bytes of the large read and of the large copy."""
+    return LARGE_ON_GPU if device.type == "cuda" else LARGE
 
 
 def first_line(error: BaseException) -> str:

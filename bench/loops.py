@@ -46,7 +46,7 @@ def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, 
     """
     from transformers import DynamicCache, StaticCache
 
-    from ssd_janus.internals import CACHE_NAME, compiled
+    from ssd_attach.internals import CACHE_NAME, compiled
     from ssd_janus.shape import placement
 
     device, dtype = placement(model)
@@ -94,21 +94,23 @@ def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, 
 
 
 def engine_loop(engine: Engine, prompts: Sequence[Sequence[int]], steps: int, start: int | None = None,
-                timing: StepTiming | None = None, sample: bool = True,
+                timing: StepTiming | None = None, sample: bool = True, seeds: int | None = None,
                 clock: Callable[[], float] = time.perf_counter) -> Drawn:
     """Our engine's steps.
 
     Args:
         start: visual tokens that are in the cache before the first step, random ones; None begins with the prompt.
         prompts, steps, timing, sample: as in `transformers_loop`, which draws from the same random numbers.
+        seeds: of the first picture, the others counting on: numbers of their own instead.
     """
-    from ssd_janus.engine import capture
+    from ssd_janus.engine.capture import CapturedStep, can_capture
 
     sampling = Sampling.make(1.0, top_k=TOP_K) if sample else Sampling(greedy=True)
-    batch = engine.batch(prompts, guidance=GUIDANCE, seeds=None, sampling=sampling, steps=steps, timing=timing)
+    batch = engine.batch(prompts, guidance=GUIDANCE, seeds=seeds, sampling=sampling, steps=steps, timing=timing)
     if start is not None:
         steady_state(batch.cache, len(prompts[0]), start)
-    step, cuda, marks = batch.step, engine.device.type == "cuda", []
+    step = CapturedStep(batch) if can_capture(batch) else batch.step
+    cuda, marks = engine.device.type == "cuda", []
 
     def mark() -> None:
         if cuda:
@@ -117,10 +119,6 @@ def engine_loop(engine: Engine, prompts: Sequence[Sequence[int]], steps: int, st
 
     mark()
     while batch.done < steps:
-        if batch.done == capture.WARM_STEPS + 1 and capture.can_capture(batch):
-            step = capture.capture(batch)
-            mark()
-            marks.pop(-2)  # recording the graph is no step
         step()
         mark()
     return Drawn(batch.tokens.cpu(), _differences(marks), batch.cache.nbytes)

@@ -14,6 +14,7 @@ INCLUDED = "included"
 # hidden, intermediate, layers, heads of Janus-Pro's decoder (deepseek-community's configurations)
 SHAPES = {"1b": (2048, 5632, 24, 16), "7b": (4096, 11008, 30, 32)}
 BOS, PAD, BEGIN = 0, 1, 2
+PROMPT = [BOS, *range(10, 32), BEGIN]  # for the random models
 VOCABULARY = 1024  # of the random models: the text table is no part of a step
 
 
@@ -27,7 +28,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, list
         FileNotFoundError, OSError: no such checkpoint.
     """
     if name in SHAPES:
-        return random_model(*SHAPES[name], dtype, device), [BOS, *range(10, 32), BEGIN]
+        return random_model(*SHAPES[name], dtype, device), PROMPT
     from ssd_janus import Pipeline
 
     pipe = Pipeline.from_pretrained(None if name == INCLUDED else name, device=device, dtype=dtype)
@@ -39,7 +40,7 @@ def random_model(hidden: int, intermediate: int, layers: int, heads: int, dtype:
     """A Janus of these sizes with random weights, 24 x 24 tokens of 16384 codes, and a small picture decoder."""
     from transformers import GenerationConfig, JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
-    from ssd_janus.internals import no_init_weights
+    from ssd_attach.internals import no_init_weights
 
     text = LlamaConfig(vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate,
                        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
@@ -53,7 +54,8 @@ def random_model(hidden: int, intermediate: int, layers: int, heads: int, dtype:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with no_init_weights():
+        # There and nowhere else: gigabytes are not filled here and then sent.
+        with no_init_weights(), torch.device(device):
             model = PictureJanus(JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=3))
     finally:
         torch.set_default_dtype(before)
@@ -65,4 +67,4 @@ def random_model(hidden: int, intermediate: int, layers: int, heads: int, dtype:
             tensor.data.fill_(0.0 if name.endswith("bias") else 1.0)
     model.generation_config = GenerationConfig(bos_token_id=BOS, pad_token_id=PAD,
                                                generation_kwargs={"boi_token_id": BEGIN})
-    return model.to(device).eval()
+    return model.eval()

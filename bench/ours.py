@@ -13,7 +13,7 @@ from ssd_kernels.triton.launch import step_bytes
 
 from .contender import Built, Contender, WrongResult, check_output, copies_of, fill, sample_rows
 from .point import Point, specs
-from .timing import REPETITIONS, WARMUP_CALLS, Work
+from .timing import GRAPH_CALLS, REPETITIONS, WARMUP_CALLS, Work
 
 
 def contenders(point: Point, backends: Sequence[str], scored: Sequence[bool], row_buffers: Sequence[int],
@@ -113,8 +113,13 @@ class Steady:
         self.point, self.prompt, self.start = point, prompt, start
         self.period = max(plan.row_buffer, 1)
         layers, self.passes = layers_and_passes(point.attend_bytes(), plan.row_buffer)
-        warmup = -(-WARMUP_CALLS // (layers * self.passes)) + 2  # and what graph capture takes
-        self.room = self.passes * (REPETITIONS + warmup)
+        if device.type == "cuda":
+            # Many calls in a graph, all at nearly the same fill: starting over costs a GPU little.
+            self.passes *= -(-GRAPH_CALLS // (layers * self.passes))
+            self.room = 2 * self.passes
+        else:
+            warmup = -(-WARMUP_CALLS // (layers * self.passes))
+            self.room = self.passes * (REPETITIONS + warmup)
         self.cache = CompressedCache(
             CachePlan(list(plan.layers) * layers, plan.row_buffer, plan.keep_prompt), batch_size=point.batch,
             num_query_heads=point.heads, head_dim=point.head_dim, max_prompt=prompt,

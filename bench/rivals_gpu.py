@@ -108,7 +108,7 @@ def _flashinfer(point: Point, arena: Arena, device: torch.device, plan_each: boo
     ends = _offsets(point, device)
     indices = torch.arange(pages, dtype=torch.int32, device=device)
     last = torch.ones(len(ends) - 1, dtype=torch.int32, device=device)
-    workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device=device)
+    workspace = torch.zeros(128 * 2**20, dtype=torch.uint8, device=device)  # zeros: some of its kernels count there
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
         workspace, "NHD", use_cuda_graph=True, paged_kv_indptr_buffer=ends.clone(),
         paged_kv_indices_buffer=indices.clone(), paged_kv_last_page_len_buffer=last.clone())

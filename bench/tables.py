@@ -60,7 +60,7 @@ def kernel_rows(lines: Sequence[Record]) -> list[list[str]]:
         rows.append([
             contender["name"], contender["does"], f"{1e6 * median:.0f}" if median > 1e-4 else f"{1e6 * median:.1f}",
             _spread(line), f"{1e6 * seconds['best']:.0f}", f"{size['useful'] / median / 1e9:.1f}",
-            f"{share(line):.0%}", f"{size['allocated'] / 1e6:.1f}", str(line["launches"]),
+            f"{share(line):.0%}", f"{size['allocated'] / 1e6:.1f}", str(line["launches"] or ""),
             f"{median / reference['seconds']['median']:.2f}" if reference else ""])
     return rows
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 REPETITIONS, TRIALS, WARMUP_CALLS = 50, 3, 10
+GRAPH_CALLS = 16  # in a CUDA graph at least: starting it, and the gaps around it, then count for little
 
 
 def nothing() -> None:
@@ -93,20 +94,29 @@ def cpu_stopwatch(work: Work, clock: Callable[[], float] = time.perf_counter) ->
 
 
 def cuda_stopwatch(work: Work) -> Stopwatch:
-    """Times repetitions of ``work`` by CUDA events, replayed as one CUDA graph where it may be captured."""
+    """Times repetitions of ``work`` by CUDA events, replayed as one CUDA graph where it may be captured.
+
+    Work that needs no preparing is repeated until there are `GRAPH_CALLS`; other work has to bring so many itself.
+    """
+    turns = -(-GRAPH_CALLS // work.calls_per_repetition) if work.prepare is nothing else 1
+
+    def run() -> None:
+        for _ in range(turns):
+            work.run()
+
     work.prepare()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())  # on which the work was prepared
     with torch.cuda.stream(stream):
         work.run()
     torch.cuda.synchronize()
-    replay = work.run
+    replay = run
     if work.capturable:
         graph = torch.cuda.CUDAGraph()
         work.prepare()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            work.run()
+            run()
         replay = graph.replay
 
     def times(repetitions: int) -> list[float]:
@@ -119,7 +129,8 @@ def cuda_stopwatch(work: Work) -> Stopwatch:
             end.record()
             pairs.append((begin, end))
         torch.cuda.synchronize()
-        return [begin.elapsed_time(end) / 1e3 / work.calls_per_repetition for begin, end in pairs]
+        calls = turns * work.calls_per_repetition
+        return [begin.elapsed_time(end) / 1e3 / calls for begin, end in pairs]
 
     return times
 

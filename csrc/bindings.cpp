@@ -30,6 +30,9 @@ void raise_if_refused(const ssd::Error& error, const ssd::LayerShape& shape) {
     case ssd::Error::kPromptLen:
       throw std::invalid_argument("prompt_len of row " + index + " must be within 0 .. " +
                                   std::to_string(shape.max_prompt) + ", got " + value);
+    case ssd::Error::kPrompt:
+      throw std::invalid_argument("prompt_of of row " + index + " must be within 0 .. " +
+                                  std::to_string(shape.shared_prompts - 1) + ", got " + value);
     case ssd::Error::kStep:
       throw std::invalid_argument("row " + index + " has taken " + value +
                                   " steps; the cache holds num_visual_tokens = " +

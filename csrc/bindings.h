@@ -20,8 +20,10 @@ class BoundLayer {
   BoundLayer(uintptr_t keys, uintptr_t values, uintptr_t scores, uintptr_t positions, uintptr_t cursors,
              uintptr_t table, uintptr_t pinned, int32_t dtype, int32_t batch, int32_t heads, int32_t head_dim,
              int32_t slots, int32_t scored_slots, int32_t max_prompt, int32_t num_visual_tokens, int32_t row_buffer,
-             bool keep_prompt)
-      : layer_{{batch, heads, head_dim, slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt},
+             bool keep_prompt, uintptr_t prompt_keys, uintptr_t prompt_values, uintptr_t prompt_of,
+             int32_t shared_prompts, bool prompt_scores)
+      : layer_{{batch, heads, head_dim, slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt,
+                shared_prompts, prompt_scores},
                static_cast<DType>(dtype),
                pointer<void>(keys),
                pointer<void>(values),
@@ -29,7 +31,10 @@ class BoundLayer {
                pointer<int32_t>(positions),
                pointer<Cursor>(cursors),
                pointer<const HeadRange>(table),
-               pointer<const int32_t>(pinned)} {}
+               pointer<const int32_t>(pinned),
+               pointer<const void>(prompt_keys),
+               pointer<const void>(prompt_values),
+               pointer<const int32_t>(prompt_of)} {}
 
  protected:
   CacheLayer layer_;
@@ -41,10 +46,12 @@ pybind11::class_<Layer> bind_layer(pybind11::module_& module, const char* name) 
   using pybind11::arg;
   return pybind11::class_<Layer>(module, name, pybind11::module_local())
       .def(pybind11::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t,
-                          int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool>(),
+                          int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, bool, uintptr_t, uintptr_t,
+                          uintptr_t, int32_t, bool>(),
            arg("keys"), arg("values"), arg("scores"), arg("positions"), arg("cursors"), arg("table"), arg("pinned"),
            arg("dtype"), arg("batch"), arg("heads"), arg("head_dim"), arg("slots"), arg("scored_slots"),
-           arg("max_prompt"), arg("num_visual_tokens"), arg("row_buffer"), arg("keep_prompt"));
+           arg("max_prompt"), arg("num_visual_tokens"), arg("row_buffer"), arg("keep_prompt"), arg("prompt_keys"),
+           arg("prompt_values"), arg("prompt_of"), arg("shared_prompts"), arg("prompt_scores"));
 }
 
 inline DecodeStep decode_step(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int32_t query_heads,

@@ -14,6 +14,7 @@ from .arguments import SUSPECT, check_int, integers, plain
 from .layout import KEEP_ALL, RECENT, LayerLayout, RowView
 from .plan import CachePlan
 from .reading import shown
+from .sharing import PromptShares, checked_share, store
 from .state import LayerState, Rotary, physical_memory
 
 __all__ = ["CompressedCache"]
@@ -32,7 +33,8 @@ class CompressedCache:
 
     def __init__(self, plan: CachePlan, batch_size: int, num_query_heads: int, head_dim: int, max_prompt: int,
                  num_visual_tokens: int = 576, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu", backend: str = "auto", track_scores: bool = False) -> None:
+                 device: torch.device | str = "cpu", backend: str = "auto", track_scores: bool = False,
+                 shared_prompts: int | None = None) -> None:
         """
         Args:
             plan: what every head keeps; ``plan.num_heads`` is the number of KV heads H.
@@ -44,7 +46,10 @@ class CompressedCache:
             dtype: of slabs, q, k, v and output: float32, bfloat16, float16 (float64 on the reference backend).
             device: where the cache lives.
             backend: ``"auto"`` or one of `ssd_kernels.info()`'s backends.
-            track_scores: keep scores of every head, not only of heavy ones.
+            track_scores: keep scores of every head, not only of heavy ones, and of shared prompts too.
+            shared_prompts: most different prompts at once, which are kept once each for all the rows that start with
+                them (docs/specification.md, section 3.12); only with the plan's ``keep_prompt``. None gives every row
+                room for a prompt of its own.
 
         Raises:
             TypeError, ValueError: an argument out of range, or a backend that cannot serve the request.
@@ -67,14 +72,16 @@ class CompressedCache:
         self.head_dim = head_dim
         self.max_prompt = max_prompt
         self.num_visual_tokens = num_visual_tokens
+        self.shared_prompts = shared_prompts
         self.dtype = dtype
         try:
             self.device = torch.empty(0, device=device).device
         except (AssertionError, RuntimeError) as error:  # torch's words for unknown and absent devices
             raise ValueError(f"device {device!r} cannot be used: {error}") from error
-        layouts = [LayerLayout.build(heads, plan, max_prompt, num_visual_tokens, track_scores)
+        layouts = [LayerLayout.build(heads, plan, max_prompt, num_visual_tokens, track_scores, shared_prompts)
                    for heads in plan.layers]
         self._backend = backends.resolve(backend, self.device, dtype, head_dim)
+        self._backend.check_shared(shared_prompts is not None)
         self._layers = self._allocate(layouts)
         self._q_shape = (batch_size, num_query_heads, head_dim)
         self._kv_shape = (batch_size, plan.num_heads, head_dim)
@@ -84,6 +91,7 @@ class CompressedCache:
         self._calls = [0] * plan.num_layers
         self._started = [[0] * batch_size for _ in range(plan.num_layers)]
         self._last_call = [num_visual_tokens] * plan.num_layers
+        self._shares = [PromptShares(layout.shared_prompts, batch_size) for layout in layouts]
 
     def _allocate(self, layouts: Sequence[LayerLayout]) -> list[LayerState]:
         needed = sum(layout.nbytes(self.batch_size, self.head_dim, self.dtype) for layout in layouts)
@@ -114,33 +122,40 @@ class CompressedCache:
         return sum(state.nbytes for state in self._layers)
 
     def prefill(self, layer: int, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int] | torch.Tensor,
-                scores: torch.Tensor | None = None, rows: Sequence[int] | torch.Tensor | None = None) -> None:
-        """Start rows with their prompts (docs/specification.md, section 3.5).
+                scores: torch.Tensor | None = None, rows: Sequence[int] | torch.Tensor | None = None,
+                share: Sequence[int] | torch.Tensor | None = None) -> None:
+        """Start rows with their prompts (docs/specification.md, sections 3.5 and 3.12).
 
         Args:
             layer: layer index.
             k, v: ``[N, H, P, D]`` rotated; entry i is valid in ``[0, prompt_lens[i])``. N is the batch size, or the
-                number of ``rows``.
+                number of ``rows``, or the number of prompts that they ``share``.
             prompt_lens: N integers within 0 .. min(P, max_prompt).
-            scores: float32 ``[N, H, P]`` to start from; None for zeros.
+            scores: float32 ``[N, H, P]`` to start from; None for zeros. Not where rows share prompts, unless the cache
+                was made with ``track_scores=True``: these have no scores otherwise.
             rows: 1-D index of distinct batch rows to restart; the others go on undisturbed. None restarts all.
+            share: which of the N prompts each of the rows takes; None: each its own. Only with the plan's
+                ``keep_prompt``. A cache made without ``shared_prompts`` makes copies.
 
         Raises:
-            TypeError, ValueError: an argument is wrong; nothing has been written then.
+            TypeError, ValueError: an argument is wrong, or the different prompts of all rows are more than
+                ``shared_prompts``; nothing has been written then.
         """
         state = self._layer(layer)
         indices = self._rows(rows)
         k, v = self._tensor("k", k, self.dtype), self._tensor("v", v, self.dtype)
+        count = len(indices) if share is None or k.dim() != 4 else len(k)
         for name, tensor in (("k", k), ("v", v)):
             if tensor.dim() != 4 or (tensor.shape[0], tensor.shape[1], tensor.shape[3]) != (
-                    len(indices), self.plan.num_heads, self.head_dim):
-                raise ValueError(f"{name} must be [N, H, P, D] = [{len(indices)}, {self.plan.num_heads}, P, "
+                    count, self.plan.num_heads, self.head_dim):
+                raise ValueError(f"{name} must be [N, H, P, D] = [{count}, {self.plan.num_heads}, P, "
                                  f"{self.head_dim}], got {list(tensor.shape)}")
+        entries = list(range(count)) if share is None else checked_share(share, count, indices, self.plan)
         if k.shape != v.shape:
             raise ValueError(f"v must have the shape of k, {list(k.shape)}, got {list(v.shape)}")
         lengths = integers("prompt_lens", prompt_lens)
-        if len(lengths) != len(indices):
-            raise ValueError(f"prompt_lens must hold {len(indices)} lengths, got {len(lengths)}")
+        if len(lengths) != count:
+            raise ValueError(f"prompt_lens must hold {count} lengths, got {len(lengths)}")
         limit = min(self.max_prompt, k.shape[2])
         for entry, length in enumerate(lengths):
             if not 0 <= length <= limit:
@@ -150,7 +165,18 @@ class CompressedCache:
             scores = self._tensor("scores", scores, torch.float32)
             if scores.shape != k.shape[:3]:
                 raise ValueError(f"scores must be [N, H, P] = {list(k.shape[:3])}, got {list(scores.shape)}")
-        self._backend.prefill(state, k, v, lengths, scores, indices)
+            if not state.layout.prompt_scores:
+                raise ValueError("scores must be None, for shared prompts have none in a cache that was made without "
+                                 f"track_scores=True, got {list(scores.shape)}")
+        if state.shared:
+            places = self._shares[layer].place(indices, entries)
+            store(state, k, v, lengths, scores, indices, entries, places)
+            self._shares[layer].assign(indices, entries, places)
+        else:
+            if share is not None:
+                k, v, scores = k[entries], v[entries], None if scores is None else scores[entries]
+                lengths = [lengths[entry] for entry in entries]
+            self._backend.prefill(state, k, v, lengths, scores, indices)
         self._restart(layer, indices)
 
     def decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -199,7 +225,7 @@ class CompressedCache:
         if compiling:
             out: torch.Tensor = torch.ops.ssd_kernels.decode(
                 q, k, v, *state.tensors, *ops.layout_arguments(state.layout), scale, self._backend.name,
-                *(rotary or ()))
+                *(rotary or (None, None)), *ops.shared_arguments(state))
             return out
         if self._calls[layer] >= self._last_call[layer]:
             raise ValueError(f"layer {layer} has taken all num_visual_tokens = {self.num_visual_tokens} steps of a "
@@ -276,7 +302,7 @@ class CompressedCache:
         """Running score sums of one KV head: per batch row float32, aligned with `positions`.
 
         They are sums of attention probabilities whatever the head's rule, but for ``score="decayed"``, whose sums have
-        decayed.
+        decayed. Shared prompts have none, unless the cache was made with ``track_scores=True``: NaN stands for theirs.
 
         Raises:
             ValueError: the head is not heavy and the cache was made without ``track_scores=True``.
@@ -289,9 +315,12 @@ class CompressedCache:
                              "with track_scores=True")
         result = []
         for row in range(self.batch_size):
+            view = self._view(state, head, row)
             kept = self._kept(state, head, row)
-            slots = [span.score_offset + kept[position] for position in sorted(kept)]
-            result.append(state.scores[row, torch.tensor(slots, dtype=torch.long, device=self.device)])
+            slots = [kept[position] for position in sorted(kept)][view.unscored:]
+            at = torch.tensor(slots, dtype=torch.long, device=self.device) + view.score_origin
+            nothing = torch.full((view.unscored,), math.nan, device=self.device)
+            result.append(torch.cat([nothing, state.scores[row, at]]))
         return result
 
     def reset(self, rows: Sequence[int] | torch.Tensor | None = None) -> None:
@@ -299,17 +328,23 @@ class CompressedCache:
         indices = self._rows(rows)
         for layer, state in enumerate(self._layers):
             state.cursors[torch.tensor(indices, dtype=torch.long, device=self.device)] = 0
+            self._shares[layer].release(indices)
             self._restart(layer, indices)
 
-    def _kept(self, state: LayerState, head: int, row: int) -> dict[int, int]:
-        """Slot of every kept position, relative to the head's range."""
+    @staticmethod
+    def _view(state: LayerState, head: int, row: int) -> RowView:
         prompt_len, step = state.cursors[row].tolist()
-        view = RowView.of(state.layout, head, prompt_len, step)
+        return RowView.of(state.layout, head, prompt_len, step)
+
+    def _kept(self, state: LayerState, head: int, row: int) -> dict[int, int]:
+        """Slot of every kept position, as `RowView` numbers them."""
+        view = self._view(state, head, row)
         slots = view.slots()
         if view.head.kind != "heavy":
             return dict(zip(view.positions(), slots, strict=True))
-        stored = state.positions[row, view.head.score_offset:view.head.score_offset + view.head.capacity].tolist()
-        return {stored[slot]: slot for slot in slots}
+        stored = state.positions[row, view.score_origin + view.unscored:view.score_origin + view.head.capacity]
+        positions = [*range(view.unscored), *stored.tolist()]
+        return {positions[slot]: slot for slot in slots}
 
     def _restart(self, layer: int, rows: Sequence[int]) -> None:
         for row in rows:

@@ -6,7 +6,7 @@ The same arithmetic stands in csrc/common/layout.h for the compiled backends.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -58,12 +58,14 @@ class HeadRange:
     """The slots of one KV head inside a layer's slab.
 
     A head's range starts with the prompt (``prompt_len`` slots, when the prompt is kept), directly followed by its
-    evictable tokens: a ring of ``ring`` slots for full and window heads, a packed set for heavy heads.
+    evictable tokens: a ring of ``ring`` slots for full and window heads, a packed set for heavy heads. Where rows share
+    prompts these lie in a slab of their own, and the range in the rows' slab starts with the evictable tokens; slots
+    are numbered as if the prompt came before them all the same.
 
     Attributes:
         kind: ``"full"``, ``"window"`` or ``"heavy"``.
         offset: first slot of the range in the slab.
-        capacity: slots in the range.
+        capacity: slots of the head, the prompt's included wherever it lies.
         keep: W or M; `KEEP_ALL` for full heads.
         recent: protected newest tokens of a heavy head.
         rule: index into `SCORE_RULES`.
@@ -93,6 +95,9 @@ class LayerLayout:
             `KEEP_ALL`.
         largest: evictable tokens that the largest heavy head has room for, 0 without heavy heads.
         longest: slots of the longest head.
+        shared_prompts: prompts in a slab of their own, which rows share; 0: every row has its own prompt.
+        prompt_scores: scored heads have scores of prompt tokens that are kept. Only with ``shared_prompts`` it may be
+            False.
     """
 
     heads: tuple[HeadRange, ...]
@@ -104,20 +109,31 @@ class LayerLayout:
     keep_prompt: bool
     largest: int
     longest: int
+    shared_prompts: int = 0
+    prompt_scores: bool = True
 
     @classmethod
     def build(cls, specs: Sequence[HeadSpec], plan: Eviction, max_prompt: int, num_visual_tokens: int,
-              track_scores: bool = False) -> LayerLayout:
-        """Lay out one layer's heads one after the other; ``track_scores`` gives all of them scores, not only heavy.
+              track_scores: bool = False, shared_prompts: int | None = None) -> LayerLayout:
+        """Lay out one layer's heads one after the other.
+
+        Args:
+            track_scores: gives all heads scores, not only heavy ones, and all kept tokens, not only visual ones.
+            shared_prompts: prompts that rows share; None gives every row room for its own.
 
         Raises:
-            TypeError, ValueError: ``max_prompt`` or ``num_visual_tokens`` is no int, or too small or too large.
+            TypeError, ValueError: ``max_prompt``, ``num_visual_tokens`` or ``shared_prompts`` is no int, or too small
+                or too large; or prompts that may be evicted would be shared.
         """
         check_int("max_prompt", max_prompt, 0)
         check_int("num_visual_tokens", num_visual_tokens, 1)
         if max_prompt + num_visual_tokens > KEEP_ALL:
             raise ValueError(f"max_prompt and num_visual_tokens must be together at most {KEEP_ALL}, got "
                              f"{shown(max_prompt)} and {shown(num_visual_tokens)}")
+        if shared_prompts is not None:
+            check_shared_prompts(shared_prompts, plan.keep_prompt)
+        apart = 0 if shared_prompts is None else max_prompt
+        unscored = 0 if track_scores else apart
         heads: list[HeadRange] = []
         offset = score_offset = 0
         for spec in specs:
@@ -128,14 +144,15 @@ class LayerLayout:
             keep = KEEP_ALL if spec.size is None else min(spec.size, KEEP_ALL)
             heads.append(HeadRange(spec.kind, offset, capacity, keep, min(spec.recent, keep),
                                    SCORE_RULES.index(spec.score), score_offset if scored else -1, ring))
-            offset += capacity
-            score_offset += capacity if scored else 0
-        if offset > KEEP_ALL:
+            offset += capacity - apart
+            score_offset += capacity - unscored if scored else 0
+        together = sum(head.capacity for head in heads)
+        if together > KEEP_ALL:
             raise ValueError(f"max_prompt = {max_prompt} and num_visual_tokens = {num_visual_tokens} give the heads of "
-                             f"a layer {offset} slots together, more than {KEEP_ALL}")
+                             f"a layer {together} slots together, more than {KEEP_ALL}")
         return cls(tuple(heads), offset, score_offset, max_prompt, num_visual_tokens, min(plan.row_buffer, KEEP_ALL),
                    plan.keep_prompt, max((head.ring for head in heads if head.kind == "heavy"), default=0),
-                   max(head.capacity for head in heads))
+                   max(head.capacity for head in heads), shared_prompts or 0, not unscored)
 
     def table(self) -> torch.Tensor:
         """Head table int32 [num_heads, 8]: kind, offset, capacity, keep, recent, rule, score_offset, launch order.
@@ -149,7 +166,8 @@ class LayerLayout:
 
     @classmethod
     def from_table(cls, table: torch.Tensor, slots: int, scored_slots: int, max_prompt: int, num_visual_tokens: int,
-                   row_buffer: int, keep_prompt: bool, largest: int, longest: int, read: bool = True) -> LayerLayout:
+                   row_buffer: int, keep_prompt: bool, largest: int, longest: int, shared_prompts: int = 0,
+                   prompt_scores: bool = True, read: bool = True) -> LayerLayout:
         """The layout whose `table` this is.
 
         Args:
@@ -168,25 +186,38 @@ class LayerLayout:
         check_int("row_buffer", row_buffer, 0)
         check_int("largest", largest, 0)
         check_int("longest", longest, 0)
+        if shared_prompts:
+            check_shared_prompts(shared_prompts, keep_prompt)
+        layout = cls((), slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt, largest, longest,
+                     shared_prompts, prompt_scores or not shared_prompts)
         if not read:
-            return cls((), slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt, largest,
-                       longest)
+            return layout
         evictable_prompt = 0 if keep_prompt else max_prompt
         kinds = {code: kind for kind, code in KIND_CODES.items()}
         heads = []
         for index, (kind, offset, capacity, keep, recent, rule, score_offset, _) in enumerate(table.tolist()):
             ring = capacity - max_prompt + evictable_prompt
             needed = peak_tokens(keep, evictable_prompt, num_visual_tokens, row_buffer)
-            inside = 0 <= offset and 0 <= recent <= keep and needed <= ring and offset + capacity <= slots
+            inside = 0 <= offset and 0 <= recent <= keep and needed <= ring
+            inside = inside and offset + capacity - layout.apart <= slots
             unscored = score_offset == -1 and kind != KIND_CODES["heavy"]
-            scored = 0 <= score_offset <= scored_slots - capacity
+            scored = 0 <= score_offset <= scored_slots - capacity + layout.unscored
             inside = inside and capacity <= longest and (ring <= largest or kind != KIND_CODES["heavy"])
             if kind not in kinds or not 0 <= rule < len(SCORE_RULES) or not inside or not (scored or unscored):
                 raise ValueError(f"table row {index} does not describe a range within {slots} slots and "
                                  f"{scored_slots} scores: {table[index].tolist()}")
             heads.append(HeadRange(kinds[kind], offset, capacity, keep, recent, rule, score_offset, ring))
-        return cls(tuple(heads), slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt, largest,
-                   longest)
+        return replace(layout, heads=tuple(heads))
+
+    @property
+    def apart(self) -> int:
+        """Slots of every head that are in the slab of shared prompts and not in the rows' slab."""
+        return self.max_prompt if self.shared_prompts else 0
+
+    @property
+    def unscored(self) -> int:
+        """Slots of every scored head without score and position: those of kept prompts, where it is not asked for."""
+        return 0 if self.prompt_scores else self.max_prompt
 
     @property
     def pin_words(self) -> int:
@@ -203,10 +234,23 @@ class LayerLayout:
         return torch.tensor(rows, dtype=torch.uint32).view(torch.int32)
 
     def nbytes(self, batch_size: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes of one layer: K and V slabs, scores (float32), positions, cursors, head table, pin mask (int32)."""
-        slabs = 2 * batch_size * self.slots * head_dim * dtype.itemsize
+        """Bytes of one layer: K and V slabs, scores (float32), positions, cursors, head table, pin mask (int32).
+
+        Where prompts are shared: their K and V slabs and the rows' numbers of prompts (int32), too.
+        """
+        slots = batch_size * self.slots + self.shared_prompts * len(self.heads) * self.apart
+        per_row = 8 * self.scored_slots + 8 + (4 if self.shared_prompts else 0)
         per_head = 4 * (TABLE_COLUMNS + self.pin_words)
-        return slabs + 8 * batch_size * self.scored_slots + 8 * batch_size + per_head * len(self.heads)
+        return 2 * slots * head_dim * dtype.itemsize + batch_size * per_row + per_head * len(self.heads)
+
+
+def check_shared_prompts(shared_prompts: int, keep_prompt: bool) -> None:
+    """Raise TypeError or ValueError unless rows can share so many prompts."""
+    if check_int("shared_prompts", shared_prompts, 1) > KEEP_ALL:
+        raise ValueError(f"shared_prompts must be at most {KEEP_ALL}, got {shown(shared_prompts)}")
+    if not keep_prompt:
+        raise ValueError(f"shared_prompts must be None with keep_prompt=False, for rows evict on their own, got "
+                         f"{shared_prompts}")
 
 
 def pinned_tokens(words: Sequence[int], num_visual_tokens: int) -> set[int]:
@@ -227,6 +271,8 @@ class RowView:
         first: evictable prompt tokens.
         step: visual tokens appended so far.
         period: steps between evictions, max(R, 1).
+        apart: slots, the first ones, that are in the slab of shared prompts.
+        unscored: slots, the first ones, without score and position.
     """
 
     head: HeadRange
@@ -234,11 +280,24 @@ class RowView:
     first: int
     step: int
     period: int
+    apart: int
+    unscored: int
 
     @classmethod
     def of(cls, layout: LayerLayout, head: int, prompt_len: int, step: int) -> RowView:
         base = prompt_len if layout.keep_prompt else 0
-        return cls(layout.heads[head], base, prompt_len - base, step, max(layout.row_buffer, 1))
+        return cls(layout.heads[head], base, prompt_len - base, step, max(layout.row_buffer, 1),
+                   base if layout.shared_prompts else 0, 0 if layout.prompt_scores else base)
+
+    @property
+    def origin(self) -> int:
+        """What to add to a slot from ``apart`` on to find it in the row's slab."""
+        return self.head.offset - self.apart
+
+    @property
+    def score_origin(self) -> int:
+        """What to add to a slot from ``unscored`` on of a scored head to find its score and position."""
+        return self.head.score_offset - self.unscored
 
     @property
     def evictable(self) -> int:

@@ -19,7 +19,8 @@ _CACHE = ("Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, Tensor(d!) pos
 
 _library = torch.library.Library("ssd_kernels", "DEF")
 _library.define(f"decode(Tensor q, Tensor k, Tensor v, {_CACHE}, float scale, str backend, "
-                "Tensor? cos=None, Tensor? sin=None) -> Tensor",
+                "Tensor? cos=None, Tensor? sin=None, Tensor? prompt_keys=None, Tensor? prompt_values=None, "
+                "Tensor? prompt_of=None, bool prompt_scores=True) -> Tensor",
                 tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(f"prefill(Tensor k, Tensor v, Tensor prompt_lens, Tensor? prompt_scores, Tensor rows, {_CACHE}, "
                 "str backend) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
@@ -31,11 +32,18 @@ def layout_arguments(layout: LayerLayout) -> tuple[int, int, int, bool, int, int
             layout.longest)
 
 
+def shared_arguments(state: LayerState) -> tuple[torch.Tensor | bool, ...]:
+    """`decode`'s last arguments: of a layer whose rows share prompts, else nothing."""
+    return (*state.shared, state.layout.prompt_scores) if state.shared else ()
+
+
 def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
            scores: torch.Tensor, positions: torch.Tensor, cursors: torch.Tensor, table: torch.Tensor,
            pinned: torch.Tensor, max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool,
            largest: int, longest: int, scale: float, backend: str, cos: torch.Tensor | None = None,
-           sin: torch.Tensor | None = None) -> torch.Tensor:
+           sin: torch.Tensor | None = None, prompt_keys: torch.Tensor | None = None,
+           prompt_values: torch.Tensor | None = None, prompt_of: torch.Tensor | None = None,
+           prompt_scores: bool = True) -> torch.Tensor:
     """One decode step of one layer (docs/specification.md, section 3): append, attend, score, evict.
 
     Args:
@@ -50,6 +58,9 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
         scale: factor on the dot products.
         backend: a backend's name, not ``"auto"``.
         cos, sin: float32 ``[N, D / 2]`` to rotate q and k by (`ssd_kernels.reference.rotate`), or neither.
+        prompt_keys, prompt_values: slabs ``[N, H * max_prompt, D]`` of prompts that rows share, or neither.
+        prompt_of: int32 ``[B]``, which of them a row reads.
+        prompt_scores: whether these prompts' tokens have scores.
 
     Returns:
         ``[B, Hq, D]`` in q's dtype, contiguous.
@@ -58,8 +69,9 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
         TypeError: a tensor is not plain (`ssd_kernels.arguments.plain`).
         ValueError: shapes or the table do not fit together, the backend cannot serve them, or a row has no step left.
     """
+    shared = _shared(prompt_keys, prompt_values, prompt_of, keys, table, max_prompt)
     state = _state(keys, values, scores, positions, cursors, table, pinned, max_prompt, num_visual_tokens, row_buffer,
-                   keep_prompt, largest, longest, backend)
+                   keep_prompt, largest, longest, backend, shared, prompt_scores)
     q, k, v = plain("q", q), plain("k", k), plain("v", v)
     _check_step(state, q, k, v)
     rotary = None
@@ -74,6 +86,8 @@ def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_
             max_prompt: int, num_visual_tokens: int, row_buffer: int, keep_prompt: bool, largest: int, longest: int,
             backend: str) -> None:
     """Restart ``rows`` of one layer with new prompts (docs/specification.md, section 3.5).
+
+    Rows that share prompts are restarted by `CompressedCache.prefill`, which knows on the host who reads which.
 
     Args:
         k, v: ``[N, H, P, D]``; entry i is valid in ``[0, prompt_lens[i])``.
@@ -109,7 +123,7 @@ def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_
 def _state(keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, positions: torch.Tensor,
            cursors: torch.Tensor, table: torch.Tensor, pinned: torch.Tensor, max_prompt: int,
            num_visual_tokens: int, row_buffer: int, keep_prompt: bool, largest: int, longest: int,
-           backend: str) -> LayerState:
+           backend: str, shared: tuple[torch.Tensor, ...] = (), prompt_scores: bool = True) -> LayerState:
     for name, tensor in (("keys", keys), ("values", values), ("scores", scores), ("positions", positions),
                          ("cursors", cursors), ("table", table), ("pinned", pinned)):
         check_memory(name, tensor)
@@ -117,7 +131,7 @@ def _state(keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, posit
         if tensor.dim() != dims:
             raise ValueError(f"{name} must have {dims} dimensions, got {list(tensor.shape)}")
     layout = LayerLayout.from_table(table, keys.shape[1], scores.shape[1], max_prompt, num_visual_tokens, row_buffer,
-                                    keep_prompt, largest, longest,
+                                    keep_prompt, largest, longest, len(shared[0]) if shared else 0, prompt_scores,
                                     read=table.is_cpu or backends.get(backend).reads_table)
     if table.device != keys.device:
         raise ValueError(f"table must be on {keys.device}, got {table.device}")
@@ -135,7 +149,31 @@ def _state(keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, posit
                              f"{tensor.stride()}")
     if reason := backends.get(backend).unsupported(keys.device, keys.dtype, keys.shape[2]):
         raise ValueError(f"backend={backend!r} cannot be used: {reason}")
-    return LayerState(layout, keys, values, scores, positions, cursors, table, pinned)
+    backends.get(backend).check_shared(bool(shared))
+    return LayerState(layout, keys, values, scores, positions, cursors, table, pinned, *shared)
+
+
+def _shared(prompt_keys: torch.Tensor | None, prompt_values: torch.Tensor | None, prompt_of: torch.Tensor | None,
+            keys: torch.Tensor, table: torch.Tensor, max_prompt: int) -> tuple[torch.Tensor, ...]:
+    """The tensors of shared prompts, all or none."""
+    given = {"prompt_keys": prompt_keys, "prompt_values": prompt_values, "prompt_of": prompt_of}
+    if all(tensor is None for tensor in given.values()):
+        return ()
+    tensors = []
+    count = "N" if prompt_keys is None or prompt_keys.dim() != 3 or len(prompt_keys) == 0 else len(prompt_keys)
+    slab = [count, table.shape[0] * max_prompt, keys.shape[-1]]
+    for (name, tensor), shape, dtype in zip(given.items(), (slab, slab, [len(keys)]),
+                                            (keys.dtype, keys.dtype, torch.int32), strict=True):
+        if tensor is None:
+            raise ValueError(f"{name} must be given where rows share prompts, got None")
+        check_memory(name, tensor)
+        if (list(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != keys.device
+                or not tensor.is_contiguous()):
+            raise ValueError(f"{name} must be contiguous {shape} of {dtype} on {keys.device}, got "
+                             f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device} with strides "
+                             f"{tensor.stride()}")
+        tensors.append(tensor)
+    return tuple(tensors)
 
 
 def _check_step(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -105,12 +105,15 @@ class CachePlan:
         return sum(peaks) / len(peaks) / num_visual_tokens
 
     def nbytes(self, *, batch_size: int, head_dim: int, max_prompt: int, dtype: torch.dtype,
-               num_visual_tokens: int = 576) -> int:
-        """Bytes a `CompressedCache` of this plan allocates: slabs, scores, positions, cursors, tables and masks."""
+               num_visual_tokens: int = 576, shared_prompts: int | None = None) -> int:
+        """Bytes a `CompressedCache` of this plan allocates: slabs, scores, positions, cursors, tables and masks.
+
+        Args: as of `CompressedCache`.
+        """
         check_int("batch_size", batch_size, 1)
         check_int("head_dim", head_dim, 1)
-        return sum(LayerLayout.build(heads, self, max_prompt, num_visual_tokens).nbytes(batch_size, head_dim, dtype)
-                   for heads in self.layers)
+        return sum(LayerLayout.build(heads, self, max_prompt, num_visual_tokens, shared_prompts=shared_prompts)
+                   .nbytes(batch_size, head_dim, dtype) for heads in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values, as `save` writes them."""

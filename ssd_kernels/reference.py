@@ -38,6 +38,8 @@ def decode(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     layout = state.layout
     cursors, recent = state.cursors.tolist(), state.table[:, RECENT].tolist()
     check_cursors(cursors, layout)
+    if state.prompt_of is not None:
+        check_prompts(state.prompt_of.tolist(), layout)
     if rotary is not None:
         positions = [prompt_len + step for prompt_len, step in cursors]
         q, k = rotate(q, rotary, positions), rotate(k, rotary, positions)
@@ -48,7 +50,7 @@ def decode(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
             view = RowView.of(layout, head, prompt_len, step)
             append(state, row, view, k[row, head], v[row, head])
             queries = slice(head * group, (head + 1) * group)
-            out[row, queries], probabilities = attend(state, row, view, q[row, queries], scale)
+            out[row, queries], probabilities = attend(state, row, head, view, q[row, queries], scale)
             if view.head.score_offset >= 0:
                 add_scores(state, row, view, probabilities)
             if view.head.kind == "heavy" and (step + 1) % view.period == 0:
@@ -79,25 +81,37 @@ def rotate(x: torch.Tensor, rotary: Rotary, positions: Sequence[int] | torch.Ten
 def append(state: LayerState, row: int, view: RowView, k: torch.Tensor, v: torch.Tensor) -> None:
     """Rule 1: store the new token's key and value ``[D]`` in the head's next slot, with score 0."""
     slot = view.next_slot
-    state.keys[row, view.head.offset + slot] = k
-    state.values[row, view.head.offset + slot] = v
+    state.keys[row, view.origin + slot] = k
+    state.values[row, view.origin + slot] = v
     if view.head.score_offset >= 0:
-        state.scores[row, view.head.score_offset + slot] = 0.0
-        state.positions[row, view.head.score_offset + slot] = view.base + view.first + view.step
+        state.scores[row, view.score_origin + slot] = 0.0
+        state.positions[row, view.score_origin + slot] = view.base + view.first + view.step
 
 
-def attend(state: LayerState, row: int, view: RowView, q: torch.Tensor,
+def attend(state: LayerState, row: int, head: int, view: RowView, q: torch.Tensor,
            scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Rule 2: attention of ``q [G, D]`` over the kept set and the new token, accumulated in float32 or wider.
 
     Returns:
         output ``[G, D]`` in q's dtype, and the probabilities ``[G, C]`` in the order of ``view.slots(appended=1)``.
     """
-    slots = torch.tensor(view.slots(appended=1), device=q.device) + view.head.offset
     wide = torch.promote_types(q.dtype, torch.float32)
-    keys, values = state.keys[row, slots].to(wide), state.values[row, slots].to(wide)
+    keys, values = (tensor.to(wide) for tensor in stored(state, row, head, view, view.slots(appended=1)))
     probabilities = torch.softmax(scale * (q.to(wide) @ keys.T), dim=-1)
     return (probabilities @ values).to(q.dtype), probabilities
+
+
+def stored(state: LayerState, row: int, head: int, view: RowView, slots: Sequence[int]) -> list[torch.Tensor]:
+    """Keys and values ``[len(slots), D]`` of a head's slots, in their order, from the row's slab and its prompt's."""
+    device = state.keys.device
+    own = torch.tensor([slot for slot in slots if slot >= view.apart], dtype=torch.long, device=device) + view.origin
+    found = [slab[row, own] for slab in (state.keys, state.values)]
+    if view.apart == 0:
+        return found
+    *slabs, prompt_of = state.shared
+    apart = torch.tensor([slot for slot in slots if slot < view.apart], dtype=torch.long, device=device)
+    apart = apart + head * state.layout.max_prompt
+    return [torch.cat([slab[prompt_of[row], apart], tail]) for slab, tail in zip(slabs, found, strict=True)]
 
 
 def add_scores(state: LayerState, row: int, view: RowView, probabilities: torch.Tensor) -> None:
@@ -105,10 +119,10 @@ def add_scores(state: LayerState, row: int, view: RowView, probabilities: torch.
 
     Of "decayed" scores the share `DECAY` of what was there is kept.
     """
-    slots = torch.tensor(view.slots(appended=1), device=state.scores.device) + view.head.score_offset
+    slots = torch.tensor(view.slots(appended=1)[view.unscored:], device=state.scores.device) + view.score_origin
     if SCORE_RULES[view.head.rule] == "decayed":
         state.scores[row, slots] *= DECAY
-    state.scores[row, slots] += probabilities.sum(0).to(torch.float32)
+    state.scores[row, slots] += probabilities.sum(0).to(torch.float32)[view.unscored:]
 
 
 def evict(state: LayerState, row: int, view: RowView, recent: int, pinned: AbstractSet[int]) -> None:
@@ -120,7 +134,7 @@ def evict(state: LayerState, row: int, view: RowView, recent: int, pinned: Abstr
     count = view.evictable + 1
     if count <= head.keep:
         return
-    evictable = slice(head.score_offset + view.base, head.score_offset + view.base + count)
+    evictable = slice(view.score_origin + view.base, view.score_origin + view.base + count)
     positions = state.positions[row, evictable].tolist()
     prompt_len = view.base + view.first
     scores = state.scores[row, evictable]
@@ -129,8 +143,8 @@ def evict(state: LayerState, row: int, view: RowView, recent: int, pinned: Abstr
     losers = [index for index in range(head.keep) if index not in kept]
     winners = [index for index in sorted(kept) if index >= head.keep]
     for loser, winner in zip(losers, winners, strict=True):
-        for slab, offset in ((state.keys, head.offset), (state.values, head.offset),
-                             (state.scores, head.score_offset), (state.positions, head.score_offset)):
+        for slab, offset in ((state.keys, view.origin), (state.values, view.origin),
+                             (state.scores, view.score_origin), (state.positions, view.score_origin)):
             slab[row, offset + view.base + loser] = slab[row, offset + view.base + winner]
 
 
@@ -224,3 +238,10 @@ def check_cursors(cursors: Sequence[Sequence[int]], layout: LayerLayout) -> None
         if not 0 <= step < layout.num_visual_tokens:
             raise ValueError(f"row {row} has taken {step} steps; the cache holds num_visual_tokens = "
                              f"{layout.num_visual_tokens}. Call prefill or reset to start over")
+
+
+def check_prompts(prompt_of: Sequence[int], layout: LayerLayout) -> None:
+    """Raise ValueError unless every row reads one of the shared prompts."""
+    for row, prompt in enumerate(prompt_of):
+        if not 0 <= prompt < layout.shared_prompts:
+            raise ValueError(f"prompt_of of row {row} must be within 0 .. {layout.shared_prompts - 1}, got {prompt}")

@@ -37,6 +37,9 @@ class LayerState:
         cursors: int32 ``[B, 2]``: prompt length, and visual tokens appended so far.
         table: int32 ``[H, 8]``, `LayerLayout.table` on the slabs' device.
         pinned: int32 ``[H, W]``, `LayerLayout.pin_mask` there.
+        prompt_keys, prompt_values: where rows share prompts, slabs ``[N, H * max_prompt, D]`` of N prompts, head by
+            head; else None.
+        prompt_of: int32 ``[B]``, which of these a row reads; None without them.
         native: whatever a backend wants to remember about these tensors (their addresses never change).
     """
 
@@ -48,6 +51,9 @@ class LayerState:
     cursors: torch.Tensor
     table: torch.Tensor
     pinned: torch.Tensor
+    prompt_keys: torch.Tensor | None = None
+    prompt_values: torch.Tensor | None = None
+    prompt_of: torch.Tensor | None = None
     native: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -59,7 +65,11 @@ class LayerState:
         """
         slab = (batch_size, layout.slots, head_dim)
         scored = (batch_size, layout.scored_slots)
+        prompts = (layout.shared_prompts, len(layout.heads) * layout.max_prompt, head_dim)
         with torch.inference_mode(False):
+            shared = (torch.zeros(prompts, dtype=dtype, device=device),
+                      torch.zeros(prompts, dtype=dtype, device=device),
+                      torch.zeros(batch_size, dtype=torch.int32, device=device)) if layout.shared_prompts else ()
             return cls(layout,
                        torch.zeros(slab, dtype=dtype, device=device),
                        torch.zeros(slab, dtype=dtype, device=device),
@@ -67,7 +77,7 @@ class LayerState:
                        torch.zeros(scored, dtype=torch.int32, device=device),
                        torch.zeros((batch_size, 2), dtype=torch.int32, device=device),
                        layout.table().to(device),
-                       layout.pin_mask(specs).to(device))
+                       layout.pin_mask(specs).to(device), *shared)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without ``native``, which knows this layer's addresses."""
@@ -75,8 +85,16 @@ class LayerState:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those of every layer."""
         return self.keys, self.values, self.scores, self.positions, self.cursors, self.table, self.pinned
 
     @property
+    def shared(self) -> tuple[torch.Tensor, ...]:
+        """Those of shared prompts: keys, values, and which prompt a row reads; none if every row has its own."""
+        if self.prompt_keys is None or self.prompt_values is None or self.prompt_of is None:
+            return ()
+        return self.prompt_keys, self.prompt_values, self.prompt_of
+
+    @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(tensor.nbytes for tensor in (*self.tensors, *self.shared))

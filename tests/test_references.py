@@ -14,10 +14,11 @@ import typer.main
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"bench": "bench", "constraints": "constraints", "csrc": "csrc", "docs": "docs", "python": "python",
-         "ssd_kernels": "ssd_kernels", "ssd_janus": "python/ssd_janus", "ssd_shapes": "python/ssd_shapes",
+         "ssd_attach": "python/ssd_attach", "ssd_janus": "python/ssd_janus", "ssd_kernels": "ssd_kernels",
+         "ssd_shapes": "python/ssd_shapes",
          "tests": "tests", "tools": "tools"}
-PACKAGES = {"ssd_bench": "bench", "ssd_kernels": "ssd_kernels", "ssd_janus": "python/ssd_janus",
-            "ssd_shapes": "python/ssd_shapes"}
+PACKAGES = {"ssd_attach": "python/ssd_attach", "ssd_bench": "bench", "ssd_janus": "python/ssd_janus",
+            "ssd_kernels": "ssd_kernels", "ssd_shapes": "python/ssd_shapes"}
 SUFFIXES = {".py", ".pyi", ".md", ".h", ".cuh", ".cu", ".cpp", ".toml", ".txt", ".in"}
 WORDS = frozenset({"a", "it", "up", "one", "no", "the"})  # "make it"
 

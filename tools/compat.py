@@ -29,15 +29,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE_MARK = re.compile(r"(<!-- releases: make compat -->\n).*?(<!-- /releases -->)", re.DOTALL)
-COLUMNS = ("coupling", "kernels", "interpreted", "compiled")
+COLUMNS = ("coupling", "kernels", "executed", "compiled")
 # pytest's arguments for each column.
 CHECKS: dict[str, tuple[str, ...]] = {
     "coupling": ("tests/janus/test_releases.py",),
     "kernels": ("tests/kernels/test_contract.py", "tests/kernels/test_ops.py", "-k",
                 "cpu and (kind_of_head or row_buffer or whole_picture or opcheck or compiled)"),
-    "interpreted": ("tests/kernels/test_contract.py", "tests/kernels/test_shapes.py", "-W", "ignore",
-                    "-m", "not exhaustive", "-k",
-                    "triton and (kind_of_head or row_buffer or a-part or prefill_scores or mass_is or D72)"),
+    "executed": ("tests/kernels/test_contract.py", "tests/kernels/test_shapes.py", "-k",
+                 "ptx_triton and (kind_of_head or row_buffer or a-part or prefill_scores or mass_is or D72)"),
     "compiled": ("tests/kernels/test_triton_resources.py", "-k",
                  "(sm_80 and D128 and R24 and M256) or (sm_90 and D64) or multiply_adds"),
 }
@@ -48,9 +47,8 @@ RELEASES = {
     "numpy": ("1.26", "2.0", "2.4"),
     "python": ("3.10", "3.11", "3.12", "3.13", "3.14"),
 }
-COVERED = {"transformers": ("coupling",), "torch": COLUMNS, "triton": ("interpreted", "compiled"),
+COVERED = {"transformers": ("coupling",), "torch": COLUMNS, "triton": ("executed", "compiled"),
            "numpy": ("coupling",), "python": ("coupling", "kernels")}
-OLD_NUMPY = ("3.6.", "numpy<2.4")  # this Triton's interpreter fails with newer ones
 TITLES = {"transformers": "transformers", "torch": "torch", "triton": "Triton", "numpy": "NumPy", "python": "Python"}
 
 
@@ -140,8 +138,7 @@ def check(column: str, python: str, paths: Sequence[Path]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_WAIT_POLICY": "passive",
-               "TRITON_CACHE_DIR": str(Path(folder, "triton")), "HF_HUB_OFFLINE": "1", "SSD_KERNELS_CUDA": "0",
-               "TRITON_INTERPRET": "1" if column == "interpreted" else "0"}
+               "TRITON_CACHE_DIR": str(Path(folder, "triton")), "HF_HUB_OFFLINE": "1", "SSD_KERNELS_CUDA": "0"}
         run = subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}",
                               *CHECKS[column]], cwd=ROOT, env=env, text=True, capture_output=True)
         if not report.exists():
@@ -186,10 +183,7 @@ def prepared(cache: Cache, name: str, release: str) -> tuple[str, list[Path], st
             overlay = cache.overlay(slug, [requirement])
     else:
         overlay = cache.overlay(slug, [requirement], *(["--no-deps"] if name in ("triton", "numpy") else []))
-    paths = [overlay]
-    if version("triton", sys.executable, paths).startswith(OLD_NUMPY[0]):
-        paths.append(cache.overlay("numpy-before-2.4", [OLD_NUMPY[1]], "--no-deps"))
-    return sys.executable, paths, version(name, sys.executable, paths)
+    return sys.executable, [overlay], version(name, sys.executable, [overlay])
 
 
 def tried(cache: Cache, name: str, release: str) -> Row:
@@ -215,7 +209,7 @@ def newest(cache: Cache) -> Row:
                {column: check(column, sys.executable, [overlay]) for column in COLUMNS})
 
 
-HEADER = ("| | " + " | ".join(("coupling to transformers", "kernels on CPUs", "Triton, interpreted",
+HEADER = ("| | " + " | ".join(("coupling to transformers", "kernels on CPUs", "Triton, executed",
                                "Triton, compiled ahead")) + " |\n|---|---|---|---|---|\n")
 
 
@@ -231,10 +225,11 @@ releases; other rows are there to show that nothing ties this package to them.
 {HEADER}{"".join(row.line() + chr(10) for row in rows)}
 "Coupling" are the checks of `tests/janus/test_releases.py`: with a full plan, the engine and transformers' own loop
 draw what transformers draws without this package, and with a compressed cache they agree. "Kernels on CPUs" are parts
-of the contract and of the operators, `torch.compile` included. Triton's kernels run in its interpreter, and are
-compiled for compute capabilities 8.0 and 9.0: nothing spills, and as many programs run at once as with the pinned
-release. An empty cell does not concern the row. Other Pythons come with the releases that constraints/cpu.txt names
-for them, such as NumPy 2.5 from Python 3.12 on. `make newest` tries the newest release of everything at once.
+of the contract and of the operators, `torch.compile` included. Triton's kernels are executed from the PTX that the
+release makes of them ([how](cuda.md#tested-without-a-gpu)), and compiled for compute capabilities 8.0 and 9.0: nothing
+spills, and as many programs run at once as with the pinned release. An empty cell does not concern the row. Other
+Pythons come with the releases that constraints/cpu.txt names for them, such as NumPy 2.5 from Python 3.12 on. `make
+newest` tries the newest release of everything at once.
 """
 
 

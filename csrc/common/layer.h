@@ -20,6 +20,10 @@ struct CacheLayer {
   Cursor* cursors;     // [batch]
   const HeadRange* heads;
   const int32_t* pinned;  // [heads, pin_words]
+  // Where rows share prompts, else null.
+  const void* prompt_keys;    // [shared_prompts, heads, max_prompt, head_dim]
+  const void* prompt_values;  // [shared_prompts, heads, max_prompt, head_dim]
+  const int32_t* prompt_of;   // [batch]
 };
 
 // One decode step. Strides are in elements; the last dimension of q, k and v has unit stride.

@@ -22,7 +22,7 @@ constexpr float kDecay = 0.96f;  // what every step keeps of kDecayed scores
 struct HeadRange {
   int32_t kind;
   int32_t offset;        // first slot in the slab
-  int32_t capacity;      // slots
+  int32_t capacity;      // slots, the prompt's included wherever it lies
   int32_t keep;          // W or M; INT32_MAX keeps everything
   int32_t recent;        // protected newest tokens of a heavy head
   int32_t rule;          // ScoreRule
@@ -47,6 +47,8 @@ struct LayerShape {
   int32_t num_visual_tokens;
   int32_t row_buffer;
   bool keep_prompt;
+  int32_t shared_prompts;  // prompts in a slab of their own; 0: every row has its own
+  bool prompt_scores;      // whether kept prompt tokens have scores
 };
 
 SSD_INLINE int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -66,6 +68,8 @@ struct RowView {
   int32_t period;     // steps between evictions, max(R, 1)
   int32_t evictable;  // evictable tokens held before this step
   int32_t ring;       // evictable slots
+  int32_t apart;      // slots, the first ones, that are in the slab of shared prompts and not in the row's
+  int32_t unscored;   // slots, the first ones, without score and position
 };
 
 SSD_INLINE RowView row_view(const LayerShape& shape, const HeadRange& head, Cursor cursor) {
@@ -77,6 +81,8 @@ SSD_INLINE RowView row_view(const LayerShape& shape, const HeadRange& head, Curs
   const int32_t block = view.step / view.period * view.period;
   view.evictable = smaller(head.keep, view.first + block) + view.step - block;
   view.ring = head.capacity - (shape.keep_prompt ? shape.max_prompt : 0);
+  view.apart = shape.shared_prompts ? view.base : 0;
+  view.unscored = shape.prompt_scores ? 0 : view.base;
   return view;
 }
 
@@ -130,6 +136,11 @@ SSD_INLINE bool is_pinned(const PinMask& mask, int32_t position, int32_t prompt_
 
 SSD_INLINE bool refresh_due(const RowView& view) { return (view.step + 1) % view.period == 0; }
 
+// Whether the row reads one of the shared prompts, if there are any.
+SSD_INLINE bool prompt_valid(const LayerShape& shape, const int32_t* prompt_of, int32_t row) {
+  return shape.shared_prompts == 0 || (prompt_of[row] >= 0 && prompt_of[row] < shape.shared_prompts);
+}
+
 SSD_INLINE bool cursor_valid(const LayerShape& shape, Cursor cursor) {
   return cursor.prompt_len >= 0 && cursor.prompt_len <= shape.max_prompt && cursor.step >= 0 &&
          cursor.step < shape.num_visual_tokens;
@@ -137,10 +148,12 @@ SSD_INLINE bool cursor_valid(const LayerShape& shape, Cursor cursor) {
 
 // Whether a row of the head table lies inside the slab: the least that a kernel must know before it writes.
 SSD_INLINE bool range_valid(const LayerShape& shape, const HeadRange& range) {
-  const bool inside = range.capacity >= 0 && range.capacity <= shape.slots && range.offset >= 0 &&
-                      range.offset <= shape.slots - range.capacity && range.keep >= 0;
-  const bool scored = range.score_offset >= 0 && range.capacity <= shape.scored_slots &&
-                      range.score_offset <= shape.scored_slots - range.capacity;
+  const int32_t slots = range.capacity - (shape.shared_prompts ? shape.max_prompt : 0);
+  const int32_t scores = range.capacity - (shape.prompt_scores ? 0 : shape.max_prompt);
+  const bool inside =
+      slots >= 0 && slots <= shape.slots && range.offset >= 0 && range.offset <= shape.slots - slots && range.keep >= 0;
+  const bool scored =
+      range.score_offset >= 0 && scores <= shape.scored_slots && range.score_offset <= shape.scored_slots - scores;
   return inside && (scored || (range.score_offset == -1 && range.kind != kHeavy));
 }
 

@@ -44,7 +44,7 @@ void decode_items(const CacheLayer&, const DecodeStep&, const Items&, const Scra
 
 // Why a call was refused; nothing has been written then.
 struct Error {
-  enum Code { kNone = 0, kTable, kPromptLen, kStep } code;
+  enum Code { kNone = 0, kTable, kPromptLen, kPrompt, kStep } code;
   int32_t index;  // of the table row or batch row
   int32_t value;
 };

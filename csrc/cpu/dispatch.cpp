@@ -102,11 +102,8 @@ Error check_table(const CacheLayer& layer) {
     const int64_t needed =
         peak_tokens(range.keep, evictable_prompt, shape.num_visual_tokens, std::max(shape.row_buffer, 1)) +
         shape.max_prompt - evictable_prompt;
-    const bool scored = range.score_offset >= 0 && int64_t{range.score_offset} + range.capacity <= shape.scored_slots;
-    const bool valid = range.kind >= kFull && range.kind <= kHeavy && range.offset >= 0 && range.keep >= 0 &&
-                       range.recent >= 0 && range.recent <= range.keep && range.capacity >= needed &&
-                       int64_t{range.offset} + range.capacity <= shape.slots &&
-                       (scored || (range.score_offset == -1 && range.kind != kHeavy)) && range.launch_order >= 0 &&
+    const bool valid = range_valid(shape, range) && range.kind >= kFull && range.kind <= kHeavy && range.recent >= 0 &&
+                       range.recent <= range.keep && range.capacity >= needed && range.launch_order >= 0 &&
                        range.launch_order < shape.heads && !launched[static_cast<size_t>(range.launch_order)];
     if (!valid) return {Error::kTable, head, 0};
     launched[static_cast<size_t>(range.launch_order)] = true;
@@ -118,6 +115,7 @@ Error decode(const CacheLayer& layer, const DecodeStep& step, int threads) {
   const LayerShape& shape = layer.shape;
   for (int32_t row = 0; row < shape.batch; ++row) {
     const Cursor cursor = layer.cursors[row];
+    if (!prompt_valid(shape, layer.prompt_of, row)) return {Error::kPrompt, row, layer.prompt_of[row]};
     if (cursor_valid(shape, cursor)) continue;
     if (cursor.prompt_len < 0 || cursor.prompt_len > shape.max_prompt)
       return {Error::kPromptLen, row, cursor.prompt_len};

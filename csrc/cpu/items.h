@@ -15,6 +15,7 @@ constexpr int64_t kLine = 64;
 struct Item {
   int32_t row;
   int32_t head;
+  int32_t prompt;  // the shared one that the row reads
   HeadRange range;
   RowView view;
   Segment segments[3];
@@ -30,23 +31,52 @@ SSD_INLINE Item item_at(const CacheLayer& layer, bool row_by_row, int64_t index)
     item.row = static_cast<int32_t>(index % layer.shape.batch);
     item.head = layer.heads[index / layer.shape.batch].launch_order;
   }
+  item.prompt = layer.shape.shared_prompts ? layer.prompt_of[item.row] : 0;
   item.range = layer.heads[item.head];
   item.view = row_view(layer.shape, item.range, layer.cursors[item.row]);
   item.num_segments = live_segments(item.range, item.view, item.segments);
   return item;
 }
 
+// The keys or values of an item's slots.
 template <class T>
-SSD_INLINE T* first_slot(void* slab, const CacheLayer& layer, const Item& item) {
-  const int64_t slot = static_cast<int64_t>(item.row) * layer.shape.slots + item.range.offset;
-  return static_cast<T*>(slab) + slot * layer.shape.head_dim;
+struct Slots {
+  T* own;           // of the row, from slot `apart` on
+  const T* prompt;  // shared by rows, before that
+  int32_t apart;
+  int64_t head_dim;
+
+  SSD_ALWAYS_INLINE T* writable(int32_t slot) const { return own + (slot - apart) * head_dim; }
+  SSD_ALWAYS_INLINE const T* at(int32_t slot) const { return slot < apart ? prompt + slot * head_dim : writable(slot); }
+};
+
+template <class T>
+SSD_INLINE Slots<T> item_slots(void* slab, const void* prompts, const CacheLayer& layer, const Item& item) {
+  const LayerShape& shape = layer.shape;
+  const int64_t own = static_cast<int64_t>(item.row) * shape.slots + item.range.offset;
+  const int64_t prompt = (static_cast<int64_t>(item.prompt) * shape.heads + item.head) * shape.max_prompt;
+  return {static_cast<T*>(slab) + own * shape.head_dim,
+          shape.shared_prompts ? static_cast<const T*>(prompts) + prompt * shape.head_dim : nullptr, item.view.apart,
+          shape.head_dim};
+}
+template <class T>
+SSD_INLINE Slots<T> item_keys(const CacheLayer& layer, const Item& item) {
+  return item_slots<T>(layer.keys, layer.prompt_keys, layer, item);
+}
+template <class T>
+SSD_INLINE Slots<T> item_values(const CacheLayer& layer, const Item& item) {
+  return item_slots<T>(layer.values, layer.prompt_values, layer, item);
 }
 
+// Scores and positions of a scored item, from slot `unscored` on.
 SSD_INLINE float* item_scores(const CacheLayer& layer, const Item& item) {
   return layer.scores + static_cast<int64_t>(item.row) * layer.shape.scored_slots + item.range.score_offset;
 }
 SSD_INLINE int32_t* item_positions(const CacheLayer& layer, const Item& item) {
   return layer.positions + static_cast<int64_t>(item.row) * layer.shape.scored_slots + item.range.score_offset;
+}
+SSD_INLINE int32_t scored_slots(const CacheLayer& layer, const Item& item) {
+  return item.range.capacity - (layer.shape.prompt_scores ? 0 : layer.shape.max_prompt);
 }
 
 enum Use { kRead = 0, kWrite = 1 };
@@ -63,12 +93,12 @@ SSD_INLINE void touch(const E* from, int64_t count) {
 template <class T>
 SSD_INLINE void touch_bookkeeping(const CacheLayer& layer, const Item& item) {
   const int64_t head_dim = layer.shape.head_dim;
-  const int64_t slot = next_slot(item.range, item.view);
-  touch<kWrite>(first_slot<T>(layer.keys, layer, item) + slot * head_dim, head_dim);
-  touch<kWrite>(first_slot<T>(layer.values, layer, item) + slot * head_dim, head_dim);
-  if (item.range.score_offset >= 0) touch<kWrite>(item_scores(layer, item), item.range.capacity);
+  const int32_t slot = next_slot(item.range, item.view);
+  touch<kWrite>(item_keys<T>(layer, item).writable(slot), head_dim);
+  touch<kWrite>(item_values<T>(layer, item).writable(slot), head_dim);
+  if (item.range.score_offset >= 0) touch<kWrite>(item_scores(layer, item), scored_slots(layer, item));
   if (item.range.kind == kHeavy && refresh_due(item.view))
-    touch<kRead>(item_positions(layer, item), item.range.capacity);
+    touch<kRead>(item_positions(layer, item), scored_slots(layer, item));
 }
 
 // Touches the keys and values that the items will read, in the order in which they will be read. Does nothing for types
@@ -111,18 +141,23 @@ class Prefetcher {
     if (next_item_ == items_.end) return false;
     const Item item = item_at(layer_, items_.row_by_row, next_item_++);
     span_ = num_spans_ = 0;
-    add_segments(first_slot<T>(layer_.keys, layer_, item), item);
-    add_segments(first_slot<T>(layer_.values, layer_, item), item);
+    add_segments(item_keys<T>(layer_, item), item);
+    add_segments(item_values<T>(layer_, item), item);
     return true;
   }
 
-  void add_segments(const T* first, const Item& item) {
-    const int64_t slot_bytes = layer_.shape.head_dim * static_cast<int64_t>(sizeof(T));
+  void add_segments(const Slots<T>& slots, const Item& item) {
     for (int32_t s = 0; s < item.num_segments; ++s) {
       const Segment segment = item.segments[s];
-      spans_[num_spans_++] = {reinterpret_cast<const char*>(first) + segment.begin * slot_bytes,
-                              segment.count * slot_bytes};
+      const int32_t before = smaller(larger(slots.apart - segment.begin, 0), segment.count);
+      if (before > 0) add_span(slots, segment.begin, before);
+      if (before < segment.count) add_span(slots, segment.begin + before, segment.count - before);
     }
+  }
+
+  void add_span(const Slots<T>& slots, int32_t slot, int32_t count) {
+    spans_[num_spans_++] = {reinterpret_cast<const char*>(slots.at(slot)),
+                            count * slots.head_dim * static_cast<int64_t>(sizeof(T))};
   }
 
   struct Span {
@@ -133,7 +168,7 @@ class Prefetcher {
   const CacheLayer& layer_;
   const Items& items_;
   int64_t next_item_;
-  Span spans_[2 * 3];
+  Span spans_[2 * 4];
   int32_t num_spans_ = 0;
   int32_t span_ = 0;
   const char* at_ = nullptr;

@@ -23,22 +23,24 @@ struct Decoder {
   Prefetcher<T> ahead;
   int32_t group;
 
-  // Calls f(tile, slots in it, slots before it, pace) over an item's kept set in `slab`, while memory ahead is touched.
-  // When several query heads share the tile it is widened to floats once.
+  // Calls f(tile, slots in it, slots before it, pace) over an item's kept set, while memory ahead is touched. When
+  // several query heads share the tile it is widened to floats once. So is a tile that begins in a shared prompt and
+  // ends behind it: tiles are the same, and so are sums, wherever the prompt lies.
   template <class F>
-  SSD_ALWAYS_INLINE void each_tile(const T* slab, const Item& item, F f) {
+  SSD_ALWAYS_INLINE void each_tile(const Slots<T>& slots, const Item& item, F f) {
     const int dim = layer.shape.head_dim;
     int32_t done = 0;
     for (int32_t s = 0; s < item.num_segments; ++s) {
       const Segment segment = item.segments[s];
       for (int32_t first = 0; first < segment.count; first += kTile) {
         const int count = smaller(kTile, segment.count - first);
-        const T* tile = slab + static_cast<int64_t>(segment.begin + first) * dim;
-        if (group == 1) {
-          f(tile, count, done, [&](int64_t bytes) __attribute__((always_inline)) { ahead.advance(bytes); });
+        const int32_t slot = segment.begin + first;
+        const bool together = slot >= slots.apart || slot + count <= slots.apart;
+        if (group == 1 && together) {
+          f(slots.at(slot), count, done, [&](int64_t bytes) __attribute__((always_inline)) { ahead.advance(bytes); });
         } else {
           ahead.advance(static_cast<int64_t>(count) * dim * sizeof(T));
-          for (int i = 0; i < count; ++i) widen(tile + i * dim, dim, 1.0f, scratch.tile + i * dim);
+          for (int i = 0; i < count; ++i) widen(slots.at(slot + i), dim, 1.0f, scratch.tile + i * dim);
           f(static_cast<const float*>(scratch.tile), count, done, [](int64_t) {});
         }
         done += count;
@@ -48,7 +50,7 @@ struct Decoder {
 
   // logits [group, stride] of the kept set.
   template <int kDim>
-  SSD_ALWAYS_INLINE void scores_of_keys(const T* keys, const Item& item, int32_t stride) {
+  SSD_ALWAYS_INLINE void scores_of_keys(const Slots<T>& keys, const Item& item, int32_t stride) {
     const int dim = layer.shape.head_dim;
     each_tile(keys, item, [&](auto tile, int count, int32_t done, auto pace) __attribute__((always_inline)) {
       for (int32_t g = 0; g < group; ++g)
@@ -58,7 +60,7 @@ struct Decoder {
 
   // acc [group, head_dim]: values weighted by what stands in logits.
   template <int kDim>
-  SSD_ALWAYS_INLINE void weighted_values(const T* values, const Item& item, int32_t stride) {
+  SSD_ALWAYS_INLINE void weighted_values(const Slots<T>& values, const Item& item, int32_t stride) {
     const int dim = layer.shape.head_dim;
     std::memset(scratch.acc, 0, sizeof(float) * group * dim);
     each_tile(values, item, [&](auto tile, int count, int32_t done, auto pace) __attribute__((always_inline)) {
@@ -81,27 +83,33 @@ struct Decoder {
   }
 
   // Rule 1. The new token's slot in the slabs; its score starts at 0.
-  SSD_ALWAYS_INLINE void append(T* keys, T* values, const Item& item) {
+  SSD_ALWAYS_INLINE void append(const Slots<T>& keys, const Slots<T>& values, const Item& item) {
     const int dim = layer.shape.head_dim;
     const int32_t slot = next_slot(item.range, item.view);
     const T* k = static_cast<const T*>(step.k) + item.row * step.k_row_stride + item.head * step.k_head_stride;
     const T* v = static_cast<const T*>(step.v) + item.row * step.v_row_stride + item.head * step.v_head_stride;
     if (step.cos)
-      rotate(k, item, keys + static_cast<int64_t>(slot) * dim);
+      rotate(k, item, keys.writable(slot));
     else
-      std::memcpy(keys + static_cast<int64_t>(slot) * dim, k, sizeof(T) * dim);
-    std::memcpy(values + static_cast<int64_t>(slot) * dim, v, sizeof(T) * dim);
+      std::memcpy(keys.writable(slot), k, sizeof(T) * dim);
+    std::memcpy(values.writable(slot), v, sizeof(T) * dim);
     if (item.range.score_offset >= 0) {
-      item_scores(layer, item)[slot] = 0.0f;
-      item_positions(layer, item)[slot] = item.view.base + item.view.first + item.view.step;
+      item_scores(layer, item)[slot - item.view.unscored] = 0.0f;
+      item_positions(layer, item)[slot - item.view.unscored] = item.view.base + item.view.first + item.view.step;
     }
+  }
+
+  // Slots of a segment that have no scores: the first ones.
+  SSD_ALWAYS_INLINE int32_t unscored(const Item& item, const Segment& segment) {
+    return smaller(larger(item.view.unscored - segment.begin, 0), segment.count);
   }
 
   // What rule 3 does first where scores decay.
   SSD_ALWAYS_INLINE void decay_scores(const Item& item) {
     for (int32_t s = 0; s < item.num_segments; ++s) {
-      float* scores = item_scores(layer, item) + item.segments[s].begin;
-      for (int32_t i = 0; i < item.segments[s].count; ++i) scores[i] *= kDecay;
+      const Segment segment = item.segments[s];
+      float* scores = item_scores(layer, item) - item.view.unscored + segment.begin;
+      for (int32_t i = unscored(item, segment); i < segment.count; ++i) scores[i] *= kDecay;
     }
   }
 
@@ -113,19 +121,22 @@ struct Decoder {
       const float factor = inverse[g];
       for (int32_t s = 0; s < item.num_segments; ++s) {
         const Segment segment = item.segments[s];
-        float* __restrict scores = item_scores(layer, item) + segment.begin;
-        for (int32_t i = 0; i < segment.count; ++i) scores[i] += numerators[i] * factor;
+        float* __restrict scores = item_scores(layer, item) - item.view.unscored + segment.begin;
+        for (int32_t i = unscored(item, segment); i < segment.count; ++i) scores[i] += numerators[i] * factor;
         numerators += segment.count;
       }
     }
   }
 
+  // Where the scores and positions of evictable tokens begin.
+  SSD_ALWAYS_INLINE int32_t first_evictable(const Item& item) { return item.view.base - item.view.unscored; }
+
   // Eviction ranks of the evictable tokens [0, count); returns the lowest. The `recent` newest tokens are always the
   // last `recent` positions, because each of them was protected at every refresh.
   template <int kRule>
   SSD_ALWAYS_INLINE int64_t rank(const Item& item, int32_t count, int64_t* __restrict ranks) {
-    const float* __restrict scores = item_scores(layer, item) + item.view.base;
-    const int32_t* __restrict positions = item_positions(layer, item) + item.view.base;
+    const float* __restrict scores = item_scores(layer, item) + first_evictable(item);
+    const int32_t* __restrict positions = item_positions(layer, item) + first_evictable(item);
     const int32_t prompt_len = item.view.base + item.view.first;
     const int32_t steps = item.view.step + 1;
     const int32_t protected_from = prompt_len + steps - item.range.recent;
@@ -143,7 +154,7 @@ struct Decoder {
   // Lifts the pinned of the tokens [0, count) above the others; returns the lowest rank. A pass of its own, so that
   // heads without pinned tokens have nothing to do with it.
   SSD_ALWAYS_INLINE int64_t lift_pinned(const Item& item, int32_t count, const PinMask& mask, int64_t* ranks) {
-    const int32_t* positions = item_positions(layer, item) + item.view.base;
+    const int32_t* positions = item_positions(layer, item) + first_evictable(item);
     const int32_t prompt_len = item.view.base + item.view.first;
     int64_t lowest = kProtected;
     for (int32_t i = 0; i < count; ++i) {
@@ -165,12 +176,12 @@ struct Decoder {
   }
 
   // Rule 4: the tokens of lowest rank lose; winners from beyond the first M evictable slots overwrite losers there.
-  SSD_ALWAYS_INLINE void evict(T* keys, T* values, const Item& item) {
+  SSD_ALWAYS_INLINE void evict(const Slots<T>& keys, const Slots<T>& values, const Item& item) {
     const int32_t count = item.view.evictable + 1;
     const int32_t keep = item.range.keep;
     if (count <= keep) return;
-    float* scores = item_scores(layer, item) + item.view.base;
-    int32_t* positions = item_positions(layer, item) + item.view.base;
+    float* scores = item_scores(layer, item) + first_evictable(item);
+    int32_t* positions = item_positions(layer, item) + first_evictable(item);
     int64_t* ranks = scratch.ranks;
     int64_t lowest = rank_by_rule(item, count, ranks);
     const PinMask mask = pin_mask(layer.shape, layer.pinned, item.head);
@@ -202,17 +213,15 @@ struct Decoder {
     }
   }
 
-  SSD_ALWAYS_INLINE void move_slot(T* slab, int32_t from, int32_t to) {
-    const int64_t dim = layer.shape.head_dim;
-    std::memcpy(slab + to * dim, slab + from * dim, sizeof(T) * dim);
+  SSD_ALWAYS_INLINE void move_slot(const Slots<T>& slots, int32_t from, int32_t to) {
+    std::memcpy(slots.writable(to), slots.writable(from), sizeof(T) * slots.head_dim);
   }
 
   template <int kDim>
   void run(int64_t index) {
     const int dim = layer.shape.head_dim;
     const Item item = item_at(layer, items.row_by_row, index);
-    T* keys = first_slot<T>(layer.keys, layer, item);
-    T* values = first_slot<T>(layer.values, layer, item);
+    const Slots<T> keys = item_keys<T>(layer, item), values = item_values<T>(layer, item);
     append(keys, values, item);
 
     // The scale rides on q [group, head_dim].

@@ -100,7 +100,8 @@ const char* error_text(int error);
 // Why no kernel can run here, or null.
 const char* unavailable();
 
-// Makes a device current for this thread's launches; 0 or an error. `before`: which one was.
+// Makes a device current for this thread's launches; 0 or an error. `before`: the one to go back to afterwards, which is
+// `device` itself if the one that was current has no context yet.
 int use_device(int device, int* before);
 
 }  // namespace ssd::cuda

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 import math
 import numbers
 import threading
@@ -12,20 +13,25 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import torch
 from transformers import JanusForConditionalGeneration
 
-import ssd_kernels
+from ssd_attach.cache import DecoderCache
+from ssd_attach.choice import Choice, choose
+from ssd_attach.coupling import Coupling, check_backend, coupled
+from ssd_attach.internals import CACHE_NAME, unroute
 from ssd_kernels import CachePlan
+from ssd_kernels.policies import HeadProfile
 
-from .cache import JanusCache
 from .engine import call, fuse, unfuse
-from .internals import CACHE_NAME, checkpoints_layers, end_routing, routed_attention
-from .online import OnlinePlan
-from .shape import ModelShape
+from .official import is_official, loops
+from .shape import ModelShape, placement
+from .waiting import StepWatch
 
+_logger = logging.getLogger("ssd_janus")
 _ENABLED = "_ssd_janus"
 _lock = threading.RLock()  # held while models are enabled and disabled, never while they draw
 BY_POSITION = tuple(inspect.signature(JanusForConditionalGeneration.generate).parameters)[1:4]
@@ -36,50 +42,87 @@ class _Enabled:
     """Kept on an enabled model.
 
     Attributes:
-        plan, backend, shape: what the caches are made from.
+        coupling: has what caches are made from, and wants attention routed.
         inner: ``generate`` as found on the instance, or None when it was the class's own.
         engine: let the engine draw what it can.
     """
 
-    plan: CachePlan
-    backend: str
-    shape: ModelShape
+    coupling: Coupling
     inner: Callable[..., Any] | None
     engine: bool = True
 
+    def fresh(self) -> Coupling:
+        """The coupling of one call."""
+        own = self.coupling
+        return Coupling(own.plan, own.num_visual_tokens, own.backend)
 
-def enable(model: JanusForConditionalGeneration, plan: CachePlan, backend: str = "auto", *,
-           engine: bool = True) -> None:
-    """Make ``model.generate(..., generation_mode="image")`` keep its KV cache under ``plan``.
+
+def enable(model: JanusForConditionalGeneration, plan: CachePlan | str | None = None, backend: str = "auto", *,
+           budget: float | None = None, row_buffer: int | None = None,
+           profile: HeadProfile | str | PathLike[str] | None = None, engine: bool = True, **parameters: Any) -> Choice:
+    """Make ``model.generate(..., generation_mode="image")`` keep its KV cache under a plan.
 
     Calls stay literally unchanged, and all of transformers' sampling options work. ``guidance_scale <= 1`` draws with
     one row per picture; None means the model's default. Text generation and plain forward passes are not touched:
     the call's cache decides what attends. Calls may run in several threads. Enabling again replaces plan and backend.
 
+    A model of DeepSeek's code (deepseek-ai/Janus) has no ``generate`` for pictures; loops over it keep their caches
+    under the plan (`ssd_janus.official.loops.enable`).
+
     Args:
-        model: transformers' ``JanusForConditionalGeneration``.
-        plan: head specs for the model's layers and KV heads.
+        model: transformers' ``JanusForConditionalGeneration``, or DeepSeek's `MultiModalityCausalLM`.
+        plan: head specs for the model's layers and KV heads, or the name of a policy, such as ``"decayed"``; None for
+            a default, see `ssd_attach.choice.choose`.
         backend: ``"auto"`` or one of `ssd_kernels.info`'s backends.
+        budget, row_buffer, profile, parameters: of the policy, see `ssd_attach.choice.choose`.
         engine: draw with `ssd_janus.engine`, which gives the same tokens, where the call's options allow; else, and
-            for all other calls, transformers' own loop draws.
+            for all other calls, transformers' own loop draws. Loops over a model of DeepSeek's code stay what they are.
+
+    Returns:
+        what was chosen; its text, which is logged, too, is one line.
 
     Raises:
-        TypeError: another kind of model, or ``plan`` is no `CachePlan`.
-        ValueError: the plan does not fit the model, or the backend is unknown or cannot run here.
+        TypeError: another kind of model, or ``plan`` is neither a plan nor a name.
+        ValueError: the plan does not fit the model, no plan can be made as asked, or the backend is unknown or cannot
+            run here.
     """
+    if is_official(model):
+        return loops.enable(model, plan, backend, budget=budget, row_buffer=row_buffer, profile=profile, **parameters)
     _check_model(model)
     shape = ModelShape.of(model)
-    shape.check(plan)
-    _check_backend(backend)
+    choice = choose(shape, plan, placement(model)[1], budget=budget, row_buffer=row_buffer, profile=profile,
+                    parameters=parameters)
+    check_backend(backend)
     with _lock:
         if engine:
             fuse(model)  # rather than at the first picture, when other threads may be using the model
         current = vars(model).get(_ENABLED)
         inner = current.inner if current else vars(model).get("generate")
-        setattr(model, _ENABLED, _Enabled(plan, backend, shape, inner, engine))
+        enabled = _Enabled(Coupling(choice.plan, shape.num_visual_tokens, backend), inner, engine)
+        enabled.coupling.route(model.model.language_model)
+        setattr(model, _ENABLED, enabled)
         # Copies and pickles of the model must drive themselves. A bound method would be pickled as the name of its
         # function and come back as transformers' own.
         model.generate = functools.partial(_generate, model)
+    _logger.info("%s", choice)
+    return choice
+
+
+@contextmanager
+def enabled(model: JanusForConditionalGeneration, *args: Any, **kwargs: Any) -> Iterator[Choice]:
+    """`enable` for a block, with the same arguments; gives what was chosen. What was in force before is so again; on a
+    model of DeepSeek's code nothing is."""
+    before = vars(model).get(_ENABLED)
+    choice = enable(model, *args, **kwargs)
+    try:
+        yield choice
+    finally:
+        if before is None:
+            disable(model)
+        else:
+            with _lock:
+                before.coupling.route(model.model.language_model)
+                setattr(model, _ENABLED, before)
 
 
 def disable(model: JanusForConditionalGeneration) -> None:
@@ -88,6 +131,8 @@ def disable(model: JanusForConditionalGeneration) -> None:
     Raises:
         TypeError: another kind of model.
     """
+    if is_official(model):
+        return loops.disable(model)
     _check_model(model)
     with _lock:
         enabled = vars(model).pop(_ENABLED, None)
@@ -96,7 +141,7 @@ def disable(model: JanusForConditionalGeneration) -> None:
         del model.generate
         if enabled.inner is not None:
             model.generate = enabled.inner
-        end_routing(model.model.language_model)
+        unroute(model.model.language_model, enabled.coupling)
         unfuse(model)
 
 
@@ -108,47 +153,21 @@ def is_enabled(model: JanusForConditionalGeneration) -> bool:
 def in_force(model: JanusForConditionalGeneration) -> tuple[CachePlan, str] | None:
     """Plan and backend of `enable`, or None."""
     enabled: _Enabled | None = vars(model).get(_ENABLED)
-    return None if enabled is None else (enabled.plan, enabled.backend)
+    return None if enabled is None else (enabled.coupling.plan, enabled.coupling.backend)
 
 
 @contextmanager
-def drawing(model: JanusForConditionalGeneration, cache: JanusCache) -> Iterator[None]:
-    """While this lasts, transformers' own ``generate`` may draw with ``cache``. Other calls notice nothing of it.
+def drawing(model: JanusForConditionalGeneration, coupling: Coupling, cache: DecoderCache) -> Iterator[None]:
+    """While this lasts, transformers' own ``generate`` may draw with a cache of ``coupling``, and never again.
 
     Raises:
         ValueError: the model checkpoints gradients.
     """
-    language_model = model.model.language_model
-    if checkpoints_layers(language_model):
-        raise ValueError("gradient checkpointing must be off while pictures are drawn, because layers that checkpoint "
-                         "take no KV cache; call model.eval() or model.gradient_checkpointing_disable()")
     try:
-        with routed_attention(language_model):
-            hook = language_model.register_forward_pre_hook(_Inputs(cache), with_kwargs=True)
-            try:
-                yield
-            finally:
-                hook.remove()
+        with coupled(model.model.language_model, coupling):
+            yield
     finally:
         cache.finish()
-
-
-class _Inputs:
-    """Forward pre-hook of the language model in the calls that hold one cache; others pass."""
-
-    def __init__(self, cache: JanusCache | None) -> None:
-        self.cache = cache
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A model that is copied meanwhile takes no cache along."""
-        return _Inputs, (None,)
-
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-                 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # Without keyword arguments it is another thread's call, which met the hook while it was put up or taken down.
-        if self.cache is None or kwargs is None or kwargs.get(CACHE_NAME) is not self.cache:
-            return None
-        return args, self.cache.inputs(kwargs)
 
 
 @functools.wraps(JanusForConditionalGeneration.generate, assigned=("__doc__",))
@@ -160,7 +179,7 @@ def _generate(self: JanusForConditionalGeneration, *args: Any, **kwargs: Any) ->
     inner = enabled.inner or stock
     text = kwargs.get("generation_mode", "text") == "text"
     given = kwargs.get(CACHE_NAME, kwargs.get("past_key_values"))
-    if isinstance(given, JanusCache) or (given is not None and not text):
+    if isinstance(given, DecoderCache) or (given is not None and not text):
         raise ValueError(f"{CACHE_NAME} must be left out on an enabled model, which makes a fresh cache for every "
                          f"picture call, got {type(given).__name__}; after ssd_janus.disable(model) transformers' own "
                          "caches are taken again")
@@ -178,9 +197,10 @@ def _generate(self: JanusForConditionalGeneration, *args: Any, **kwargs: Any) ->
     except call.NotForTheEngine as reason:
         if enabled.engine:
             call.say_once(str(reason))
-    observer = enabled.plan.observer() if isinstance(enabled.plan, OnlinePlan) else None
-    cache = JanusCache(enabled.plan, enabled.shape.num_visual_tokens, enabled.backend, observer, guided)
-    with drawing(self, cache):
+    enabled.coupling.route(self.model.language_model)  # the implementation may have been changed since
+    coupling = enabled.fresh()
+    cache = DecoderCache(coupling.generation(guided=guided, watch=StepWatch()))
+    with drawing(self, coupling, cache):
         return inner(*args, **{**kwargs, CACHE_NAME: cache})
 
 
@@ -193,7 +213,7 @@ def _through_engine(model: JanusForConditionalGeneration, enabled: _Enabled, arg
         raise call.NotForTheEngine("generate has been replaced on this model")
     if args:
         raise call.NotForTheEngine("arguments are given twice or too many by position")
-    return call.draw(model, enabled.plan, enabled.backend, kwargs)
+    return call.draw(model, enabled.coupling.plan, enabled.coupling.backend, kwargs)
 
 
 def _refuse_what_would_be_ignored(model: JanusForConditionalGeneration, kwargs: dict[str, Any]) -> None:
@@ -244,12 +264,5 @@ def _settle_guidance(model: JanusForConditionalGeneration, kwargs: dict[str, Any
 
 def _check_model(model: object) -> None:
     if not isinstance(model, JanusForConditionalGeneration):
-        raise TypeError(f"model must be a transformers JanusForConditionalGeneration, got {type(model).__name__}")
-
-
-def _check_backend(backend: object) -> None:
-    backends = ssd_kernels.info()["backends"]
-    if backend != "auto" and backend not in backends:
-        raise ValueError(f"backend must be one of {', '.join(['auto', *backends])}, got {backend!r}")
-    if backend != "auto" and not backends[backend]["available"]:
-        raise ValueError(f"backend={backend!r} cannot be used: {backends[backend]['reason']}")
+        raise TypeError("model must be a MultiModalityCausalLM of deepseek-ai/Janus or a transformers "
+                        f"JanusForConditionalGeneration, got {type(model).__name__}")

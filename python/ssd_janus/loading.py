@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import JanusConfig, JanusForConditionalGeneration
 
+from ssd_attach.internals import without_weights
+
 from .checkpoints import UNUSED
-from .internals import without_weights
 
 
 class _LeftOut(nn.Module):

@@ -21,20 +21,22 @@ from transformers import (
     LogitsProcessorList,
 )
 
+from ssd_attach.cache import DecoderCache, Observer
+from ssd_attach.coupling import Coupling
+from ssd_attach.internals import CACHE_NAME
+from ssd_attach.online import check_observer
 from ssd_kernels import CachePlan
 from ssd_kernels.reading import shown
 
-from . import hooks
-from .cache import JanusCache, Observer
+from . import hooks, official
 from .checkpoints import included_model
 from .engine import Engine, MemoryReport, Sampling, call, decode, unsupported
 from .engine.sampling import SampledByPicture
 from .images import to_pictures
-from .internals import CACHE_NAME
 from .loading import PictureJanus
-from .online import OnlinePlan, check_observer
 from .progress import ProgressCallback, progress_bar
 from .shape import ModelShape, placement
+from .waiting import StepWatch
 
 Preview = Callable[[Sequence[int], list[Image]], Any]
 
@@ -103,8 +105,9 @@ class Pipeline:
         """Load a checkpoint.
 
         Args:
-            source: a folder, or a hub id such as ``"deepseek-community/Janus-Pro-1B"``; None for the small model that
-                ships with the package. Folders are read without touching the network.
+            source: a folder, or a hub id such as ``"deepseek-community/Janus-Pro-1B"``, in the layout of transformers
+                or of DeepSeek (``"deepseek-ai/Janus-Pro-1B"``); None for the small model that ships with the package.
+                Folders are read without touching the network.
             device: where to run.
             dtype: of weights and caches; None for float32 on a CPU and the checkpoint's own elsewhere.
             backend: as in `enable`.
@@ -115,7 +118,7 @@ class Pipeline:
         Raises:
             FileNotFoundError: no such folder, or the package came without its model.
             OSError: the hub id cannot be loaded.
-            ValueError: the device is not there, or the checkpoint is no Janus of transformers, or damaged.
+            ValueError: the device is not there, or the checkpoint is no Janus, or incomplete or damaged.
         """
         source = included_model() if source is None else fspath(source)
         local = Path(source).is_dir()
@@ -129,7 +132,12 @@ class Pipeline:
             raise ValueError(f"device must be cpu on this machine, where torch sees no GPU, got {device}")
         if dtype is None:
             dtype = torch.float32 if target.type == "cpu" else "auto"
-        _check_kind(source, JanusConfig.get_config_dict(source, local_files_only=local)[0].get("model_type"))
+        config = JanusConfig.get_config_dict(source, local_files_only=local)[0]
+        if official.is_official_config(config):
+            model, processor = official.load(source if local else official.download(source), dtype,
+                                             None if local else source)
+            return cls(model.to(target), processor, backend)
+        _check_kind(source, config.get("model_type"))
         processor = JanusProcessor.from_pretrained(source, local_files_only=local)
         try:
             model = PictureJanus.from_pretrained(source, local_files_only=local, dtype=dtype)
@@ -277,11 +285,11 @@ class Pipeline:
         tokens, runs = [], []
         for number, batch in enumerate(batches):
             began, first = time.perf_counter(), seed + number * size
-            cache = JanusCache(plan, self.shape.num_visual_tokens, backend,
-                               plan.observer() if isinstance(plan, OnlinePlan) else observer, guided=guidance > 1)
+            coupling = Coupling(plan, self.shape.num_visual_tokens, backend)
+            cache = DecoderCache(coupling.generation(observer, guided=guidance > 1, watch=StepWatch()))
             sampled = SampledByPicture(self.model, guidance, range(first, first + len(batch)), **options)
             inputs = self._tokenise(batch)
-            with hooks.drawing(self.model, cache):
+            with hooks.drawing(self.model, coupling, cache):
                 tokens.append(type(self.model).generate(
                     self.model, **inputs, **{CACHE_NAME: cache}, generation_mode="image", do_sample=False,
                     guidance_scale=1.0, num_return_sequences=1, return_dict_in_generate=False,
@@ -351,12 +359,9 @@ def _step_reports(progress: bool | ProgressCallback) -> Iterator[ProgressCallbac
 
 
 def _check_kind(source: str, kind: object) -> None:
-    if kind == "multi_modality":
-        raise ValueError(f"model {source} is in DeepSeek's own format (model_type 'multi_modality'), which "
-                         "transformers does not read; take a converted one, such as deepseek-community/Janus-Pro-1B")
     if kind != JanusConfig.model_type:
-        raise ValueError(f"model must be a Janus (model_type {JanusConfig.model_type!r} in config.json), got {source} "
-                         f"with model_type {kind!r}")
+        raise ValueError(f"model must be a Janus (model_type {JanusConfig.model_type!r} or {official.MODEL_TYPE!r} in "
+                         f"config.json), got {source} with model_type {kind!r}")
 
 
 def _check_prompts(prompts: object) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 
 from ssd_kernels.policies import HeadProfile
 
@@ -69,7 +70,8 @@ def _attention(figure: Any, profile: HeadProfile, tau: float) -> None:
                                  extent=(-columns + 0.5, columns - 0.5, -0.5, len(mass) - 0.5))
         panels[0, number].set_title(f"layer {layer} head {head}: {profile.sparsity[layer, head]:.2f}", fontsize=9)
         for axes, place, mass in zip(panels[1:, number], profile.places, profile.place_mass[layer, head], strict=True):
-            axes.imshow(mass.float().view(-1, columns).clamp_min(1e-5).log10(), **style)
+            grid = functional.pad(mass.float(), (0, -len(mass) % columns)).view(-1, columns)
+            axes.imshow(grid.clamp_min(1e-5).log10(), **style)
             axes.plot(place % columns, place // columns, "s", color="tab:red", markersize=3)
     panels[0, 0].set_ylabel("rows up (across: columns aside)")
     for axes, place in zip(panels[1:, 0], profile.places, strict=True):

@@ -10,7 +10,7 @@ import torch
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
 from ssd_kernels.layout import peak_tokens
-from ssd_kernels.policies import KINDS, HeadProfile, Shape, adaptive, predicted_cost
+from ssd_kernels.policies import KINDS, HeadProfile, Shape, adaptive, predicted_cost, raster_of
 
 from .checkpoints import fingerprint
 from .evaluation.fidelity import Recorder, caches_beside, compare
@@ -40,7 +40,8 @@ def places(shape: Shape) -> tuple[int, ...]:
 
     Not of the first row, which is not watched, nor the last token, which never attends.
     """
-    rows, columns = shape.num_visual_tokens // shape.columns, shape.columns
+    columns = raster_of(shape).stride
+    rows = shape.num_visual_tokens // columns
     wanted = {rows // 2 * columns + columns // 2, 3 * rows // 4 * columns, (3 * rows // 4 + 1) * columns - 1}
     return tuple(sorted({min(max(place, columns), shape.num_visual_tokens - 2) for place in wanted}))
 
@@ -53,7 +54,7 @@ def measured_sizes(shape: Shape) -> list[int]:
 def plans_beside(shape: Shape, sizes: Sequence[int]) -> list[CachePlan]:
     """One plan per row buffer in which every kind and size is a head of its own, so that all take one call per step."""
     heads = [make(size) for make in KINDS.values() for size in sizes for _ in range(shape.num_heads)]
-    return [CachePlan([heads] * shape.num_layers, row_buffer) for row_buffer in (0, shape.columns)]
+    return [CachePlan([heads] * shape.num_layers, row_buffer) for row_buffer in (0, raster_of(shape).stride)]
 
 
 class HeadStatistics:
@@ -79,14 +80,15 @@ class HeadStatistics:
         split = [weight.unflatten(1, (shape.num_heads, -1)) for weight in self.projections]
         self.grams = [torch.einsum("chi,chj->hij", weight, weight) for weight in split]
         head = (shape.num_layers, shape.num_heads)
-        columns, tokens = shape.columns, shape.num_visual_tokens
+        columns, tokens = raster_of(shape).stride, shape.num_visual_tokens
+        self.columns = columns
 
         def zeros(*size: int) -> torch.Tensor:
             return torch.zeros(size, device=pipe.device)
 
         self.prompt, self.age, self.column = zeros(*head), zeros(*head, tokens), zeros(*head, columns)
         self.first = zeros(*head, columns)
-        self.offset = zeros(*head, tokens // columns * (2 * columns - 1))
+        self.offset = zeros(*head, -(-tokens // columns) * (2 * columns - 1))
         self.guidance = zeros(*head, tokens)
         self.places = places(shape)
         self.place = zeros(*head, len(self.places), tokens)
@@ -130,7 +132,7 @@ class HeadStatistics:
                 conditional, blank = tensor.float().chunk(2)
                 self.guidance[layer, :, step] += (conditional - blank).square().mean(2).sum(0)
         self._costs(layer, query, keys, values, scale, out)
-        if step < self.shape.columns:
+        if step < self.columns:
             return
         rows, heads = keys.shape[:2]
         grouped = query.view(rows, heads, -1, query.shape[-1])  # [B, H, G, D]
@@ -141,11 +143,11 @@ class HeadStatistics:
         # Not the visual part of that softmax, which vanishes where all attention is on the prompt.
         visual = logits[..., longest:].softmax(-1).mean(2).sum(0)  # [H, t + 1]
         self.age[layer, :, :step + 1] += visual.flip(-1)
-        self.first[layer] += visual[:, :self.shape.columns]
+        self.first[layer] += visual[:, :self.columns]
         self.column[layer].index_add_(1, self.column_of[:step + 1], visual)
-        width = 2 * self.shape.columns - 1
+        width = 2 * self.columns - 1
         up = self.row_of[step] - self.row_of[:step + 1]
-        aside = self.column_of[:step + 1] - self.column_of[step] + self.shape.columns - 1
+        aside = self.column_of[:step + 1] - self.column_of[step] + self.columns - 1
         self.offset[layer].index_add_(1, up * width + aside, visual)
         if step in self.places:
             self.place[layer, :, self.places.index(step), :step + 1] += visual
@@ -194,8 +196,8 @@ class HeadStatistics:
         """
         shape = self.shape
         count = self.steps.to(self.age.device).view(-1, 1).clamp_min(1)
-        offset = (self.offset / count[..., None]).view(shape.num_layers, shape.num_heads, -1, 2 * shape.columns - 1)
-        near = offset[..., :radius + 1, max(0, shape.columns - 1 - radius):shape.columns + radius].sum((2, 3))
+        offset = (self.offset / count[..., None]).view(shape.num_layers, shape.num_heads, -1, 2 * self.columns - 1)
+        near = offset[..., :radius + 1, max(0, self.columns - 1 - radius):self.columns + radius].sum((2, 3))
         profile = HeadProfile(
             sparsity=1 - near, prompt_mass=self.prompt / count, age_mass=self.age / count[..., None],
             offset_mass=offset, column_mass=self.column / count[..., None], first_mass=self.first / count[..., None],
@@ -203,7 +205,7 @@ class HeadStatistics:
             guidance_difference=self.guidance / pictures,
             error=self.relative_error(), sensitivity=torch.ones(shape.num_layers), sizes=self.sizes,
             kinds=tuple(KINDS), row_buffers=tuple(plan.row_buffer for plan in self.plans), places=self.places,
-            columns=shape.columns, radius=radius)
+            columns=self.columns, radius=radius)
         for name, value in vars(profile).items():
             if isinstance(value, torch.Tensor):
                 # Large, and only looked at.

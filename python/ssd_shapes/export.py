@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ssd_janus.internals import KEPT_WHEN_LOADED
+from ssd_attach.internals import KEPT_WHEN_LOADED
 from ssd_kernels.files import check_folder
 from ssd_kernels.policies import HeadProfile
 from ssd_kernels.reading import Field, naming, read_json

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import JanusVQVAE
 
 import ssd_kernels
-from ssd_janus.internals import modeling_janus
+from ssd_attach.internals import modeling_janus
 from ssd_kernels.files import write_atomically
 from ssd_kernels.reading import Field, naming, read_bytes, read_json
 from ssd_kernels.schema import count, mapping_of, number, object_of

@@ -21,6 +21,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     reads_table: ClassVar[bool] = True  # on the host; if False, ``state.layout.heads`` may be empty
+    shares_prompts: ClassVar[bool] = True
 
     @abstractmethod
     def unavailable(self) -> str | None:
@@ -38,6 +39,12 @@ class Backend(ABC):
         if head_dim % 8 or not 32 <= head_dim <= 256:
             return f"it needs head_dim to be a multiple of 8 within 32 .. 256, got {head_dim}"
         return None
+
+    def check_shared(self, shared: bool) -> None:
+        """Raise ValueError if rows are to share prompts and cannot."""
+        if shared and not self.shares_prompts:
+            raise ValueError(f"shared_prompts must be None with backend={self.name!r}, whose kernels read prompts from "
+                             "their own rows only")
 
     @abstractmethod
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -57,7 +64,12 @@ class Backend(ABC):
         self.decode(row, q, k, k, 1.0, (tables, tables) if rotary else None)
 
     def prefill_empty_row(self, state: LayerState) -> None:
-        """One `prefill` of a prompt without tokens, which stores nothing: a `warmup` of what a GPU runs."""
+        """One `prefill` of a prompt without tokens, which stores nothing: a `warmup` of what a GPU runs.
+
+        Not where rows share prompts: torch's own operations store these (`ssd_kernels.sharing.store`).
+        """
+        if state.shared:
+            return
         k = state.keys.new_zeros((1, state.table.shape[0], 1, state.keys.shape[2]))
         self.prefill(self._first_row(state, 0), k, k, [0], None, [0])
 
@@ -66,7 +78,7 @@ class Backend(ABC):
         """The first row of a layer, with cursors of its own that say it is at ``step`` after an empty prompt."""
         cursors = torch.tensor([[0, step]], dtype=torch.int32, device=state.keys.device)
         return LayerState(state.layout, state.keys[:1], state.values[:1], state.scores[:1], state.positions[:1],
-                          cursors, state.table, state.pinned)
+                          cursors, state.table, state.pinned, *state.shared[:2], *(of[:1] for of in state.shared[2:]))
 
     @abstractmethod
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],

@@ -44,12 +44,18 @@ class CPUBackend(Backend):
                               list(prompt_lens), list(rows), torch.get_num_threads())
 
 
+def layer_arguments(state: LayerState) -> tuple[int | bool, ...]:
+    """What the extension's views of a layer are made with."""
+    layout = state.layout
+    return (*(tensor.data_ptr() for tensor in state.tensors), DTYPE_CODES[state.keys.dtype], state.keys.shape[0],
+            state.table.shape[0], state.keys.shape[2], layout.slots, layout.scored_slots, layout.max_prompt,
+            layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt,
+            *([tensor.data_ptr() for tensor in state.shared] or (0, 0, 0)), layout.shared_prompts,
+            layout.prompt_scores)
+
+
 def _layer(state: LayerState) -> Any:
     """The extension's view of the layer's tensors, made once: their addresses never change."""
     if state.native is None:
-        layout = state.layout
-        state.native = native.extension().Layer(
-            *(tensor.data_ptr() for tensor in state.tensors), DTYPE_CODES[state.keys.dtype], state.keys.shape[0],
-            len(layout.heads), state.keys.shape[2], layout.slots, layout.scored_slots, layout.max_prompt,
-            layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt)
+        state.native = native.extension().Layer(*layer_arguments(state))
     return state.native

@@ -13,7 +13,7 @@ from .. import native
 from ..layout import LayerLayout
 from ..state import LayerState, Rotary
 from .base import Backend
-from .cpu import DTYPE_CODES
+from .cpu import layer_arguments
 
 OLDEST_CAPABILITY = (8, 0)
 ALIGNMENT = 16  # bytes of one asynchronous copy
@@ -54,6 +54,7 @@ class CUDABackend(Backend):
 
     name = "cuda"
     reads_table = False
+    shares_prompts = False
     device_type = "cuda"
 
     def extension(self) -> ModuleType:
@@ -155,11 +156,7 @@ class CUDABackend(Backend):
         arrivals = None
         if parts > heads:
             arrivals = torch.zeros((state.keys.shape[0], heads), dtype=torch.int32, device=state.keys.device)
-        layer = extension.CUDALayer(
-            *(tensor.data_ptr() for tensor in state.tensors), DTYPE_CODES[state.keys.dtype], state.keys.shape[0],
-            heads, state.keys.shape[2], layout.slots, layout.scored_slots, layout.max_prompt,
-            layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt)
-        known = Native(layer, parts, arrivals)
+        known = Native(extension.CUDALayer(*layer_arguments(state)), parts, arrivals)
         # Counters made while a graph is captured are zero only in its replays, so they are the graph's alone.
         if arrivals is None or not (state.keys.is_cuda and torch.cuda.is_current_stream_capturing()):
             state.native = known

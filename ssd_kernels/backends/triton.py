@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -14,11 +13,6 @@ import torch
 from ..state import LayerState, Rotary
 from ..triton import launch
 from .base import Backend
-
-
-def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, on tensors of the CPU: TRITON_INTERPRET=1, for tests."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
 class TritonBackend(Backend):
@@ -33,13 +27,11 @@ class TritonBackend(Backend):
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: pip install '.[triton]' in a checkout of ssd_kernels"
-        if not interpreting() and not torch.cuda.is_available():
-            return "no CUDA device (TRITON_INTERPRET=1 runs it slowly on the CPU)"
-        return None
+        return None if torch.cuda.is_available() else "no CUDA device"
 
     def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        if device.type != ("cpu" if interpreting() else "cuda"):
-            return f"it needs device {'cpu while interpreting' if interpreting() else 'cuda'}, got {device}"
+        if device.type != "cuda":
+            return f"it needs device cuda, got {device}"
         return self.unsupported_by_kernels(dtype, head_dim)
 
     def kernels(self) -> Any:
@@ -60,13 +52,16 @@ class TritonBackend(Backend):
         logits = torch.empty((batch, group, layout.scored_slots), dtype=torch.float32, device=q.device)
         constants, options = launch.decode_constants(
             head_dim, q.element_size(), group, layout.row_buffer, layout.largest, layout.scored_slots > 0,
-            layout.keep_prompt, rotary is not None, self.capability(q.device))
+            layout.keep_prompt, rotary is not None, self.capability(q.device), bool(state.shared),
+            layout.prompt_scores)
         with torch.cuda.device(q.get_device()):
             self.kernels().decode_kernel[(batch * heads,)](
                 q, k, v, *state.tensors, out, logits, logits.view(torch.int32), *(rotary or (logits, logits)),
+                *(state.shared or (q, q, state.table)),
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], batch, heads, slots, layout.scored_slots,
-                layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1), scale,
-                **constants, INTERPRETED=interpreting(), **options)
+                layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1),
+                layout.shared_prompts, scale,
+                **constants, **options)
         return out
 
     def warmup(self, states: Sequence[LayerState], query_heads: int, rotary: bool) -> None:
@@ -83,17 +78,17 @@ class TritonBackend(Backend):
         k, v = k.contiguous(), v.contiguous()
         scores = None if scores is None else scores.contiguous()
         # Of the longest prompt that the cache may get, not of this one: the same kernel for all of them.
-        block = max(launch.power_of_two(layout.max_prompt), launch.MIN_EVICT_BLOCK)
+        longest = max(layout.max_prompt, launch.MIN_EVICT_BLOCK)
+        constants, options = launch.prefill_constants(k.shape[3], k.element_size(), longest, layout.keep_prompt,
+                                                      scores is not None)
         lengths, indices = (torch.tensor(list(numbers), dtype=torch.int32).to(k.device, non_blocking=True)
                             for numbers in (prompt_lens, rows))
-        slot_list = torch.empty((len(rows), heads, block), dtype=torch.int32, device=k.device)
+        slot_list = torch.empty((len(rows), heads, constants["PROMPT_BLOCK"]), dtype=torch.int32, device=k.device)
         with torch.cuda.device(k.get_device()):
             self.kernels().prefill_kernel[(len(rows), heads)](
                 k, v, k if scores is None else scores, lengths, indices, *state.tensors, slot_list, k.shape[2], heads,
                 state.keys.shape[1], layout.scored_slots, layout.max_prompt, layout.num_visual_tokens, layout.pin_words,
-                KEEP_PROMPT=layout.keep_prompt, GIVEN=scores is not None, D=k.shape[3],
-                D_PAD=launch.power_of_two(k.shape[3]), PROMPT_BLOCK=block,
-                BLOCK=launch.decode_config(k.shape[3], k.element_size(), 1, block).block, **launch.compile_options())
+                **constants, **options)
 
 
 @cache

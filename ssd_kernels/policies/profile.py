@@ -15,6 +15,7 @@ import torch
 from ..files import write_atomically
 from ..heads import HeadSpec
 from ..reading import Field, naming, parse_json, read_bytes, shown
+from .raster import raster_of
 from .uniform import first_and_newest
 
 __all__ = ["KINDS", "HeadProfile"]
@@ -41,7 +42,9 @@ sums that forget. A profile made before a kind was known lacks it."""
 
 @dataclass(frozen=True)
 class HeadProfile:
-    """Attention statistics and error curves of every KV head; L layers, H KV heads, T visual tokens, C columns.
+    """Attention statistics and error curves of every KV head; L layers, H KV heads, T visual tokens, C columns,
+    which are the tokens from one grid row's beginning to the next one's (`Raster.stride`), and N rows of C, the last of
+    which may be short.
 
     Shares are of the attention mass, averaged over steps, rows (with guidance both branches) and the query heads of a
     group. All float32 on the CPU, but ``place_mass`` in float16 (or float32).
@@ -51,7 +54,7 @@ class HeadProfile:
             score that types heads): more than ``radius`` rows or columns away.
         prompt_mass: [L, H] share of all mass on the prompt.
         age_mass: [L, H, T] share of the visual mass by age in tokens, 0 for the token itself.
-        offset_mass: [L, H, T / C, 2 C - 1] share of the visual mass by how many rows up (0 ..) and columns aside
+        offset_mass: [L, H, N, 2 C - 1] share of the visual mass by how many rows up (0 ..) and columns aside
             (-(C - 1) .. C - 1) a token is.
         column_mass: [L, H, C] share of the visual mass by the column a token is in.
         first_mass: [L, H, C] share of the visual mass on each token of the first row.
@@ -128,7 +131,7 @@ class HeadProfile:
             ValueError: other layers, heads or grid.
         """
         own = (self.num_layers, self.num_heads, self.num_visual_tokens, self.columns)
-        wanted = (shape.num_layers, shape.num_heads, shape.num_visual_tokens, shape.columns)
+        wanted = (shape.num_layers, shape.num_heads, shape.num_visual_tokens, raster_of(shape).stride)
         if own != wanted:
             raise ValueError("profile must be of a model with (layers, KV heads, visual tokens, columns) = "
                              f"{wanted}, got one with {own}")
@@ -177,8 +180,6 @@ class HeadProfile:
             raise ValueError(f"age_mass must be [layers, heads, tokens] of at least 1, got {list(self.age_mass.shape)}")
         layers, heads, tokens = self.age_mass.shape
         columns = rest["columns"].integer(1, tokens)
-        if tokens % columns:
-            raise ValueError(f"columns must divide the {tokens} visual tokens of age_mass, got {columns}")
         rest["radius"].integer(0, tokens)
         for name, least, most in (("sizes", 1, tokens), ("row_buffers", 0, tokens), ("places", 0, tokens - 1)):
             values = [part.integer(least, most) for part in rest[name].items(1)]
@@ -191,7 +192,7 @@ class HeadProfile:
                   "column_mass": (layers, heads, columns), "first_mass": (layers, heads, columns),
                   "place_mass": (layers, heads, len(self.places), tokens),
                   "guidance_difference": (layers, heads, tokens),
-                  "offset_mass": (layers, heads, tokens // columns, 2 * columns - 1),
+                  "offset_mass": (layers, heads, -(-tokens // columns), 2 * columns - 1),
                   "error": (layers, heads, len(self.row_buffers), len(self.kinds), len(self.sizes)),
                   "sensitivity": (layers,)}
         for name, shape in shapes.items():

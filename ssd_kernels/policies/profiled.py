@@ -10,6 +10,7 @@ from ..heads import HeadSpec, ScoreRule
 from ..layout import peak_tokens
 from ..plan import CachePlan
 from .profile import KINDS, HeadProfile
+from .raster import raster_of
 from .solve import Shape, Specs, check, check_number, check_share, largest, make
 
 
@@ -47,8 +48,9 @@ def ssd_guarded(shape: Shape, budget: float, row_buffer: int | None = None, *, p
         ratio: M / W.
         recent: share of a semantic head's slots for its newest tokens.
     """
-    length = check_number("window_rows", window_rows, 0, shape.num_visual_tokens / shape.columns)
-    missed = _fitting(profile, shape).window_loss(round(length * shape.columns))
+    stride = raster_of(shape).stride
+    length = check_number("window_rows", window_rows, 0, shape.num_visual_tokens / stride)
+    missed = _fitting(profile, shape).window_loss(round(length * stride))
     return _two_kinds(shape, budget, row_buffer, missed > check_share("loss", loss), ratio, recent, "mean")
 
 
@@ -92,9 +94,9 @@ def margin(shape: Shape, budget: float, row_buffer: int | None = None, *, profil
         raise ValueError(f"left and right must be together at most {shape.columns}, got {left}, {right}")
     scores = _fitting(profile, shape).sparsity
     semantic = (scores > (float(scores.median()) if tau is None else check_share("tau", tau))).tolist()
-    columns = shape.columns
-    margins = [token for token in range(shape.num_visual_tokens)
-               if token % columns < left or token % columns >= columns - right]
+    raster = raster_of(shape)
+    margins = [token for token in range(shape.num_visual_tokens) if (place := raster.place(token)) is not None
+               and (place[1] < left or place[1] >= raster.columns - right)]
 
     def sized(size: int) -> Specs:
         # At least half of the slots stay with the newest tokens.

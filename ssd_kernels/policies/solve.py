@@ -9,12 +9,16 @@ from typing import Protocol
 
 from ..heads import HeadSpec
 from ..plan import CachePlan
+from .raster import raster_of
 
 Specs = Callable[[int, int], HeadSpec]  # (layer, head) -> spec
 
 
 class Shape(Protocol):
-    """The sizes that a plan depends on; ``columns`` is the number of tokens in a grid row."""
+    """The sizes that a plan depends on; ``columns`` is the number of tokens in a grid row.
+
+    Where a picture is more than grid rows one after the other, the shape also has a ``raster``, a `Raster`.
+    """
 
     @property
     def num_layers(self) -> int: ...
@@ -67,7 +71,7 @@ def check(shape: Shape, budget: object, row_buffer: object) -> int:
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be within (0, 1], got {budget}")
     if row_buffer is None:
-        return shape.columns
+        return raster_of(shape).stride
     if isinstance(row_buffer, bool) or not isinstance(row_buffer, int):
         raise TypeError(f"row_buffer must be an int or None, got {row_buffer!r}")
     if row_buffer < 0:

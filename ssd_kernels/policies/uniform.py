@@ -7,6 +7,7 @@ import numpy as np
 from ..arguments import check_int
 from ..heads import HeadSpec, ScoreRule
 from ..plan import CachePlan
+from .raster import raster_of
 from .solve import Shape, check, check_share, largest, make
 
 
@@ -97,7 +98,8 @@ def rows(shape: Shape, budget: float, row_buffer: int | None = None, *, first_ro
         first_rows: grid rows kept from the start, as far as half of the slots allow.
     """
     check_int("first_rows", first_rows, 0)
-    anchors = range(first_rows * shape.columns)
+    raster = raster_of(shape)
+    anchors = range(raster.head + first_rows * raster.stride)
     return largest(
         shape, budget, row_buffer,
         lambda size: lambda layer, head: HeadSpec.heavy(size, score="position", pinned=anchors[:size // 2]),

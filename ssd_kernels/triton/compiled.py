@@ -10,12 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .launch import decode_constants
+from .launch import decode_constants, prefill_constants
 
 ARCHITECTURES = (80, 86, 89, 90)
 POINTERS = {"keys": "", "values": "", "q": "", "k": "", "v": "", "out": "", "scores": "fp32", "logits": "fp32",
-            "cos": "fp32", "sin": "fp32",
-            "positions": "i32", "cursors": "i32", "table": "i32", "pinned": "i32", "lists": "i32"}
+            "cos": "fp32", "sin": "fp32", "prompt_keys": "", "prompt_values": "", "prompt_of": "i32",
+            "positions": "i32", "cursors": "i32", "table": "i32", "pinned": "i32", "lists": "i32",
+            "given": "fp32", "prompt_lens": "i32", "rows": "i32", "slot_list": "i32"}
+ITEM_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -49,33 +51,48 @@ def compile_decode(architecture: int, dtype: str, head_dim: int, group: int = 1,
 
     ``dtype``: "fp32", "bf16" or "fp16". ``largest``: evictable tokens of the largest heavy head.
     """
+    from .decode import decode_kernel
+
+    constants, options = decode_constants(head_dim, ITEM_SIZES[dtype], group, row_buffer, largest, scored, keep_prompt,
+                                          rotary, architecture)
+    return _compile(decode_kernel, architecture, dtype, constants, options)
+
+
+def compile_prefill(architecture: int, dtype: str, head_dim: int, longest: int, keep_prompt: bool = True,
+                    given: bool = False) -> Any:
+    """Triton's compiled `prefill_kernel`, for prompts of up to ``longest`` tokens; other arguments as above."""
+    from .prefill import prefill_kernel
+
+    constants, options = prefill_constants(head_dim, ITEM_SIZES[dtype], longest, keep_prompt, given)
+    return _compile(prefill_kernel, architecture, dtype, constants, options)
+
+
+def _compile(kernel: Any, architecture: int, dtype: str, constants: dict[str, int], options: dict[str, int]) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from .decode import decode_kernel
-
-    item_size = 4 if dtype == "fp32" else 2
-    constants, options = decode_constants(head_dim, item_size, group, row_buffer, largest, scored, keep_prompt, rotary,
-                                          architecture)
-    constants["INTERPRETED"] = False
-    names = decode_kernel.arg_names
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else "fp32" if name == "scale" else
                  "*" + (POINTERS[name] or dtype) if name in POINTERS else "i32" for name in names}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in POINTERS}
-    source = ASTSource(fn=decode_kernel, signature=signature, constexprs=constants, attrs=aligned)
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in POINTERS}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def resources(kernel: Any) -> Resources:
-    """Read registers, memory and instruction counts from a compiled kernel's machine code."""
+def disassembled(kernel: Any, option: str) -> str:
+    """What cuobjdump says of a compiled kernel: ``-sass``, its machine code, or ``-res-usage``."""
     import triton
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(kernel.asm["cubin"])
         tool = triton.knobs.nvidia.cuobjdump.path
-        usage, code = (subprocess.run([tool, option, str(file)], capture_output=True, text=True, check=True).stdout
-                       for option in ("-res-usage", "-sass"))
+        return subprocess.run([tool, option, str(file)], capture_output=True, text=True, check=True).stdout
+
+
+def resources(kernel: Any) -> Resources:
+    """Read registers, memory and instruction counts from a compiled kernel's machine code."""
+    usage, code = disassembled(kernel, "-res-usage"), disassembled(kernel, "-sass")
     numbers = dict(re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage))
     counts = Counter(re.findall(r"\b(LDGSTS|LDL|STL|HMMA|HGMMA|IMMA)\b", code))
     return Resources(int(numbers["REG"]), kernel.metadata.shared, int(numbers["STACK"]), kernel.metadata.num_warps,

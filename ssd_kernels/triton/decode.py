@@ -3,14 +3,14 @@
 One program serves one (batch row, KV head), so scores and the choice of victims never leave it. Heads start in the
 order of the head table's last column, longest first, so that the launch does not end with one long head on its own.
 
-Heads are not split over programs. The reasons are estimates, not measured on a GPU, for Janus-Pro in bfloat16: 512
-bytes a slot, three blocks of 8 KB under way and 0.6 to 1 us of memory latency, so 24 to 40 bytes a nanosecond for one
-program.
+Heads are not split over programs. The reasons are estimates, not measured on a GPU, for Janus-Pro in bfloat16: a block
+of 32 slots takes each of two warps 420 to 460 instructions, one in two to three clocks at 1.7 GHz, while copies of the
+next blocks are under way.
 
-* The longest possible head holds a picture and its prompt, about 640 slots or 330 KB: 8 to 14 us. At a budget of 20% a
-  head holds some 200 slots, prompt and row buffer included: 3 to 4 us. Only full heads with few rows, and so fewer
-  programs than multiprocessors, would gain: four parts bring 8 to 14 us down to some 3. With many rows the bytes of all
-  heads decide, and long heads start first.
+* The longest possible head holds a picture and its prompt, about 640 slots: 10 to 16 us. At a budget of 20% a head
+  holds some 200 slots, prompt and row buffer included: 3 to 6 us. Only full heads with few rows, and so fewer programs
+  than multiprocessors, would gain: four parts bring 10 to 16 us down to some 4. With many rows the bytes of all heads
+  decide, and long heads start first.
 * Where the operator is called with a table on the device, the host does not know how long heads are. It would launch
   every head in as many parts as the longest possible one. With 256 rows x 16 heads, 12,288 of 16,384 programs would
   only find out that there is nothing to do: at 1 us each and 5 at a time on each of 132 multiprocessors about 20 us,
@@ -28,263 +28,106 @@ import triton
 import triton.language as tl
 
 from ..heads import DECAY
+from .attend import attend_lanes, attend_matrices, combined, product
+from .evict import DECAYED, first_to_lose, lose, rank_of
+from .slots import COLUMNS, HEAVY, copy_vectors, head_columns, slot_of
 
 ARRIVALS = 20  # cursor bits below are the step, those above count programs; both limits are checked on the host
 STEP_MASK = tl.constexpr((1 << ARRIVALS) - 1)
 ONE_ARRIVAL = tl.constexpr(1 << ARRIVALS)
 ARRIVAL_SHIFT = tl.constexpr(ARRIVALS)
 
-# Columns of the head table and codes, as in ssd_kernels/layout.py.
-COLUMNS = tl.constexpr(8)
-HEAVY = tl.constexpr(2)
-SUM = tl.constexpr(0)
-MEAN = tl.constexpr(1)
-DECAYED = tl.constexpr(3)
 KEPT_SHARE = tl.constexpr(DECAY)
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-(2**31))
-HIGHEST = tl.constexpr(2**31 - 1)
-PROTECTED = tl.constexpr(2**63 - 1)
-ONE_EACH = tl.constexpr(4 * 32 * 8)  # elements of a block, of which each thread reads 16 bytes once
-LEAST_FLOAT = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``x`` in ``dtype``, rounded to nearest even; Triton's interpreter cuts bfloat16 off instead."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        even = bits + 0x7FFF + ((bits >> 16) & 1)
-        x = tl.where(x == x, even, bits).to(tl.float32, bitcast=True)
-    return x.to(dtype)
+def turns(cos, sin, position, placed, dim, D: tl.constexpr):
+    """Rotary embedding in the halves layout: the other element of each pair [D_PAD], and the factors of both.
 
-
-@triton.jit
-def product(x, y):
-    """``x * y``, rounded by itself before it is summed over threads.
-
-    A compiler that fuses a thread's own product with its neighbour's rounds differently in both, which then hold
-    different copies of one sum.
+    ``placed``: whether there is such a position.
     """
-    return tl.fma(x, y, 0.0)
-
-
-@triton.jit
-def turns(cos, sin, position, dim, D: tl.constexpr):
-    """Rotary embedding in the halves layout: the other element of each pair [D_PAD], and the factors of both."""
     HALF: tl.constexpr = D // 2
     first = dim < HALF
     pair = tl.where(first, dim, dim - HALF)
     at = position.to(tl.int64) * HALF + pair
-    turn = tl.load(cos + at, mask=dim < D, other=0.0)
-    swing = tl.load(sin + at, mask=dim < D, other=0.0)
+    mask = (dim < D) & placed
+    turn = tl.load(cos + at, mask=mask, other=0.0)
+    swing = tl.load(sin + at, mask=mask, other=0.0)
     return tl.where(first, dim + HALF, dim - HALF), turn, tl.where(first, -swing, swing)
-
-
-@triton.jit
-def slot_of(index, base, begin, ring):
-    """Slot of the ``index``-th kept token: the prompt lies first, the rest in a ring that starts at ``begin``.
-
-    Kept tokens never fill the ring, so none lies more than once around it.
-    """
-    turn = tl.where(index < base + ring - begin, begin, begin - ring)
-    return tl.where(index < base, index, index + turn)
-
-
-@triton.jit
-def head_columns(table, head):
-    """A head's kind, first slot, capacity, keep, recent, rule and first scored slot: layout.LayerLayout.table."""
-    at = table + head * COLUMNS
-    return (tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
-            tl.load(at + 6))
-
-
-@triton.jit
-def load_slots(keys, values, start, total, base, begin, ring, D: tl.constexpr, D_PAD: tl.constexpr,
-               BLOCK: tl.constexpr):
-    """The kept tokens from ``start`` on: slots [BLOCK], whether each exists, keys and values [BLOCK, D_PAD]."""
-    dim = tl.arange(0, D_PAD)
-    index = start + tl.arange(0, BLOCK)
-    live = index < total
-    slot = slot_of(index, base, begin, ring)
-    where = slot[:, None] * D + dim[None, :]
-    mask = live[:, None] & (dim < D)[None, :]
-    return slot, live, tl.load(keys + where, mask=mask, other=0.0), tl.load(values + where, mask=mask, other=0.0)
-
-
-@triton.jit
-def copy_vectors(k, v, source, keys, values, target, mask, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Keys and values of rows ``source`` [N] of k and v into rows ``target`` [N] of the slabs, where ``mask`` [N]."""
-    dim = tl.arange(0, D_PAD)
-    both = mask[:, None] & (dim < D)[None, :]
-    source_at = source[:, None] * D + dim[None, :]  # [N, D_PAD]
-    target_at = target[:, None] * D + dim[None, :]
-    tl.store(keys + target_at, tl.load(k + source_at, mask=both), mask=both)
-    tl.store(values + target_at, tl.load(v + source_at, mask=both), mask=both)
-
-
-@triton.jit
-def eviction_rank(key, position):
-    """An int64 that sorts like rule 4: NaN below every key, of equal keys the older position first."""
-    key = tl.where(key == 0.0, 0.0, key)  # -0 and +0 are equal keys
-    bits = key.to(tl.int32, bitcast=True)
-    ordered = tl.where(key == key, bits ^ ((bits >> 31) & HIGHEST), LOWEST)
-    return (ordered.to(tl.int64) << 32) + position.to(tl.int64)
-
-
-@triton.jit
-def rank_of(score, position, newest, prompt_len, steps, recent, rule, pinned, num_visual_tokens, valid):
-    """Rule 4's order as int64: protected tokens above pinned ones above keys.
-
-    ``score``, ``position``, ``valid``: [N]. ``newest``: highest position held. ``steps``: decode steps taken, this one
-    included. ``pinned``: the head's row of the pin mask.
-    """
-    attended = tl.maximum(steps - tl.maximum(position - prompt_len, 0), 1)
-    mean = tl.div_rn(score, attended.to(tl.float32))
-    rank = eviction_rank(tl.where(rule == MEAN, mean, score), position)
-    rank = tl.where((rule == SUM) | (rule == MEAN) | (rule == DECAYED), rank, position.to(tl.int64))
-    token = position - prompt_len
-    visual = valid & (token >= 0) & (token < num_visual_tokens)
-    word = tl.load(pinned + token // 32, mask=visual, other=0)
-    is_pinned = visual & (((word >> (token & 31)) & 1) == 1)
-    highest: tl.constexpr = HIGHEST
-    rank = tl.where(is_pinned, (tl.full(rank.shape, highest, tl.int64) << 32) + position.to(tl.int64), rank)
-    return tl.where(position > newest - recent, PROTECTED, rank)
-
-
-@triton.jit
-def lose(rank, valid, losers, BLOCK: tl.constexpr):
-    """Mark the ``losers`` smallest of the valid ranks [BLOCK], one after the other; equal ones by index.
-
-    A refresh every R steps has at most R losers, so this is at most one reduction per decode step.
-    """
-    index = tl.arange(0, BLOCK)
-    lost = index < 0
-    for _ in range(losers):
-        remaining = valid & ~lost
-        least = tl.min(tl.where(remaining, rank, PROTECTED), 0)
-        lost |= index == tl.min(tl.where(remaining & (rank == least), index, BLOCK), 0)
-    return lost
-
-
-@triton.jit
-def raised(highest, logit):
-    """The new maximum, never -inf: logits of -inf then weigh 0 and not NaN, even where there are no others."""
-    return tl.maximum(tl.maximum(highest, logit), LEAST_FLOAT)
-
-
-@triton.jit
-def attend_one(q, keys, values, logits, new_logit, new_value, total, base, begin, ring, scored_total, scale,
-               D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-               SCORED: tl.constexpr):
-    """Attention of one query [D_PAD] over ``total`` slots and the new token: maximum, sum [1] and output [1, D_PAD].
-
-    ``scored_total``: of how many slots logits are stored, all or none. Masks come from comparisons only: Triton 3.9's
-    interpreter makes an int32 mask, and refuses it, of a block's bool and a scalar one.
-    """
-    highest = new_logit
-    norm = 1.0
-    acc = new_value  # [D_PAD]
-    for start in tl.range(0, total, BLOCK, num_stages=STAGES):
-        slot, live, k, v = load_slots(keys, values, start, total, base, begin, ring, D, D_PAD, BLOCK)
-        logit = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale
-        if SCORED:
-            tl.store(logits + slot, logit, mask=start + tl.arange(0, BLOCK) < scored_total)
-        logit = tl.where(live, logit, -float("inf"))
-        new_highest = raised(highest, tl.max(logit, 0))
-        weight = tl.exp2(logit - new_highest)
-        fade = tl.exp2(highest - new_highest)
-        norm = norm * fade + tl.sum(weight, 0)
-        if BLOCK * D_PAD <= ONE_EACH:
-            acc = acc * fade + tl.sum(product(weight[:, None], v.to(tl.float32)), 0)
-        else:
-            acc = acc * fade + tl.sum(weight[:, None] * v.to(tl.float32), 0)
-        highest = new_highest
-    return tl.full([1], 0.0, tl.float32) + highest, tl.full([1], 0.0, tl.float32) + norm, acc[None, :]
-
-
-@triton.jit
-def attend_group(q, keys, values, logits, new_logit, new_value, total, base, begin, ring, scored_total, scale,
-                 scored_slots, D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
-                 BLOCK: tl.constexpr, STAGES: tl.constexpr, SCORED: tl.constexpr, INTERPRETED: tl.constexpr):
-    """`attend_one` for the queries [GROUP_PAD, D_PAD] of a group, which read every slot together."""
-    member = tl.arange(0, GROUP_PAD)
-    highest = new_logit  # [GROUP_PAD]
-    norm = tl.full([GROUP_PAD], 1.0, tl.float32)
-    acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32) + new_value[None, :]
-    for start in tl.range(0, total, BLOCK, num_stages=STAGES):
-        slot, live, k, v = load_slots(keys, values, start, total, base, begin, ring, D, D_PAD, BLOCK)
-        if INTERPRETED:
-            k, v = k.to(tl.float32), v.to(tl.float32)
-        logit = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee") * scale  # [GROUP_PAD, BLOCK]
-        if SCORED:
-            tl.store(logits + member[:, None] * scored_slots + slot[None, :], logit,
-                     mask=(member < GROUP)[:, None] & (start + tl.arange(0, BLOCK) < scored_total)[None, :])
-        logit = tl.where(live[None, :], logit, -float("inf"))
-        new_highest = raised(highest, tl.max(logit, 1))
-        weight = tl.exp2(logit - new_highest[:, None])
-        fade = tl.exp2(highest - new_highest)
-        norm = norm * fade + tl.sum(weight, 1)
-        # One rounding to 16 bits would be an error of the weights as large as that of the whole result may be.
-        high = rounded(weight, values.dtype.element_ty, INTERPRETED)
-        low = rounded(weight - high.to(tl.float32), values.dtype.element_ty, INTERPRETED)
-        acc = acc * fade[:, None] + tl.dot(high.to(v.dtype), v, input_precision="ieee")
-        if values.dtype.element_ty != tl.float32:
-            acc += tl.dot(low.to(v.dtype), v, input_precision="ieee")
-        highest = new_highest
-    # Of queries that only pad the group: not NaN, whatever keys hold.
-    return tl.where(member < GROUP, highest, 0.0), norm, acc
 
 
 # Compiled once for all batches, pictures and strides.
 NUMBERS = ["q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "batch", "heads", "slots", "scored_slots",
-           "max_prompt", "num_visual_tokens", "pin_words", "period"]
+           "max_prompt", "num_visual_tokens", "pin_words", "period", "shared_prompts"]
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinned, out, logits, lists, cos, sin,
-                  q_row, q_head, k_row, k_head, v_row, v_head, batch, heads, slots, scored_slots, max_prompt,
-                  num_visual_tokens, pin_words, period, scale,
-                  KEEP_PROMPT: tl.constexpr, EVERY_STEP: tl.constexpr, SCORED: tl.constexpr, D: tl.constexpr,
-                  D_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr,
-                  ROTARY: tl.constexpr, EVICT_BLOCK: tl.constexpr, COPY_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-                  INTERPRETED: tl.constexpr):
+                  prompt_keys, prompt_values, prompt_of, q_row, q_head, k_row, k_head, v_row, v_head, batch, heads,
+                  slots, scored_slots, max_prompt, num_visual_tokens, pin_words, period, shared_prompts, scale,
+                  KEEP_PROMPT: tl.constexpr, SHARED: tl.constexpr, PROMPT_SCORES: tl.constexpr,
+                  EVERY_STEP: tl.constexpr, SCORED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+                  GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, MATRICES: tl.constexpr, BLOCK: tl.constexpr,
+                  ROTARY: tl.constexpr, SCORE_BLOCK: tl.constexpr, EVICT_BLOCK: tl.constexpr,
+                  COPY_BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """One (batch row, head) of one decode step. Tensors as in `ssd_kernels.state.LayerState`.
 
     ``q`` [B, Hq, D], ``k`` and ``v`` [B, H, D] with the given strides, ``out`` [B, Hq, D] contiguous.
     ``logits``: float32 [B, GROUP, T], scratch; ``lists``: the same memory as int32.
     ``cos``, ``sin``: float32 [N, D / 2], read if ROTARY.
+    ``prompt_keys``, ``prompt_values``, ``prompt_of``, ``shared_prompts``: of prompts that rows share, read if SHARED.
     ``period``: max(R, 1). ``scale``: of the dot products.
+    ``BLOCK``: warps if MATRICES, else slots read at once: the parts of `attend_matrices` and `attend_lanes`.
     ``EVICT_BLOCK``: at least the evictable tokens of any heavy head.
-    ``INTERPRETED``: avoid what Triton's interpreter cannot do in bfloat16.
     """
     program = tl.program_id(0)
     row = (program % batch).to(tl.int64)
-    head = tl.minimum(tl.maximum(tl.load(table + (program // batch) * COLUMNS + 7), 0), heads - 1)
-    kind, offset, capacity, keep, recent, rule, score_offset = head_columns(table, head)
     cursors += row * 2
     prompt_len = tl.load(cursors)
     cursor = tl.load(cursors + 1, volatile=True)  # other programs count in it meanwhile
+    head = tl.minimum(tl.maximum(tl.load(table + (program // batch) * COLUMNS + 7), 0), heads - 1)
     step, arrived = cursor & STEP_MASK, cursor >> ARRIVAL_SHIFT
+    position = prompt_len + step
+    # Neither cursors nor table can be checked on the host without waiting for the device.
+    fine = (prompt_len >= 0) & (prompt_len <= max_prompt) & (arrived >= 0) & (arrived < heads)
+    fine &= step < num_visual_tokens
+    if SHARED:
+        prompt = tl.load(prompt_of + row)
+        fine &= (prompt >= 0) & (prompt < shared_prompts)
 
+    # All that is known by its head alone is loaded together, before anything waits for the head's row of the table.
+    kind, offset, capacity, keep, recent, rule, score_offset = head_columns(table, head)
     dim, member = tl.arange(0, D_PAD), tl.arange(0, GROUP_PAD)
     in_group = member < GROUP
     in_dim = dim < D
     out += (row * heads + head) * GROUP * D
     out_at = out + member[:, None] * D + dim[None, :]  # [GROUP_PAD, D_PAD]
     out_mask = in_group[:, None] & in_dim[None, :]
+    key_at = k + row * k_row + head * k_head
+    query_at = q + row * q_row + (head * GROUP + member)[:, None] * q_head
+    new_key = tl.load(key_at + dim, mask=in_dim, other=0.0)
+    new_value = tl.load(v + row * v_row + head * v_head + dim, mask=in_dim, other=0.0)
+    queries = tl.load(query_at + dim[None, :], mask=out_mask, other=0.0)  # [GROUP_PAD, D_PAD]
+    if ROTARY:
+        partner, turn, swing = turns(cos, sin, position, fine, dim, D)
+        other_key = tl.load(key_at + partner, mask=in_dim, other=0.0)
+        other_queries = tl.load(query_at + partner[None, :], mask=out_mask, other=0.0)
+
     # Slot arithmetic: layout.RowView.
     if KEEP_PROMPT:
         base, first, ring = prompt_len, 0, capacity - max_prompt
     else:
         base, first, ring = 0, prompt_len, capacity
+    apart, unscored, slab_slots, score_slots = 0, 0, capacity, capacity
+    if SHARED:
+        apart, slab_slots = base, ring
+        if not PROMPT_SCORES:
+            unscored, score_slots = base, ring
     block_start = step // period * period
     evictable = tl.minimum(keep, first + block_start) + step - block_start
-
-    # Neither cursors nor table can be checked on the host without waiting for the device.
-    fine = (prompt_len >= 0) & (prompt_len <= max_prompt) & (arrived >= 0) & (arrived < heads)
-    fine &= (step < num_visual_tokens) & (keep >= 0) & (offset >= 0) & (capacity <= slots - offset)
-    fine &= (evictable < ring) & (score_offset >= -1) & ((score_offset < 0) | (score_offset <= scored_slots - capacity))
+    fine &= (keep >= 0) & (offset >= 0) & (slab_slots <= slots - offset) & (evictable < ring)
+    fine &= (score_offset >= -1) & ((score_offset < 0) | (score_offset <= scored_slots - score_slots))
     if not fine:
         tl.store(out_at, tl.zeros([GROUP_PAD, D_PAD], out.dtype.element_ty), mask=out_mask)
         return
@@ -292,48 +135,44 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     total = base + evictable  # kept so far, the prompt included
     is_heavy = kind == HEAVY
     begin = tl.where(is_heavy, 0, (first + step - evictable) % ring)
+    wrapped = tl.maximum(begin + evictable - ring, 0)  # evictable tokens that lie before the free slots
+    cut, skip = base + wrapped, tl.where(wrapped > 0, ring - evictable, begin)
     new_slot = base + tl.where(is_heavy, evictable, (first + step) % ring)
-    position = prompt_len + step
 
-    slab_at = row * slots + offset
+    slab_at = row * slots + offset - apart
     keys += slab_at * D
     values += slab_at * D
-    scored_at = row * scored_slots + score_offset
-    logits += row * GROUP * scored_slots + score_offset
-
-    # Append.
-    key_at = k + row * k_row + head * k_head
-    new_key = tl.load(key_at + dim, mask=in_dim, other=0.0)
-    if ROTARY:
-        partner, turn, swing = turns(cos, sin, position, dim, D)
-        swapped = tl.load(key_at + partner, mask=in_dim, other=0.0)
-        new_key = rounded(new_key.to(tl.float32) * turn + swapped.to(tl.float32) * swing, new_key.dtype, INTERPRETED)
-    new_value = tl.load(v + row * v_row + head * v_head + dim, mask=in_dim, other=0.0)
-    tl.store(keys + new_slot * D + dim, new_key, mask=in_dim)
-    tl.store(values + new_slot * D + dim, new_value, mask=in_dim)
-    new_key, new_value = new_key.to(tl.float32), new_value.to(tl.float32)
+    scored_at = row * scored_slots + score_offset - unscored
+    logits += row * GROUP * scored_slots + score_offset - unscored
+    if SHARED:
+        prompt_at = (prompt.to(tl.int64) * heads + head) * max_prompt
+        prompt_keys += prompt_at * D
+        prompt_values += prompt_at * D
 
     # Attend. The new token is taken from registers: nothing of this step is read back from memory.
+    if ROTARY:
+        turned = queries.to(tl.float32) * turn[None, :] + other_queries.to(tl.float32) * swing[None, :]
+        queries = turned.to(queries.dtype)
+        new_key = (new_key.to(tl.float32) * turn + other_key.to(tl.float32) * swing).to(new_key.dtype)
     to_log2 = scale * LOG2E
     keep_scores = score_offset >= 0
     scored_total = tl.where(keep_scores, total, 0)
-    query_at = q + row * q_row + (head * GROUP + member)[:, None] * q_head
-    queries = tl.load(query_at + dim[None, :], mask=out_mask, other=0.0)  # [GROUP_PAD, D_PAD]
-    if ROTARY:
-        swapped = tl.load(query_at + partner[None, :], mask=out_mask, other=0.0)
-        turned = queries.to(tl.float32) * turn[None, :] + swapped.to(tl.float32) * swing[None, :]
-        queries = rounded(turned, queries.dtype, INTERPRETED)
-    new_logit = tl.sum(product(queries.to(tl.float32), new_key[None, :]), 1) * to_log2  # [GROUP_PAD]
-    if GROUP == 1:
-        query = tl.sum(queries.to(tl.float32), 0)  # [D_PAD]
-        highest, norm, acc = attend_one(query, keys, values, logits, tl.sum(new_logit, 0), new_value, total, base,
-                                        begin, ring, scored_total, to_log2, D, D_PAD, BLOCK, STAGES, SCORED)
+    if MATRICES:
+        highest, norm, acc = attend_matrices(queries, keys, values, prompt_keys, prompt_values, apart, logits, total,
+                                             cut, skip, unscored, scored_total, to_log2, scored_slots, D, D_PAD, GROUP,
+                                             GROUP_PAD, BLOCK, STAGES, SCORED, SHARED)
     else:
-        new_logit = tl.where(in_group, new_logit, 0.0)
-        highest, norm, acc = attend_group(queries, keys, values, logits, new_logit, new_value, total, base, begin,
-                                          ring, scored_total, to_log2, scored_slots, D, D_PAD, GROUP, GROUP_PAD, BLOCK,
-                                          STAGES, SCORED, INTERPRETED)
-    tl.store(out_at, rounded(acc / norm[:, None], out.dtype.element_ty, INTERPRETED), mask=out_mask)
+        highest, norm, acc = attend_lanes(queries, keys, values, prompt_keys, prompt_values, apart, logits, total,
+                                          cut, skip, unscored, scored_total, to_log2, scored_slots, D, D_PAD, GROUP,
+                                          GROUP_PAD, BLOCK, STAGES, SCORED, SHARED)
+    tl.store(keys + new_slot * D + dim, new_key, mask=in_dim)
+    tl.store(values + new_slot * D + dim, new_value, mask=in_dim)
+    new_key, new_value = new_key.to(tl.float32), new_value.to(tl.float32)
+    new_logit = tl.sum(product(queries.to(tl.float32), new_key[None, :]), 1) * to_log2  # [GROUP_PAD]
+    highest, norm, acc = combined(highest, norm, acc, new_logit, new_value)
+    # Of queries that only pad the group: not NaN, whatever keys hold.
+    highest, new_logit = tl.where(in_group, highest, 0.0), tl.where(in_group, new_logit, 0.0)
+    tl.store(out_at, acc / norm[:, None], mask=out_mask)
 
     if SCORED:
         if keep_scores:
@@ -342,13 +181,15 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
             tl.debug_barrier()  # logits were written by other threads of this program
             share = tl.where(in_group, 1.0 / norm, 0.0)
             kept_share = tl.where(rule == DECAYED, KEPT_SHARE, 1.0)
-            for start in range(0, total, EVICT_BLOCK):
-                index = start + tl.arange(0, EVICT_BLOCK)
+            for start in range(unscored, total, SCORE_BLOCK):
+                index = start + tl.arange(0, SCORE_BLOCK)
                 live = index < total
-                slot = slot_of(index, base, begin, ring)
-                given = tl.load(logits + member[:, None] * scored_slots + slot[None, :],
-                                mask=in_group[:, None] & live[None, :], other=-float("inf"))
-                given = tl.sum(product(tl.exp2(given - highest[:, None]), share[:, None]), 0)  # [EVICT_BLOCK]
+                slot = slot_of(index, cut, skip)
+                given = tl.zeros([SCORE_BLOCK], tl.float32)
+                for one in tl.static_range(GROUP):
+                    logit = tl.load(logits + one * scored_slots + slot, mask=live, other=-float("inf"))
+                    top = tl.sum(tl.where(member == one, highest, 0.0), 0)
+                    given += tl.exp2(logit - top) * tl.sum(tl.where(member == one, share, 0.0), 0)
                 known = tl.load(score_at + slot, mask=live, other=0.0)
                 tl.store(score_at + slot, known * kept_share + given, mask=live)
             tl.store(score_at + new_slot, tl.sum(product(tl.exp2(new_logit - highest), share), 0))
@@ -367,8 +208,7 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
                 tl.debug_barrier()  # before scores and positions of losers are overwritten
                 if EVERY_STEP:
                     # One token leaves. If it is not the new one, the new one takes its slot.
-                    lost = lose(rank, valid, 1, EVICT_BLOCK)
-                    loser = base + tl.min(tl.where(lost, index, EVICT_BLOCK), 0)
+                    loser = base + first_to_lose(rank, valid, EVICT_BLOCK)
                     if loser < new_slot:
                         tl.store(keys + loser * D + dim, new_key.to(keys.dtype.element_ty), mask=in_dim)
                         tl.store(values + loser * D + dim, new_value.to(values.dtype.element_ty), mask=in_dim)

@@ -8,7 +8,6 @@ from ..layout import LayerLayout, RowView
 
 MAX_STEPS = 2**20 - 1  # the kernels count programs in the cursor's bits above these: decode.ARRIVALS
 MAX_HEADS = 2**11 - 1
-MIN_GROUP_BLOCK = 16  # rows of the smallest matrix product
 MIN_EVICT_BLOCK = 64
 
 
@@ -29,13 +28,17 @@ class DecodeConfig:
     """How `decode_kernel` is compiled for a layer.
 
     Attributes:
+        matrices: products of 16-bit matrices, else multiply-adds.
         block: slots read at once.
+        score_block: scores updated at once.
         copy_block: slots moved at once by a refresh.
         warps, stages: of 32 threads; blocks in flight.
         registers: at most, per thread.
     """
 
+    matrices: bool
     block: int
+    score_block: int
     copy_block: int
     warps: int
     stages: int
@@ -46,12 +49,8 @@ def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, c
     """Block sizes by a small table, never by measuring: the first step costs what every other does.
 
     A program streams slots through shared memory, ``stages`` - 1 blocks ahead of the arithmetic, and several programs
-    share a multiprocessor. Blocks of at most 4 KB of keys and as many of values (8 KB in float32) keep a thread within
-    96 registers, so that four or five programs fit and together have some 100 KB under way, several times what hides
-    the latency of memory. Products of matrices need more, and in float32, without tensor cores, twice the threads.
-
-    Registers are limited to what the blocks need: without a limit, some releases of ptxas aim lower, for one more
-    program that shared memory has no room for, and spill.
+    share a multiprocessor. What is not attention costs a program's every warp the same, so that two warps cost least;
+    in half precision each multiplies 16 slots at once.
 
     Args:
         head_dim: D. item_size: bytes of an element. group: query heads per KV head.
@@ -59,21 +58,21 @@ def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, c
         capability: compute capability, 80 for 8.0; 86 and 89 have less shared memory.
     """
     dim = power_of_two(head_dim)
-    width = dim * item_size
-    if group == 1:
-        block = max(16, min(32, 4096 // width))
-        warps = 8 if evict_block > 1024 or width >= 1024 else 4
-        registers = 96 if width < 512 else 128
+    matrices = item_size == 2
+    if matrices:
+        halves = max(1, dim // 128)
+        warps = (2 if evict_block <= 1024 else 4) * halves
+        block = 16 * warps // halves
+        # Six programs where shared memory has room for them, of multiprocessors of 9.0; four elsewhere.
+        fits = group == 1 and dim == 128 and evict_block <= 512 and capability >= 90
+        registers = 128 if dim <= 64 else 168 if fits else 255
     else:
-        block = 16 if item_size == 4 else 32
-        warps = 8 if evict_block > 512 or dim > 128 or item_size == 4 else 4
-        registers = 128 if width <= 512 and evict_block <= 512 else 255
-    limit = (48 if capability in (86, 89) else 80) * 1024  # of 100 KB and 164 KB, for two programs at least
-    if 2 * block * width > limit:
-        block //= 2
-    tiles = 2 * block * width
-    stages = 1 + max(1, min(3, limit // tiles))
-    return DecodeConfig(block, max(16, min(32, 4096 // dim)), warps, stages, registers)
+        warps = 4 if group <= 4 else 8
+        block = max(8, (2048 if group == 1 else 1024) // dim)
+        registers = 128 if group == 1 else 255
+    buffers = (24 if capability in (86, 89) else 38) * 1024 // (2 * block * dim * item_size)
+    return DecodeConfig(matrices, block, 32 * warps, max(16, min(32, 4096 // dim)), warps, 1 + max(1, min(3, buffers)),
+                        registers)
 
 
 def compile_options(**options: int) -> dict[str, int]:
@@ -86,25 +85,44 @@ def compile_options(**options: int) -> dict[str, int]:
 
 
 def decode_constants(head_dim: int, item_size: int, group: int, row_buffer: int, largest: int, scored: bool,
-                     keep_prompt: bool, rotary: bool, capability: int = 80
-                     ) -> tuple[dict[str, int], dict[str, int]]:
+                     keep_prompt: bool, rotary: bool, capability: int = 80, shared: bool = False,
+                     prompt_scores: bool = True) -> tuple[dict[str, int], dict[str, int]]:
     """What `decode_kernel` is compiled with, for launches and ahead of time alike.
 
     Args:
         head_dim, item_size, group, capability: as in `decode_config`.
         row_buffer, largest, keep_prompt: of the layer's layout. scored: whether any of its heads is.
-        rotary: whether q and k are rotated in the launch.
+        rotary: whether q and k are rotated in the launch. shared: whether rows share prompts.
+        prompt_scores: whether kept prompt tokens have scores.
 
     Returns:
-        the kernel's constants but INTERPRETED, by name, and Triton's options.
+        the kernel's constants, by name, and Triton's options.
     """
     evict_block = max(power_of_two(largest), MIN_EVICT_BLOCK)
     config = decode_config(head_dim, item_size, group, evict_block, capability)
-    return {"KEEP_PROMPT": keep_prompt, "EVERY_STEP": row_buffer <= 1, "SCORED": scored, "ROTARY": rotary,
-            "D": head_dim, "D_PAD": power_of_two(head_dim), "GROUP": group,
-            "GROUP_PAD": 1 if group == 1 else max(MIN_GROUP_BLOCK, power_of_two(group)), "BLOCK": config.block,
-            "EVICT_BLOCK": evict_block, "COPY_BLOCK": config.copy_block, "STAGES": config.stages
-            }, compile_options(num_warps=config.warps, maxnreg=config.registers)
+    return {"KEEP_PROMPT": keep_prompt, "SHARED": shared, "PROMPT_SCORES": prompt_scores,
+            "EVERY_STEP": row_buffer <= 1, "SCORED": scored, "ROTARY": rotary, "D": head_dim,
+            "D_PAD": power_of_two(head_dim), "GROUP": group, "GROUP_PAD": power_of_two(group),
+            "MATRICES": config.matrices, "BLOCK": config.warps if config.matrices else config.block,
+            "SCORE_BLOCK": config.score_block, "EVICT_BLOCK": evict_block, "COPY_BLOCK": config.copy_block,
+            "STAGES": config.stages}, compile_options(num_warps=config.warps, maxnreg=config.registers)
+
+
+def prefill_constants(head_dim: int, item_size: int, longest: int, keep_prompt: bool, given: bool
+                      ) -> tuple[dict[str, int], dict[str, int]]:
+    """What `prefill_kernel` is compiled with, for launches and ahead of time alike.
+
+    Args:
+        head_dim, item_size: as in `decode_config`. longest: prompt tokens. keep_prompt: of the layer's layout.
+        given: whether tokens come with scores.
+
+    Returns:
+        the kernel's constants, by name, and Triton's options.
+    """
+    block = power_of_two(longest)
+    return {"KEEP_PROMPT": keep_prompt, "GIVEN": given, "D": head_dim, "D_PAD": power_of_two(head_dim),
+            "PROMPT_BLOCK": block, "BLOCK": decode_config(head_dim, item_size, 1, block).copy_block
+            }, compile_options(num_warps=4)
 
 
 def step_bytes(layout: LayerLayout, prompt_len: int, step: int, head_dim: int, item_size: int,
@@ -127,7 +145,7 @@ def step_bytes(layout: LayerLayout, prompt_len: int, step: int, head_dim: int, i
         kept = view.base + view.evictable
         total += 2 * vector * (kept + 1)
         if span.score_offset >= 0:
-            total += 8 * kept + 8
+            total += 8 * (kept - view.unscored) + 8
             if span.kind == "heavy" and (step + 1) % view.period == 0:
                 total += 4 * view.evictable
     return total

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .decode import HEAVY, copy_vectors, head_columns, lose, rank_of
+from .evict import lose, rank_of
+from .slots import HEAVY, copy_vectors, head_columns
 
 
 @triton.jit(do_not_specialize=["prompt_stride", "heads", "slots", "scored_slots", "max_prompt", "num_visual_tokens",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssd_bench import gpu, kernel, machine, suite
+from ssd_bench import contender, gpu, kernel, machine, rivals, rivals_gpu, suite
 from ssd_bench.kernel import Options
 from ssd_bench.point import Point
 from ssd_bench.records import read
@@ -78,17 +78,40 @@ def test_the_sweeps_share_their_main_point():
     assert [len(list(jobs())) for jobs in suite.FILES.values()] == [4, 2, 14]
 
 
-def test_the_gpu_set_holds_both_kinds_of_points():
-    points = [point for point, _ in gpu.jobs(torch.device("cpu"))]
-    assert {point.batch for point in points} == {2, 16, 64, 256}
-    plans = {point.label: point.plan for point in points if point.plan is not None}
-    budgets = sorted(round(plan.budget(gpu.TOKENS), 2) for plan in plans.values())
-    assert budgets == [0.2, 1.0]
-    assert all(point.full == 600 for point in points)
+def test_the_gpu_set_holds_what_the_goals_name():
+    """The most telling batch first; every published shape; rivals at the same lengths as ours."""
+    points = list(gpu.kernel_points(gpu.Sizes()))
+    assert points[0].batch == 256 and {point.batch for point in points} == {1, 2, 16, 32, 64, 256}
+    plans = {point.label: point.plan for point in points if point.plan is not None and point.full == 600}
+    assert sorted(round(plan.budget(576), 2) for plan in plans.values()) == [0.2, 0.2, 1.0]
+    shapes = [(32, 8, 4096), (1, 16, 512)]
+    assert [(point.batch, point.heads, point.mean) for point in points if point.full not in (600,)] == shapes
+    rivals = list(gpu.rival_points(gpu.Sizes()))
+    assert [(point.batch, point.heads, point.mean) for point in rivals[1:3]] == shapes
+    assert {point.lengths for point in rivals if point.full == 600} <= {point.lengths for point in points}
 
 
-def test_make_gpu_ends_with_ours_in_one_table(make):
-    lines = [make(batch=2), make("SDPA full cache"), make(status="wrong"), make(batch=256, trials=(50, 60, 70))]
-    rows = gpu.summary(lines)
-    assert [row[1:4] for row in rows] == [["2", "ssd_kernels cpu: heavy", "100.0"],
-                                          ["256", "ssd_kernels cpu: heavy", "60.0"]]
+def test_every_rival_is_in_one_group_of_the_gpu_set():
+    point, cpu = Point.of_lengths(1, 2, 32, "float32", 4, 8), torch.device("cpu")
+    arena = contender.Arena(point, cpu)
+    for one in (*rivals.contenders(point, arena, cpu), *rivals_gpu.contenders(point, arena, cpu)):
+        found = [names for groups in gpu.RIVALS.values() for names in groups if any(name in one.name for name in names)]
+        assert len(found) == (one.name != "two bmm, a call per head (2)"), one.name
+
+
+def test_what_fails_on_a_gpu_is_a_record_and_the_next_is_measured(tmp_path: Path, make,
+                                                                  monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    out = tmp_path / "times.jsonl"
+
+    def fails():
+        raise RuntimeError("CUDA error: no luck\nmore")
+
+    point = Point.of_lengths(batch=2).to_dict()
+    for measure in (fails, lambda: [make(batch=2)]):
+        gpu.attempt(out, point, "ssd_kernels cuda", measure)
+    failed, measured = read(out)
+    assert failed["status"] == "failed: CUDA error: no luck" and failed["point"] == point
+    assert measured["status"] == "ok"
+    with pytest.raises(SystemExit, match="1 of 2 have no number; the first: failed: CUDA error: no luck"):
+        gpu.finish([[failed], [measured]])

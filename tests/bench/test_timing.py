@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
-from ssd_bench.timing import Timing, Work, cpu_stopwatch, cuda_stopwatch, time_in_turn
+from ssd_bench.timing import GRAPH_CALLS, Timing, Work, cpu_stopwatch, cuda_stopwatch, time_in_turn
 
 
 class Clock:
@@ -70,17 +70,62 @@ def test_warm_up_is_not_in_the_result(warm: int):
     assert time_in_turn({"one": (cpu_stopwatch(work, clock), work)}, repetitions=2, trials=1)["one"].trials == [warm]
 
 
-def test_the_first_run_on_a_gpu_waits_for_what_prepares_it(monkeypatch: pytest.MonkeyPatch):
-    """It runs on a stream of its own, which CUDA orders after nothing else by itself."""
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A device on which replaying a graph takes a second and 1 for every call in it; returns what happened."""
     order: list[str] = []
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1e3 * (other.at - self.at)
+
+    class Graph:
+        calls = 0
+
+        def replay(self) -> None:
+            now[0] += 1 + self.calls
+            order.append(f"replay {self.calls} calls")
 
     class Stream:
         def wait_stream(self, other: str) -> None:
             order.append(f"wait for {other}")
 
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the current stream")
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("synchronize"))
-    cuda_stopwatch(Work([lambda: order.append("call")], prepare=lambda: order.append("prepare"), capturable=False))
-    assert order == ["prepare", "wait for the current stream", "call", "synchronize"]
+    @contextmanager
+    def capturing(graph: Graph):
+        before = order.count("call")
+        yield
+        graph.calls = order.count("call") - before
+        order[:] = [what for what in order if what != "call"]
+
+    for name, stand_in in {"Stream": Stream, "stream": nullcontext, "Event": Event, "CUDAGraph": Graph,
+                           "graph": capturing, "current_stream": lambda: "the current stream",
+                           "synchronize": lambda: order.append("synchronize")}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return order
+
+
+def test_the_first_run_on_a_gpu_waits_for_what_prepares_it(device: list[str]):
+    """It runs on a stream of its own, which CUDA orders after nothing else by itself."""
+    cuda_stopwatch(Work([lambda: device.append("call")], prepare=lambda: device.append("prepare"), capturable=False))
+    assert device == ["prepare", "wait for the current stream", "call", "synchronize"]
+
+
+@pytest.mark.parametrize(("calls", "passes", "graph"), [(1, 1, GRAPH_CALLS), (3, 2, 18), (GRAPH_CALLS, 3, 48)])
+def test_a_graph_holds_many_calls(device: list[str], calls: int, passes: int, graph: int):
+    """Starting it counts for little then. Seconds are still per call."""
+    watch = cuda_stopwatch(Work([lambda: device.append("call")] * calls, passes=passes))
+    assert watch(2) == pytest.approx([(1 + graph) / graph] * 2)
+    assert device.count(f"replay {graph} calls") == 2
+
+
+def test_what_needs_preparing_is_not_repeated(device: list[str]):
+    """Each call of it moves on; `ours.Steady` brings passes enough itself."""
+    work = Work([lambda: device.append("call")] * 2, prepare=lambda: device.append("prepare"))
+    assert cuda_stopwatch(work)(1) == pytest.approx([1.5]) and "replay 2 calls" in device

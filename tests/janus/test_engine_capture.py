@@ -12,8 +12,8 @@ from test_engine import plan_of_budget, prompts_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from ssd_attach.online import OnlinePlan
 from ssd_janus.engine import Engine, Sampling
-from ssd_janus.online import OnlinePlan
 from ssd_janus.shape import ModelShape
 from ssd_kernels import CachePlan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import tiny
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, CacheLayerMixin, GenerationConfig
 
-from ssd_janus import internals
-from ssd_janus.internals import routed_attention
+from ssd_attach import internals
+from ssd_attach.internals import is_routed, route, unroute
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [file for room in ("python", "bench", "ssd_kernels") for file in sorted((ROOT / room).rglob("*.py"))
@@ -70,7 +71,7 @@ def test_what_counts(source: str) -> None:
 
 def test_every_entry_is_listed_in_the_docstring() -> None:
     text = internals.__doc__ or ""
-    explained = set(internals.__all__) - {"KeyHandle", "MODEL_ARGUMENTS", "end_routing"}
+    explained = set(internals.__all__) - {"KeyHandle", "MODEL_ARGUMENTS", "is_routed", "register_routed", "unroute"}
     assert not [name for name in explained if f"`{name}`" not in text]
 
 
@@ -81,7 +82,7 @@ def test_plain_attention_is_what_it_was(fresh: Any, implementation: str) -> None
 
     def own(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
         selected.append((module.config._attn_implementation, mask))
-        return internals.sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
 
     AttentionInterface.register("test_own", own)
     text = tiny.build_processor()(text=list(tiny.PROMPTS), padding=True, return_tensors="pt")
@@ -90,38 +91,78 @@ def test_plain_attention_is_what_it_was(fresh: Any, implementation: str) -> None
     language_model = fresh.model.language_model
     with torch.no_grad():
         expected = fresh(**inputs).logits
-        with routed_attention(language_model), routed_attention(language_model):
-            assert language_model.config._attn_implementation != implementation
-            assert torch.equal(fresh(**inputs).logits, expected)
+        callers = [Caller(), Caller()]
+        for caller in callers:
+            route(language_model, caller)
+        assert is_routed(language_model.config)
+        assert torch.equal(fresh(**inputs).logits, expected)
+        for caller in callers:
+            unroute(language_model, caller)
     assert language_model.config._attn_implementation == implementation
     assert {name for name, _ in selected} <= {"test_own"} and len(selected) in (0, 2 * tiny.LAYERS)
     assert all(mask is None for _, mask in selected)
 
 
+class Caller:
+    """Who wants attention routed."""
+
+
 def test_routing_ends_with_its_last_caller_and_in_copies(fresh: Any) -> None:
-    language_model = fresh.model.language_model
-    first, second = routed_attention(language_model), routed_attention(language_model)
-    first.__enter__()
-    second.__enter__()
+    language_model, first, second = fresh.model.language_model, Caller(), Caller()
+    for caller in (first, second, first):
+        assert route(language_model, caller) == "ssd_attach|sdpa"
     other = copy.deepcopy(language_model)
-    first.__exit__(None, None, None)
-    assert language_model.config._attn_implementation == "ssd_janus|sdpa"
-    internals.end_routing(language_model)  # still wanted
-    assert language_model.config._attn_implementation == "ssd_janus|sdpa"
-    second.__exit__(None, None, None)
+    unroute(language_model, first)
+    assert language_model.config._attn_implementation == "ssd_attach|sdpa"
+    unroute(language_model, Caller())  # still wanted
+    assert language_model.config._attn_implementation == "ssd_attach|sdpa"
+    unroute(language_model, second)
     assert language_model.config._attn_implementation == "sdpa"
-    assert other.config._attn_implementation == "ssd_janus|sdpa"
-    with routed_attention(other):
-        pass
+    assert other.config._attn_implementation == "ssd_attach|sdpa"
+    unroute(other, first)
     assert other.config._attn_implementation == "sdpa"
 
 
+def test_callers_and_configurations_are_not_kept(fresh: Any) -> None:
+    """Who is gone wants nothing, and what is gone leaves no entry that another one could find."""
+    language_model, caller = copy.deepcopy(fresh.model.language_model), Caller()
+    number = id(language_model.config)
+    route(language_model, caller)
+    route(language_model, Caller())
+    gc.collect()
+    unroute(language_model, caller)
+    assert language_model.config._attn_implementation == "sdpa" and number not in internals._routed
+    route(language_model, caller)
+    assert number in internals._routed
+    del language_model
+    gc.collect()
+    assert number not in internals._routed
+
+
+def test_inner_configurations_keep_their_names() -> None:
+    model, caller = tiny.build_model(), Caller()
+    model.config.vq_config._attn_implementation = "eager"
+    for _ in range(2):
+        route(model, caller)
+        assert is_routed(model.config) and model.config.vq_config._attn_implementation == "eager"
+        unroute(model, caller)
+        assert model.config._attn_implementation == "sdpa"
+        assert model.config.vq_config._attn_implementation == "eager"
+
+
 def test_a_choice_made_meanwhile_stays(fresh: Any) -> None:
-    with routed_attention(fresh.model.language_model):
-        fresh.set_attn_implementation("eager")
-    assert fresh.model.language_model.config._attn_implementation == "eager"
+    language_model, caller = fresh.model.language_model, Caller()
+    route(language_model, caller)
+    fresh.set_attn_implementation("eager")
+    unroute(language_model, caller)
+    assert language_model.config._attn_implementation == "eager"
+    route(language_model, caller)
+    fresh.set_attn_implementation("sdpa")
+    assert route(language_model, caller) == "ssd_attach|sdpa"
+    unroute(language_model, caller)
     for name in (None, "eager"):
-        fresh.model.language_model.config._attn_implementation = name
-        with routed_attention(fresh.model.language_model):
-            assert "ssd_janus|" + (name or "") in AttentionMaskInterface()
-        assert fresh.model.language_model.config._attn_implementation == name
+        language_model.config._attn_implementation = name
+        route(language_model, caller)
+        assert "ssd_attach|" + (name or "") in AttentionMaskInterface()
+        unroute(language_model, caller)
+        assert language_model.config._attn_implementation == name

@@ -10,8 +10,8 @@ import tiny
 import torch
 from test_cli import run
 
+from ssd_attach.online import OnlinePlan
 from ssd_janus import Pipeline
-from ssd_janus.online import OnlinePlan
 from ssd_kernels import CachePlan, HeadSpec, policies
 
 TEXTS = list(tiny.PROMPTS[:2])

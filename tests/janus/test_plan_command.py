@@ -14,8 +14,8 @@ from PIL import Image
 from test_cli import SHAPE, run
 from typer.testing import Result
 
+from ssd_attach.online import OnlinePlan
 from ssd_janus import Pipeline, profiling
-from ssd_janus.online import OnlinePlan
 from ssd_janus.plan_view import LOOKS
 from ssd_kernels import CachePlan, policies
 from ssd_kernels.heads import SCORE_RULES

@@ -15,10 +15,10 @@ from test_engine import prompts_of
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import ssd_janus
+from ssd_attach.online import OnlinePlan
 from ssd_janus import Pipeline
 from ssd_janus.engine import Engine, Sampling, StepTiming, capture, saying
 from ssd_janus.engine.capture import WARM_STEPS
-from ssd_janus.online import OnlinePlan
 from ssd_janus.shape import ModelShape
 from ssd_kernels import HeadSpec, backends, philox
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from ssd_attach.cache import DecoderCache, Generation
 from ssd_janus import waiting
-from ssd_janus.cache import JanusCache
 from ssd_janus.engine import Engine
 from ssd_kernels import CachePlan, HeadSpec
 
@@ -95,8 +95,8 @@ def test_the_engine_watches_its_steps(fresh: Any, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("spinning")
 def test_transformers_loop_is_watched_from_step_to_step(caplog: pytest.LogCaptureFixture) -> None:
     """Layers of one step are one step; the first interval is the prompt's."""
-    cache = JanusCache(CachePlan.uniform(HeadSpec.full(), 2, 2), 40)
-    cache.shared.watch = waiting.StepWatch(iter([(0.6 * step, 0.01 * step) for step in range(80)]).__next__)
+    watch = waiting.StepWatch(iter([(0.6 * step, 0.01 * step) for step in range(80)]).__next__)
+    cache = DecoderCache(Generation(CachePlan.uniform(HeadSpec.full(), 2, 2), 40, watch=watch))
     with caplog.at_level(logging.WARNING, "ssd_janus"):
         for step in range(18):
             for layer in cache.layers:

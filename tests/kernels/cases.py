@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ssd_kernels import CachePlan, HeadSpec, backends
-from ssd_kernels.backends.triton import interpreting
 
 from .ptx.cuda import PTXBackend
 from .ptx.triton import PTXTritonBackend
@@ -34,13 +33,12 @@ class Case:
     compiled: bool = True
 
 
-INTERPRETED = interpreting()
 backends.register(PTXBackend())
 backends.register(PTXTritonBackend())
 CASES = (
     Case("reference", dtypes=(F32, BF16, F16, F64), compiled=False),
     Case("cpu"),
-    *([Case("triton", device="cpu" if INTERPRETED else "cuda")] if backends.available()["triton"] is None else []),
+    *([Case("triton", device="cuda")] if backends.available()["triton"] is None else []),
     Case("ptx"),
     Case("ptx_triton"),
     *([Case("cuda", device="cuda")] if backends.available()["cuda"] is None else []),
@@ -62,10 +60,17 @@ each_backend = pytest.mark.parametrize("case", [_param(case, id=case.name) for c
 each_compiled = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES if case.compiled])
 each_cuda = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES
                                              if case.name in ("ptx", "cuda")])
+each_triton = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES
+                                               if case.name in ("ptx_triton", "triton")])
 each_on_the_host = pytest.mark.parametrize("case", [
     _param(case, id=case.name) for case in CASES if case.device == "cpu"])
 each_without_table = pytest.mark.parametrize("case", [  # that can do without reading the table on the host
     _param(case, id=case.name) for case in CASES if not backends.get(case.name).reads_table])
+each_sharing = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES
+                                                if backends.get(case.name).shares_prompts])
+each_sharing_dtype = pytest.mark.parametrize(("case", "dtype"), [
+    _param(case, dtype, id=f"{case.name}-{short(dtype)}") for case in CASES for dtype in case.dtypes
+    if backends.get(case.name).shares_prompts])
 each_dtype = pytest.mark.parametrize(("case", "dtype"), [
     _param(case, dtype, id=f"{case.name}-{short(dtype)}") for case in CASES for dtype in case.dtypes])
 

@@ -1,22 +1,18 @@
-"""What Triton's interpreter and the executor of PTX run in `make test`: every contract test, with some parameters.
+"""What the executor of PTX runs in `make test`: every contract test, with some parameters.
 
-One program takes the interpreter some 10 ms, so that all parameters take many minutes: `make triton`. `make simulation`
-runs all on the executor, under several schedules. Of a test that is not listed here, and of one whose parameters match
-no more, the first parameters run.
+`make simulation` runs all, under several schedules. Of a test that is not listed here, and of one whose parameters
+match no more, the first parameters run.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from hypothesis import settings
 
-from .cases import INTERPRETED
 from .ptx import schedules
 
 SELECTED = {
@@ -60,17 +56,6 @@ SELECTED = {
         ""),  # all: they are short
 }
 
-if INTERPRETED:
-    from .interpreter import patch_once, remember_types, skip_overflow_checks
-
-    patch_once()
-    remember_types()
-    skip_overflow_checks()
-    settings.register_profile("interpreted", settings.get_profile("ci"), max_examples=5)
-    if "HYPOTHESIS_PROFILE" not in os.environ:
-        settings.load_profile("interpreted")
-
-
 @pytest.fixture(autouse=True)
 def _races(request: pytest.FixtureRequest) -> Iterator[None]:
     """Leaves races unreported where a test expects some."""
@@ -83,11 +68,10 @@ def _races(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as exhaustive what is not selected."""
-    slow = {"ptx", "ptx_triton", *(["triton"] if INTERPRETED else [])}
     tests = defaultdict(list)
     for item in items:
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        if case is not None and case.name in slow:
+        if case is not None and case.name in ("ptx", "ptx_triton"):
             tests[item.nodeid.partition("[")[0], case.name].append(item)
     for (name, _), cases in tests.items():
         pattern = SELECTED.get(name.rpartition("::")[2])

@@ -24,7 +24,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def poison(cache: CompressedCache) -> None:
     """Fill all slots with NaN and impossible positions, as docs/specification.md, section 3.7 asks of tests."""
     for state in cache._layers:
-        for tensor in (state.keys, state.values, state.scores):
+        for tensor in (state.keys, state.values, state.scores, *state.shared[:2]):
             tensor.fill_(float("nan"))
         state.positions.fill_(POISONED_POSITION)
 
@@ -37,7 +37,7 @@ def on_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 def snapshot(cache: CompressedCache) -> list[torch.Tensor]:
     """Every byte of the cache, to be compared with `assert_untouched`."""
-    return [bits(tensor).clone() for state in cache._layers for tensor in state.tensors]
+    return [bits(tensor).clone() for state in cache._layers for tensor in (*state.tensors, *state.shared)]
 
 
 def assert_untouched(cache: CompressedCache, before: list[torch.Tensor]) -> None:
@@ -51,14 +51,15 @@ class Pair:
 
     def __init__(self, plan: CachePlan, case: Case, *, batch: int = 2, group: int = 1, head_dim: int = 40,
                  max_prompt: int = 5, steps: int = 20, dtype: torch.dtype = torch.float32, scale: float | None = None,
-                 track_scores: bool = False, seed: int = 0) -> None:
+                 track_scores: bool = False, seed: int = 0, shared_prompts: int | None = None) -> None:
         self.plan, self.case, self.dtype, self.scale, self.track_scores = plan, case, dtype, scale, track_scores
         self.batch, self.heads, self.group, self.head_dim = batch, plan.num_heads, group, head_dim
         self.max_prompt, self.steps = max_prompt, steps
         self.random = torch.Generator().manual_seed(seed)
         self.cache = CompressedCache(plan, batch_size=batch, num_query_heads=plan.num_heads * group,
                                      head_dim=head_dim, max_prompt=max_prompt, num_visual_tokens=steps, dtype=dtype,
-                                     device=case.device, backend=case.name, track_scores=track_scores)
+                                     device=case.device, backend=case.name, track_scores=track_scores,
+                                     shared_prompts=shared_prompts)
         poison(self.cache)
         self.oracles = [Oracle(specs, row_buffer=plan.row_buffer, keep_prompt=plan.keep_prompt, batch=batch,
                                group=group, head_dim=head_dim, length=max_prompt + steps, scale=scale)
@@ -69,8 +70,11 @@ class Pair:
         return (factor * torch.randn(shape, generator=self.random)).to(self.dtype)
 
     def prefill(self, lengths: Sequence[int], rows: Sequence[int] | None = None, scores: torch.Tensor | None = None,
-                k: torch.Tensor | None = None) -> None:
-        """Start rows with random prompts, NaN beyond each row's length; ``scores [N, H, P]`` in every layer."""
+                k: torch.Tensor | None = None, share: Sequence[int] | None = None) -> None:
+        """Start rows with random prompts, NaN beyond each one's length; ``scores [N, H, P]`` in every layer.
+
+        ``share``: which of the prompts each row takes; None: each its own.
+        """
         shape = (len(lengths), self.heads, self.max_prompt if scores is None else scores.shape[2], self.head_dim)
         for layer, oracle in enumerate(self.oracles):
             layer_k = self.draw(*shape) if k is None else k.clone()
@@ -82,8 +86,9 @@ class Pair:
                         tensor[entry, :, length:] = float("nan")
             move = self.case.device
             self.cache.prefill(layer, layer_k.to(move), layer_v.to(move), lengths,
-                               scores=None if given is None else given.to(move), rows=rows)
-            for entry, row in enumerate(range(self.batch) if rows is None else rows):
+                               scores=None if given is None else given.to(move), rows=rows, share=share)
+            for index, row in enumerate(range(self.batch) if rows is None else rows):
+                entry = index if share is None else share[index]
                 oracle.prefill(row, layer_k[entry], layer_v[entry], lengths[entry],
                                None if given is None else given[entry])
             self.check(layer)
@@ -134,7 +139,8 @@ class Pair:
     def check(self, layer: int) -> None:
         """Kept positions, scores and slot contents of every row and head against the oracle."""
         oracle, state = self.oracles[layer], self.cache._layers[layer]
-        keys, values = state.keys.cpu(), state.values.cpu()
+        slabs = [tensor.cpu() for tensor in (state.keys, state.values)]
+        prompts = [None, None] if not state.shared else [tensor.cpu() for tensor in state.shared[:2]]
         for head, spec in enumerate(self.plan.layers[layer]):
             all_positions = self.cache.positions(layer, head)
             scored = spec.kind == "heavy" or self.track_scores
@@ -145,7 +151,9 @@ class Pair:
                 where = f"layer {layer}, row {row}, head {head} ({spec}), step {oracle.step[row]}"
                 assert positions.dtype == torch.long and positions.tolist() == sorted(tokens), where
                 if all_scores is not None:
-                    wanted = torch.tensor([tokens[p].score for p in sorted(tokens)], dtype=torch.float64)
+                    forgets = state.shared and not self.track_scores  # of shared prompts, unless asked for
+                    wanted = torch.tensor([float("nan") if forgets and p < oracle.prompt_len[row] else tokens[p].score
+                                           for p in sorted(tokens)], dtype=torch.float64)
                     assert all_scores[row].dtype == torch.float32, where
                     torch.testing.assert_close(all_scores[row].double().cpu(), wanted, rtol=SCORE_RTOL,
                                                atol=SCORE_ATOL, equal_nan=True, msg=lambda m, w=where: f"{w}: {m}")
@@ -153,6 +161,11 @@ class Pair:
                 stored = torch.tensor([slots[p] for p in positions.tolist()], dtype=torch.long)
                 assert len(set(slots.values())) == len(slots), where
                 assert all(0 <= slot < span.capacity for slot in slots.values()), where
-                for slab, history in ((keys, oracle.k), (values, oracle.v)):
+                apart = oracle.prompt_len[row] if state.shared else 0
+                for slab, prompt, history in zip(slabs, prompts, (oracle.k, oracle.v), strict=True):
                     given = history[row, head, positions.cpu()].to(self.dtype)
-                    assert torch.equal(bits(slab[row, span.offset + stored]), bits(given)), f"{where}: contents differ"
+                    found = slab[row, span.offset + stored[apart:] - apart]
+                    if prompt is not None:
+                        shared = prompt[state.shared[2][row]].unflatten(0, (self.heads, self.max_prompt))
+                        found = torch.cat([shared[head, :apart], found])
+                    assert torch.equal(bits(found), bits(given)), f"{where}: contents differ"

@@ -9,10 +9,10 @@ import torch
 
 from ssd_kernels import CachePlan, HeadSpec
 
-from .cases import INTERPRETED, PART, Case, each_backend, each_dtype, mixed, uniform
+from .cases import PART, Case, each_backend, each_dtype, mixed, uniform
 from .pair import Pair, bits
 
-STEPS = 16 if INTERPRETED else 20
+STEPS = 20
 BUFFERS = pytest.mark.parametrize("row_buffer", [0, 1, 3, 4, 6, STEPS, STEPS + 7], ids="R{}".format)
 PROMPT = pytest.mark.parametrize("keep_prompt", [True, False], ids=["keep_prompt", "evict_prompt"])
 

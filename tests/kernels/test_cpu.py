@@ -41,6 +41,23 @@ def test_instruction_set(instruction_set: str, dtype: torch.dtype, heads: int, g
     pair.run(20)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 40), (1, 64), (2, 128)], ids=["G1-D40", "G1-D64", "G2-D128"])
+def test_shared_prompts(instruction_set: str, dtype: torch.dtype, group: int, head_dim: int) -> None:
+    """Bits are those of copies wherever a prompt ends within the slots that are summed up together."""
+    heads, lengths = 4, list(range(17))
+    k, v, new_k, new_v, q = (torch.randn(len(lengths), *shape, head_dim).to(dtype) for shape in (
+        (heads, 17), (heads, 17), (heads,), (heads,), (heads * group,)))
+    outs = []
+    for shared_prompts in (None, len(lengths)):
+        cache = CompressedCache(mixed(heads, 3), len(lengths), heads * group, head_dim, 17, 12, dtype, "cpu", "cpu",
+                                shared_prompts=shared_prompts)
+        cache.prefill(0, k, v, lengths)
+        outs.append(torch.stack([cache.decode(0, q.roll(step), new_k.roll(step), new_v.roll(step))
+                                 for step in range(9)]))
+    assert torch.equal(bits(outs[0]), bits(outs[1])) and outs[0].isfinite().all()
+
+
 def test_every_head_dim(instruction_set: str) -> None:
     """head_dim 32 to 256 in multiples of 8: every tail of every vector width."""
     for head_dim in range(32, 257, 8):

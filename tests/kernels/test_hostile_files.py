@@ -194,7 +194,7 @@ GOOD = PROFILES[SMALL]
 BAD_PARTS: dict[str, tuple[dict[str, Any], str]] = {
     "columns-float": ({"columns": 6.0}, "columns must be an int within 1 .. 36, got 6.0"),
     "columns-zero": ({"columns": 0}, "columns must be"),
-    "columns-no-divisor": ({"columns": 5}, "columns must divide the 36 visual tokens"),
+    "columns-no-divisor": ({"columns": 5}, "column_mass must be"),
     "radius-negative": ({"radius": -1}, "radius must be an int within 0 .. 36, got -1"),
     "radius-string": ({"radius": "1"}, "radius must be"),
     "sizes-strings": ({"sizes": ("1", "3", "6", "12", "20")}, r"sizes\[0\] must be an int.*got '1'"),

@@ -22,7 +22,8 @@ class Guarded:
     def __init__(self, cache: CompressedCache) -> None:
         self.guards: list[tuple[torch.Tensor, torch.Tensor]] = []
         for state in cache._layers:
-            for name in ("keys", "values", "scores", "positions", "cursors", "pinned"):
+            shared = ("prompt_keys", "prompt_values", "prompt_of") if state.shared else ()
+            for name in ("keys", "values", "scores", "positions", "cursors", "pinned", *shared):
                 tensor = getattr(state, name)
                 fill = float("nan") if tensor.is_floating_point() else 0x5A5A5A5A
                 whole = torch.full((tensor.numel() + 2 * PAD,), fill, dtype=tensor.dtype, device=tensor.device)

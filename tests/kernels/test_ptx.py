@@ -23,10 +23,21 @@ NO_EXECUTOR = build.unsupported()
 pytestmark = pytest.mark.skipif(NO_EXECUTOR is not None, reason=str(NO_EXECUTOR))
 needs_nvcc = pytest.mark.skipif(build.nvcc() is None, reason="needs nvcc")
 EXHAUSTIVE = pytest.mark.exhaustive
-# What can be left out, by kernel. Groups of copies that are committed last are empty, so that the waits within the
-# stream have seen all copies arrive. And heads of one query pass over their slots once.
-LAST_WAIT, NEXT_PASS = "port::wait_copies<0>();", "if (g0 > 0) port::sync_block();"
-REDUNDANT = {"bf16-D128-G1": [NEXT_PASS, LAST_WAIT], "f32-D40-G5": [LAST_WAIT]}
+
+# Lines that ask for order in vain, and why. They are noticed as soon as they no longer do.
+REDUNDANT = {
+    "port::wait_copies<0>();": "the groups of copies that are committed last are empty",
+}
+ONE_PASS = {
+    "if (g0 > 0) port::sync_block();  // the sums lie where the stages were": "one query passes over the slots once",
+}
+REDUNDANT_IN_TRITON = {
+    "tl.debug_barrier()  # logits were written by other threads of this program": "a reduction has a barrier",
+    "tl.debug_barrier()  # before scores and positions of losers are overwritten": "a reduction has a barrier",
+    'if tl.atomic_add(cursors + 1, ONE_ARRIVAL, sem="acq_rel") >> ARRIVAL_SHIFT == heads - 1:':
+        "programs share only the cursor, always by strong accesses",
+    'tl.atomic_xchg(cursors + 1, step + 1, sem="relaxed")': "the addition before it acquires",
+}
 
 
 def _case(name: str) -> Case:
@@ -74,39 +85,58 @@ def test_schedules_give_the_same_bits(name: str, dtype: torch.dtype, head_dim: i
         assert all(torch.equal(a, b) for a, b in zip(seen[0], others, strict=True))
 
 
+# Where nothing should be noticed, all schedules take long.
+QUIET = ("lockstep", "adversarial")
+each_order_of_cuda = pytest.mark.parametrize(("name", "order"), [
+    pytest.param(name, order, id=f"{name}-{order.place if order else 'all'}",
+                 marks=[] if name == "f32-D40-G5" and order else [EXHAUSTIVE])
+    for name in ("f32-D40-G5", "bf16-D128-G1") for order in (None, *planted.cuda_orders())])
+each_order_of_triton = pytest.mark.parametrize("order", [
+    pytest.param(order, id=order.place if order else "all", marks=[] if order else [EXHAUSTIVE])
+    for order in (None, *planted.triton_orders())])
+
+
 @needs_nvcc
-@pytest.mark.parametrize("name", [pytest.param("bf16-D128-G1"), pytest.param("f32-D40-G5", marks=EXHAUSTIVE)])
-def test_each_omission_is_noticed(name: str) -> None:
-    """No barrier, fence, wait or commit can be left out of the CUDA kernels, but for those known to be redundant."""
+@each_order_of_cuda
+def test_order_in_cuda_is_noticed(name: str, order: planted.Order | None, tmp_path: Path) -> None:
+    """Every barrier, fence, wait, commit and strong access that the sources ask for, left out in turn."""
     _case("ptx")
     kernel = planted.KERNELS[name]
     backends.get("ptx").extension()
-    assert planted.noticed(planted.runs(kernel)) is None, "something is reported with nothing left out"
-    unseen = [line for line in planted.omissions(kernel) if planted.noticed(planted.runs(kernel)) is None]
-    assert unseen == REDUNDANT[name]
+    redundant = order is None or order.line in REDUNDANT or (kernel.group == 1 and order.line in ONE_PASS)
+    with planted.changed(kernel, [order.without] if order else [], tmp_path):
+        said = planted.noticed(planted.runs(kernel), QUIET if redundant else SCHEDULES)
+    assert (said is None) == redundant, said
 
 
-@pytest.mark.parametrize("row_buffer", [3, 0], ids="R{}".format)
-def test_each_barrier_of_triton_is_noticed(row_buffer: int) -> None:
-    """Those that Triton's kernel asks for. Two are doubled by reductions, which bring barriers of their own."""
-    case = _case("ptx_triton")
+@each_order_of_triton
+def test_order_in_triton_is_noticed(order: planted.Order | None, tmp_path: Path) -> None:
+    """Every barrier and atomic that the sources ask for."""
+    _case("ptx_triton")
+    redundant = order is None or order.line in REDUNDANT_IN_TRITON
+    with planted.changed_triton(order.without if order else None, tmp_path):
+        said = planted.noticed(planted.triton_runs(), QUIET if redundant else SCHEDULES)
+    assert (said is None) == redundant, said
 
-    def attempt() -> object:
-        pair = Pair(mixed(4, row_buffer), case, head_dim=64, max_prompt=40, steps=8, dtype=BF16)
-        pair.prefill((40, 3))
-        return pair.run(7)
 
-    unseen = {line.partition("# ")[2] for line in planted.triton_omissions(attempt)
-              if planted.noticed([attempt]) is None}
-    assert unseen == {"logits were written by other threads of this program",
-                      "before scores and positions of losers are overwritten"}
+def test_without_nvcc_triton_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "nvcc", lambda: None)
+    assert backends.get("ptx").unavailable() == "no nvcc, which makes the CUDA kernels' PTX"
+    assert "nvcc" not in (backends.get("ptx_triton").unavailable() or "")
+
+
+def test_all_that_orders_is_known() -> None:
+    """What port.cuh has for order has a twin without, and what is redundant is one line of the sources."""
+    assert planted.asking_functions() == sorted(planted.twins())
+    lines = [order.line for order in planted.cuda_orders() + planted.triton_orders()]
+    assert [lines.count(line) for line in {**REDUNDANT, **ONE_PASS, **REDUNDANT_IN_TRITON}] == [1] * 6
 
 
 @needs_nvcc
 @pytest.mark.parametrize("name", planted.CHANGES)
 def test_each_changed_source_is_noticed(name: str, tmp_path: Path) -> None:
     _case("ptx")
+    kernel = planted.KERNELS["f32-D40-G1"]
     backends.get("ptx").extension()
-    attempts = [*planted.runs(replace(planted.KERNELS["f32-D40-G5"], group=1)), planted.ties]
-    with planted.changed(planted.CHANGES[name], tmp_path):
-        assert planted.noticed(attempts) is not None
+    with planted.changed(kernel, planted.CHANGES[name], tmp_path):
+        assert planted.noticed([*planted.runs(kernel), lambda: planted.ties(kernel)]) is not None

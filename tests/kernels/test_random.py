@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_kernels import CachePlan, HeadSpec
+from ssd_kernels import CachePlan, HeadSpec, backends
 
 from .cases import Case, each_backend
 from .pair import Pair
@@ -33,8 +33,11 @@ def pairs(draw: st.DrawFn, case: Case) -> Pair:
     heads = draw(st.integers(1, 4))
     layers = draw(st.lists(st.lists(head_specs(), min_size=heads, max_size=heads), min_size=1, max_size=2))
     plan = CachePlan(layers, draw(st.sampled_from([0, 0, 1, 2, 3, 5, 8, 24, 50])), draw(st.booleans()))
-    return Pair(plan, case, batch=draw(st.integers(1, 4)), group=draw(st.sampled_from([1, 1, 2, 3])),
-                head_dim=8 * draw(st.integers(4, 12)), max_prompt=draw(st.integers(0, 16)),
+    batch = draw(st.integers(1, 4))
+    shares = plan.keep_prompt and backends.get(case.name).shares_prompts and draw(st.booleans())
+    return Pair(plan, case, batch=batch, shared_prompts=batch if shares else None,
+                group=draw(st.sampled_from([1, 1, 2, 3])), head_dim=8 * draw(st.integers(4, 12)),
+                max_prompt=draw(st.integers(0, 16)),
                 steps=draw(st.integers(1, 40)), dtype=draw(st.sampled_from(case.dtypes)),
                 scale=draw(st.sampled_from([None, None, 0.3])), track_scores=draw(st.booleans()),
                 seed=draw(st.integers(0, 999)))
@@ -48,12 +51,16 @@ def test_random_caches_follow_the_oracle(case: Case, data: st.DataObject) -> Non
     length = st.integers(0, pair.max_prompt)
     if data.draw(st.booleans(), "prefill"):
         pair.prefill(data.draw(st.lists(length, min_size=pair.batch, max_size=pair.batch), "prompt_lens"),
-                     scores=data.draw(st.sampled_from([None, torch.rand(pair.batch, pair.heads, pair.max_prompt)])))
+                     scores=data.draw(st.sampled_from([None, torch.rand(pair.batch, pair.heads, pair.max_prompt)]))
+                     if pair.cache._layers[0].layout.prompt_scores else None)
     pair.run(data.draw(st.integers(0, pair.steps), "steps before"))
     rows = data.draw(st.lists(st.integers(0, pair.batch - 1), unique=True, max_size=pair.batch), "rows")
     if rows:
         lengths = data.draw(st.lists(length, min_size=len(rows), max_size=len(rows)), "prompt_lens")
-        pair.prefill(lengths, rows=rows) if data.draw(st.booleans(), "prefill") else pair.reset(rows)
+        entry = st.integers(0, len(rows) - 1)
+        share = data.draw(st.none() | st.lists(entry, min_size=len(rows), max_size=len(rows)), "share")
+        pair.prefill(lengths, rows=rows, share=share if pair.plan.keep_prompt else None
+                     ) if data.draw(st.booleans(), "prefill") else pair.reset(rows)
     pair.run(pair.steps - max(pair.oracles[0].step))
     with pytest.raises(ValueError, match="num_visual_tokens"):
         pair.step()

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ssd_kernels import CompressedCache, ops, reference
 
@@ -36,6 +35,8 @@ def caches(case: Case, dtype: torch.dtype) -> list[CompressedCache]:
 
 def test_rotate_is_llamas() -> None:
     """The same numbers as transformers' apply_rotary_pos_emb, whose tables hold every angle twice."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # slow to import
+
     x, (cos, sin), positions = torch.randn(B, H, D), tables(), [3, 11]
     doubled = [torch.cat([table[positions], table[positions]], -1)[:, None] for table in (cos, sin)]
     expected = apply_rotary_pos_emb(x[:, :, None], x[:, :, None], *doubled)[0][:, :, 0]

@@ -10,9 +10,9 @@ import torch
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
 from ssd_kernels.layout import RECENT
 
-from .cases import INTERPRETED, Case, each_backend
+from .cases import Case, each_backend
 
-H, D, STEPS = 4, 32, 20 if INTERPRETED else 40
+H, D, STEPS = 4, 32, 40
 SPECS = (HeadSpec.heavy(8, 4, "mean"), HeadSpec.window(8), HeadSpec.heavy(9, 2), HeadSpec.full())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .cases import BF16, INTERPRETED, Case, each_backend, each_dtype, mixed
+from .cases import BF16, Case, each_backend, each_dtype, mixed
 from .pair import Pair, bits
 
 # batch, KV heads, group, head_dim, row buffer
@@ -48,7 +48,7 @@ def test_batch_sizes(case: Case, batch: int) -> None:
 @pytest.mark.parametrize("head_dim", [40, 128], ids="D{}".format)
 def test_longer_sequences(case: Case, head_dim: int) -> None:
     """Kept sets of a hundred slots and more: several blocks of any kernel, rings that wrap many times."""
-    steps = 60 if INTERPRETED else 150
+    steps = 150
     pair = Pair(mixed(4, 24), case, batch=1, head_dim=head_dim, max_prompt=70, steps=steps, dtype=BF16)
     pair.prefill([67])
     pair.run(steps)

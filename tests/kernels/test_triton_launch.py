@@ -32,11 +32,32 @@ def test_blocks_fit(head_dim: int, item_size: int, group: int, capability: int) 
     """Powers of two, and tiles of which every multiprocessor's shared memory holds two programs' worth."""
     config = launch.decode_config(head_dim, item_size, group, 256, capability)
     assert config.registers * 32 * config.warps <= 65536
-    for size in (config.block, config.copy_block, config.warps):
+    for size in (config.block, config.score_block, config.copy_block, config.warps):
         assert size & (size - 1) == 0
-    assert config.block >= 16 and config.stages >= 2
+    assert config.block >= 8 and config.stages >= 2
     shared = (config.stages - 1) * 2 * config.block * launch.power_of_two(head_dim) * item_size
     assert 2 * shared <= (100 if capability in (86, 89) else 164) * 1024
+
+
+@pytest.mark.parametrize(("arguments", "variant"), [
+    ((128, 2, 1, 256, 90), (True, 32, 2, 3, 168)),  # six programs on a multiprocessor of 9.0 ..
+    ((128, 2, 1, 256, 80), (True, 32, 2, 3, 255)),  # .. four of 8.0, where shared memory has room for no more
+    ((128, 2, 1, 256, 86), (True, 32, 2, 2, 255)),
+    ((128, 2, 4, 256, 90), (True, 32, 2, 3, 255)),
+    ((64, 2, 1, 256, 80), (True, 32, 2, 4, 128)),
+    ((40, 2, 5, 256, 80), (True, 32, 2, 4, 128)),
+    ((128, 2, 1, 1024, 90), (True, 32, 2, 3, 255)),
+    ((128, 2, 1, 2048, 90), (True, 64, 4, 2, 255)),  # more ranks than two warps hold in registers
+    ((256, 2, 1, 256, 80), (True, 32, 4, 2, 255)),  # two warps share their slots and halve the dimension
+    ((128, 4, 1, 256, 80), (False, 16, 4, 3, 128)),
+    ((32, 4, 1, 256, 86), (False, 64, 4, 2, 128)),
+    ((128, 4, 4, 256, 80), (False, 8, 4, 4, 255)),
+    ((128, 4, 8, 256, 80), (False, 8, 8, 4, 255)),
+], ids=str)
+def test_variants(arguments: tuple[int, int, int, int, int], variant: tuple[bool, int, int, int, int]) -> None:
+    """Which variant serves what: matrices or multiply-adds, slots at once, warps, stages, registers."""
+    config = launch.decode_config(*arguments)
+    assert (config.matrices, config.block, config.warps, config.stages, config.registers) == variant
 
 
 def test_config_does_not_depend_on_the_batch() -> None:
@@ -83,7 +104,6 @@ def test_byte_count_follows_the_sizes_of_the_tensors() -> None:
 def test_auto_takes_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the compiled CUDA extension, `backend="auto"` serves CUDA tensors with Triton."""
     monkeypatch.setattr(TritonBackend, "unavailable", lambda self: None)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert backends.resolve("auto", torch.device("cuda"), torch.bfloat16, 128).name == "triton"
     with pytest.raises(ValueError, match="head_dim"):
         backends.resolve("triton", torch.device("cuda"), torch.bfloat16, 20)

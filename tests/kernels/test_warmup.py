@@ -10,7 +10,7 @@ import pytest
 from ssd_kernels import cache as cache_module
 from ssd_kernels.triton import launch
 
-from .cases import INTERPRETED, Case, each_backend, mixed
+from .cases import Case, each_backend, each_triton, mixed
 from .pair import Pair, assert_untouched, snapshot
 
 ROTARY = pytest.mark.parametrize("rotary", [False, True], ids=["rotated", "rotary"])
@@ -45,8 +45,7 @@ def test_a_long_warmup_is_announced(case: Case, takes_long: bool, monkeypatch: p
     assert announced == ([("WARNING", message)] if takes_long else [])
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("case", [Case("triton")], ids=["triton"])
+@each_triton
 @ROTARY
 def test_warmup_compiles_what_decode_runs(case: Case, rotary: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same compile-time constants, for both of two unequal layers: nothing is left to compile later."""
@@ -70,7 +69,6 @@ def test_warmup_compiles_what_decode_runs(case: Case, rotary: bool, monkeypatch:
     assert len(compiled) == 3 and all(made in warmed for made in compiled)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="a process that interprets compiles nothing")
 def test_compiled_kernels_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton keeps a kernel on disk; the same layer finds it there, another storage type does not."""
     knobs = pytest.importorskip("triton").knobs

@@ -56,7 +56,7 @@ def test_a_table_keeps_its_rows(compat: ModuleType) -> None:
     """Written and read again: what passed, what failed, what could not be had."""
     rows = [compat.Row("torch", "2.11.0", {"coupling": "14 passed", "kernels": "70 passed"}),
             compat.Row("torch", "2.15", missing="no such release"),
-            compat.Row("triton", "3.6.0", {"interpreted": "**2 of 9 failed**"}),
+            compat.Row("triton", "3.6.0", {"executed": "**2 of 9 failed**"}),
             compat.Row("numpy", "2.0.2", {"coupling": "14 passed"})]
     page = compat.page(rows, "Python 3.11.7", "2026-01-02")
     assert list(compat.rows_of(page)) == [("torch", "2.11.0", True), ("torch", "2.15", False),

@@ -30,7 +30,8 @@ class Layer:
     def __init__(self, *arguments: int) -> None:
         self.arguments = arguments
         names = ("dtype", "batch", "heads", "head_dim", "slots", "scored_slots", "max_prompt", "num_visual_tokens",
-                 "row_buffer", "keep_prompt")
+                 "row_buffer", "keep_prompt", "prompt_keys", "prompt_values", "prompt_of", "shared_prompts",
+                 "prompt_scores")
         self.addresses = dict(zip(TENSORS, arguments, strict=False))
         self.sizes = SimpleNamespace(**dict(zip(names, arguments[len(TENSORS):], strict=True)))
 
@@ -44,7 +45,8 @@ class Layer:
         slab, scored = row * sizes.slots * sizes.head_dim * ITEM_SIZES[sizes.dtype], row * sizes.scored_slots * 4
         moved = (at["keys"] + slab, at["values"] + slab, at["scores"] + scored, at["positions"] + scored,
                  at["cursors"] + 8 * row, at["table"], at["pinned"])
-        return native.extension().Layer(*moved, sizes.dtype, 1, *self.arguments[len(TENSORS) + 2:])
+        rest = {**vars(sizes), "batch": 1, "prompt_of": sizes.prompt_of and sizes.prompt_of + 4 * row}
+        return native.extension().Layer(*moved, *rest.values())
 
     def step(self, q: int, k: int, v: int, out: int, query_heads: int, strides: Sequence[int], scale: float, cos: int,
              sin: int) -> None:
@@ -118,8 +120,10 @@ class Launcher:
 
 def _layer(given: SimpleNamespace, batch: int, row_buffer: int) -> Layer:
     dtype = DTYPE_CODES[given.held["keys"].dtype]
+    shared = (given.prompt_keys, given.prompt_values, given.prompt_of, given.shared_prompts, given.PROMPT_SCORES
+              ) if getattr(given, "SHARED", False) else (0, 0, 0, 0, True)
     return Layer(*(getattr(given, name) for name in TENSORS), dtype, batch, given.heads, given.D, given.slots,
-                 given.scored_slots, given.max_prompt, given.num_visual_tokens, row_buffer, given.KEEP_PROMPT)
+                 given.scored_slots, given.max_prompt, given.num_visual_tokens, row_buffer, given.KEEP_PROMPT, *shared)
 
 
 def _decode(given: SimpleNamespace) -> None:

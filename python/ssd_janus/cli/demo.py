@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ssd_attach.units import show_bytes
+
 from .options import (
     DEFAULT_BUDGET,
     Backend,
@@ -17,7 +19,7 @@ from .options import (
     last_run,
     load,
 )
-from .terminal import console, messages, print_table, show_bytes, table
+from .terminal import console, messages, print_table, table
 
 if TYPE_CHECKING:
     from PIL.Image import Image

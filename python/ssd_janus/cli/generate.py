@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ssd_attach.units import show_bytes
+
 from .options import (
     DEFAULT_BUDGET,
     Backend,
@@ -29,7 +31,7 @@ from .options import (
     policy_parameters,
     summary,
 )
-from .terminal import console, messages, print_table, say, show_bytes, table
+from .terminal import console, messages, print_table, say, table
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .terminal import messages, say, show_bytes
+from ssd_attach.units import show_bytes
+
+from .terminal import messages, say
 
 if TYPE_CHECKING:
     from ssd_kernels import CachePlan
@@ -104,9 +106,8 @@ def policy_parameters(policy: PolicyName | None, given: Sequence[str] | None) ->
     """
     if policy is None or not given:
         return {}
+    from ssd_attach.online import OnlinePlan
     from ssd_kernels.policies import POLICIES
-
-    from ..online import OnlinePlan
 
     function: Callable[..., CachePlan] = OnlinePlan if policy is PolicyName.online else POLICIES[policy.value]
     defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()
@@ -157,7 +158,7 @@ def choose_plan(shape: ModelShape, plan: Path | None, policy: PolicyName | None,
     if budget is None:
         budget = default_budget(name)
     if name is PolicyName.online:
-        from ..online import OnlinePlan
+        from ssd_attach.online import OnlinePlan
 
         return OnlinePlan(shape, budget, row_buffer, **(parameters or {}))
     return policies.build(name.value, shape, budget, row_buffer, profile=profile, **(parameters or {}))

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ssd_attach.units import show_bytes
+
 from .options import (
     DEFAULT_BUDGET,
     Dtype,
@@ -22,7 +24,7 @@ from .options import (
     load_profile,
     policy_parameters,
 )
-from .terminal import console, messages, print_table, show_bytes
+from .terminal import console, messages, print_table
 
 PROMPT = 64  # tokens, of the picture whose bytes are shown
 

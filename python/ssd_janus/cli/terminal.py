@@ -108,7 +108,3 @@ def print_table(made: Table, out: Console = console) -> None:
     """Print without shortening cells to the width of a terminal, which a file or a pipe does not even have."""
     made.width = out.measure(made, options=out.options.update(max_width=1000)).maximum
     out.print(made, soft_wrap=True)
-
-
-def show_bytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from ssd_attach.cache import Observer
+from ssd_attach.online import Typing
 from ssd_kernels import CompressedCache
 from ssd_kernels.filters import guided
 from ssd_kernels.reference import rotate
 from ssd_kernels.sampling import MAX_CODES
 
-from ..cache import Observer
-from ..online import Typing
 from .sampling import CountedNoise, Noise, Sampling
 from .timing import StepTiming
 from .weights import Layer, Weights
@@ -102,10 +102,9 @@ class Batch:
             size = max(1, PREFILL_TOKENS // length)
             for part in (group[first:first + size] for first in range(0, len(group), size)):
                 rows = [row for prompt in part for row in rows_of[prompt]]
-                copies = torch.tensor([index for index, prompt in enumerate(part) for _ in rows_of[prompt]],
-                                      device=last.device)
-                hidden = self._prefill(part, rows, copies, watched)
-                last.index_copy_(0, torch.tensor(rows, device=last.device), hidden[copies])
+                share = [index for index, prompt in enumerate(part) for _ in rows_of[prompt]]
+                hidden = self._prefill(part, rows, share, watched)
+                last.index_copy_(0, torch.tensor(rows, device=last.device), hidden)
         if watched is not None:
             watched.finish()
         self.lengths.copy_(torch.tensor([len(prompt) for prompt in prompts]))
@@ -186,14 +185,15 @@ class Batch:
         noise = None if self.noise is None else self.noise.values(self.column)
         return self.sampling.choose(guided(logits, self.scale), noise)
 
-    def _prefill(self, prompts: Sequence[tuple[int, ...]], rows: list[int], copies: torch.Tensor,
+    def _prefill(self, prompts: Sequence[tuple[int, ...]], rows: list[int], share: list[int],
                  watched: _WatchedPrompts | None) -> torch.Tensor:
-        """Run different prompts of one length; ``copies`` says whose keys each of ``rows`` gets.
+        """Run different prompts of one length; ``share`` says which of them each of ``rows`` takes.
 
         Returns:
-            last hidden states [prompts, hidden].
+            last hidden states [rows, hidden].
         """
         weights, count, length = self.weights, len(prompts), len(prompts[0])
+        copies = torch.tensor(share, device=weights.device)
         tokens = torch.tensor(prompts, device=weights.device).flatten()
         positions = torch.arange(length, device=weights.device).repeat(count)
         tokens = functional.pad(tokens, (0, self._padded(len(tokens)) - len(tokens)))
@@ -204,15 +204,19 @@ class Batch:
             # [prompts, heads, length, D]
             query, keys, values = (tensor.unflatten(0, (count, length)).transpose(1, 2)
                                    for tensor in (query, keys, values))
-            store = self.cache.prefill if watched is None else watched.prefill
-            store(index, *(tensor[copies].to(self.cache.dtype) for tensor in (keys, values)), [length] * len(rows),
-                  rows=rows)
+            stored = [tensor.to(self.cache.dtype) for tensor in (keys, values)]
+            if self.cache.plan.keep_prompt:
+                self.cache.prefill(index, *stored, [length] * count, rows=rows, share=share)
+            else:
+                self.cache.prefill(index, *(tensor[copies] for tensor in stored), [length] * len(rows), rows=rows)
+            if watched is not None:
+                watched.prefill(index, *(tensor[copies] for tensor in stored), length, rows)
             out = functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=weights.scale,
                                                           enable_gqa=weights.num_heads != weights.num_query_heads)
             attended = hidden.new_zeros(len(hidden), out.shape[1] * out.shape[3])
             attended[:count * length] = out.transpose(1, 2).flatten(2).flatten(0, 1)
             hidden = self._mix(hidden, attended, layer)
-        return hidden[:count * length].unflatten(0, (count, length))[:, -1]
+        return hidden[:count * length].unflatten(0, (count, length))[:, -1][copies]
 
 
 class _WatchedPrompts:
@@ -222,17 +226,15 @@ class _WatchedPrompts:
         self.cache, self.observer, self.lengths = cache, observer, lengths
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def prefill(self, layer: int, keys: torch.Tensor, values: torch.Tensor, lengths: list[int],
-                rows: list[int]) -> None:
+    def prefill(self, layer: int, keys: torch.Tensor, values: torch.Tensor, length: int, rows: list[int]) -> None:
         if layer == len(self.layers):
             size = (len(self.lengths), keys.shape[1], max(self.lengths), keys.shape[3])
             self.layers.append((keys.new_zeros(size), values.new_zeros(size)))
         for store, tensor in zip(self.layers[layer], (keys, values), strict=True):
-            store[torch.tensor(rows, device=keys.device), :, :lengths[0]] = tensor
+            store[torch.tensor(rows, device=keys.device), :, :length] = tensor
 
     def finish(self) -> None:
         for layer, (keys, values) in enumerate(self.layers):
-            self.cache.prefill(layer, keys, values, self.lengths)
             self.observer.prefill(self.cache, layer, keys, values, self.lengths)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from ssd_attach.internals import GenerationMode, prepared_config
 from ssd_kernels import CachePlan
 
-from ..internals import GenerationMode, prepared_config
 from .engine import Engine, unconditional_prompt
 from .sampling import Sampling
 from .saying import warn_once

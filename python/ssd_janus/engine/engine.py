@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ssd_kernels import CachePlan, CompressedCache
+from ssd_attach.cache import Observer
+from ssd_attach.online import OnlinePlan, check_observer
+from ssd_kernels import CachePlan, CompressedCache, backends
 
 from .. import waiting
-from ..cache import Observer
-from ..online import OnlinePlan, check_observer
 from ..progress import ProgressCallback
 from ..shape import ModelShape, placement
 from . import memory
@@ -73,6 +73,13 @@ class _Request:
     timing: StepTiming | None
     on_row: RowCallback | None
     step_done: Callable[[], None] = field(default=lambda: None)
+
+    def different(self, size: int) -> int:
+        """Most prompts that differ among the rows of a batch, of batches of ``size`` pictures in their order."""
+        rows = [(tuple(prompt), tuple(unconditional_prompt(self.config, prompt)) if scale > 1 else None)
+                for prompt, scale in zip(self.prompts, self.guidance, strict=True)]
+        return max(len({prompt for both in rows[first:first + size] for prompt in both if prompt is not None})
+                   for first in range(0, len(rows), size))
 
     @property
     def watched(self) -> bool:
@@ -215,13 +222,25 @@ class Engine:
             step=memory.step_bytes(self.model, pictures, run.rows, run.max_prompt),
             decode=memory.decode_bytes(self.model, min(pictures, DECODE_CHUNK)), device_peak=run.device_peak)
 
-    def max_batch(self, memory_bytes: int | None = None, *, guided: bool = True, max_prompt: int = 64) -> int:
-        """Most pictures at once (`memory.max_batch`) in ``memory_bytes``; None for what is available."""
+    def max_batch(self, memory_bytes: int | None = None, *, guided: bool = True, max_prompt: int = 64,
+                  samples: int = 1) -> int:
+        """Most pictures at once (`memory.max_batch`) in ``memory_bytes``; None for what is available.
+
+        ``samples``: pictures of each prompt, which hold it once.
+        """
+        _positive("samples", samples)
+        return self._room(memory_bytes, guided, max_prompt, lambda size: -(-size // samples) * (1 + guided))
+
+    def _room(self, memory_bytes: int | None, guided: bool, max_prompt: int, different: Callable[[int], int]) -> int:
         if memory_bytes is None:
             free = memory.available_memory(self.device)
             memory_bytes = int(free * memory.USABLE_SHARE) + memory.weight_bytes(self.model)
         return memory.max_batch(self.plan, self.model, memory_bytes, guided=guided, max_prompt=max_prompt,
-                                packed=self.packed)
+                                packed=self.packed, different=different if self._shares() else None)
+
+    def _shares(self) -> bool:
+        """Whether the backend's kernels read prompts that rows share."""
+        return backends.resolve(self.backend, self.device, self.dtype, self.shape.head_dim).shares_prompts
 
     def batch(self, prompts: Sequence[Sequence[int] | torch.Tensor], *, guidance: float | Sequence[float] = 5.0,
               seeds: int | Sequence[int] | None = 0, sampling: Sampling | None = None, steps: int | None = None,
@@ -269,7 +288,7 @@ class Engine:
     def _fitting(self, request: _Request, size: int) -> int:
         """Pictures at once, up to ``size``, that fit into what memory there is, at least 1."""
         guided = any(scale > 1 for scale in request.guidance)
-        room = max(1, self.max_batch(guided=guided, max_prompt=max(map(len, request.prompts))))
+        room = max(1, self._room(None, guided, max(map(len, request.prompts)), request.different))
         if room >= size:
             return size
         if request.watched:
@@ -318,8 +337,11 @@ class Engine:
         prompts += [unconditional_prompt(request.config, prompt) for prompt in prompts[:guided]]
         longest = max(map(len, prompts))
         weights = Weights.of(self.model, longest + self.shape.num_visual_tokens).prepared(self.packed)
+        different = len({tuple(prompt) for prompt in prompts})
         cache = CompressedCache(self.plan, len(prompts), self.shape.num_query_heads, self.shape.head_dim, longest,
-                                self.shape.num_visual_tokens, self.dtype, weights.device, self.backend)
+                                self.shape.num_visual_tokens, self.dtype, weights.device, self.backend,
+                                shared_prompts=memory.shared_prompts(self.plan, len(prompts), different)
+                                if self._shares() else None)
         cache.warmup(rotary=True)
         seeds = None if request.seeds is None else [request.seeds[i] for i in order]
         noise = None if request.sampling.greedy else noise_for(len(order), weights.codes, seeds, weights.device)

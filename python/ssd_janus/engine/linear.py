@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..internals import ACT2FN
+from ssd_attach.internals import ACT2FN
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 # oneDNN's names of activations that it applies while a product is still in registers.

@@ -114,8 +114,17 @@ def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int) -> int:
     return rotary + table + size * buffers + max(table, size * layer, logits) + 4 * pictures * codes
 
 
+def shared_prompts(plan: CachePlan, rows: int, different: int) -> int | None:
+    """How a batch holds its prompts: as many as differ, once each, or None, where every row holds its own.
+
+    Args:
+        rows: of the batch. different: prompts among theirs.
+    """
+    return different if plan.keep_prompt and different < rows else None
+
+
 def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, max_prompt: int = 64,
-              packed: bool | None = None) -> int:
+              packed: bool | None = None, different: Callable[[int], int] | None = None) -> int:
     """Most pictures that can be drawn at once.
 
     Args:
@@ -125,6 +134,7 @@ def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, 
         guided: two rows per picture instead of one.
         max_prompt: longest prompt, tokens.
         packed: as `packs`.
+        different: prompts that differ among the rows of so many pictures at once; None: those of all rows do.
 
     Returns:
         0 when not even one picture fits, be it its cache or its decoding.
@@ -132,7 +142,7 @@ def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, 
     shape = ModelShape.of(model)
     sizes = {"head_dim": shape.head_dim, "max_prompt": max_prompt, "dtype": placement(model)[1],
              "num_visual_tokens": shape.num_visual_tokens}
-    one, two = (plan.nbytes(batch_size=rows, **sizes) for rows in (1, 2))
+    cache_bytes = _cache_bytes(plan, sizes)
     free = memory - weight_bytes(model)
     if packs(model, packed):
         free -= packed_bytes(model)
@@ -141,7 +151,8 @@ def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, 
 
     def fits(pictures: int) -> bool:
         rows = pictures * (1 + guided)
-        return one + (rows - 1) * (two - one) + step_bytes(model, pictures, rows, max_prompt) <= free
+        shared = shared_prompts(plan, rows, rows if different is None else different(pictures))
+        return cache_bytes(rows, shared) + step_bytes(model, pictures, rows, max_prompt) <= free
 
     low, high = 0, 1
     while fits(high):
@@ -150,6 +161,20 @@ def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, 
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _cache_bytes(plan: CachePlan, sizes: dict[str, Any]) -> Callable[[int, int | None], int]:
+    """`CachePlan.nbytes` by rows and shared prompts, in which it is linear: a few sizes give all."""
+    one, two = (plan.nbytes(batch_size=rows, **sizes) for rows in (1, 2))
+    first, second, third = (plan.nbytes(batch_size=rows, shared_prompts=prompts, **sizes) if plan.keep_prompt else 0
+                            for rows, prompts in ((1, 1), (2, 1), (1, 2)))
+
+    def nbytes(rows: int, prompts: int | None) -> int:
+        if prompts is None:
+            return one + (rows - 1) * (two - one)
+        return first + (rows - 1) * (second - first) + (prompts - 1) * (third - first)
+
+    return nbytes
 
 
 def decode_bytes(model: Any, pictures: int) -> int:

@@ -19,10 +19,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ssd_attach.internals import logits_processors, prepared_config
 from ssd_kernels.noise import exponential_, in_one_launch
 from ssd_kernels.sampling import sample_in_one_launch
-
-from ..internals import logits_processors, prepared_config
 
 # Fields of a generation config that say how tokens are chosen; the further ones where they are set.
 USUAL = ("temperature", "top_k", "top_p")

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..internals import STOCK, foreign_hooks
+from ssd_attach.internals import STOCK, foreign_hooks
+
 from .linear import Chain, Gated, Linear, PackedGated, PackedLinear
 
 # Up to so many image codes the inputs of the next step are kept in a table. With more it would cost more than it saves:

@@ -14,11 +14,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ssd_attach.online import OnlinePlan
 from ssd_kernels import CachePlan, HeadSpec, policies
 from ssd_kernels.policies import HeadProfile, predicted_cost
 
 from ..files import write_text
-from ..online import OnlinePlan
 from ..pipeline import Pipeline
 from ..progress import ProgressCallback
 from ..shape import ModelShape

@@ -45,15 +45,6 @@ Function& Kernels::find(const std::string& module, const std::string& part) {
   throw std::runtime_error("module " + module + " has no kernel " + part);
 }
 
-std::vector<int> Kernels::sites(const Function& function, const std::vector<std::string>& opcodes) const {
-  std::vector<int> found;
-  for (size_t pc = 0; pc < function.code.size(); ++pc)
-    if (std::any_of(opcodes.begin(), opcodes.end(),
-                    [&](const std::string& start) { return function.opcodes[pc].rfind(start, 0) == 0; }))
-      found.push_back(static_cast<int>(pc));
-  return found;
-}
-
 void Kernels::launch(const Function& function, const Launch& launch, std::vector<Buffer> buffers) {
   const Result result = run(function, launch, merged(std::move(buffers)), options);
   ++options.seed;

@@ -17,8 +17,6 @@ class Kernels {
   void load(const std::string& module, const std::string& text) { modules_[module] = parse(text); }
   // The one function of a module whose name contains `part`. Throws std::runtime_error.
   Function& find(const std::string& module, const std::string& part);
-  // Instructions of a function by the beginning of their opcodes.
-  std::vector<int> sites(const Function& function, const std::vector<std::string>& opcodes) const;
 
   // Throws std::runtime_error with what was wrong. Every launch has another seed.
   void launch(const Function& function, const Launch& launch, std::vector<Buffer> buffers);

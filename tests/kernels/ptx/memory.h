@@ -73,7 +73,8 @@ uint64_t Memory::update_global(Block& block, int thread, uint64_t at, int bytes,
   races_.count_write();
   Watched* buffer = check_global(at, bytes, true);
   if (!buffer) return 0;
-  watch_global(*buffer, block, {thread, true, false}, at, bytes, true, nullptr);
+  for (const bool writes : {false, true})
+    watch_global(*buffer, block, {thread, true, false}, at, bytes, writes, nullptr);
   if (releases) fence(block, thread);
   weak_.arrive(block, at, bytes);
   uint64_t old = 0;

@@ -63,16 +63,6 @@ void launch(const std::string& module, const std::string& kernel, std::array<int
   ptx::kernels().launch(function, {grid, block, shared, std::move(params), replicated}, std::move(buffers));
 }
 
-// (index, opcode, place) of instructions whose opcodes begin so.
-std::vector<std::tuple<int, std::string, std::string>> sites(const std::string& module, const std::string& kernel,
-                                                             const std::vector<std::string>& opcodes) {
-  const ptx::Function& function = ptx::kernels().find(module, kernel);
-  std::vector<std::tuple<int, std::string, std::string>> found;
-  for (const int pc : ptx::kernels().sites(function, opcodes))
-    found.emplace_back(pc, function.opcodes[pc], function.places[function.code[pc].place]);
-  return found;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_ptx, module) {
@@ -83,9 +73,4 @@ PYBIND11_MODULE(_ptx, module) {
   module.def("load", [](const std::string& name, const std::string& text) { ptx::kernels().load(name, text); });
   module.def("take", &take);
   module.def("launch", &launch);
-  module.def("sites", &sites);
-  // Whether an instruction is left out from now on.
-  module.def("leave_out", [](const std::string& name, const std::string& kernel, int pc, bool absent) {
-    ptx::kernels().find(name, kernel).code.at(pc).absent = absent;
-  });
 }

@@ -1,43 +1,50 @@
-"""Faults that the executor must notice: instructions left out, and changed sources of the CUDA kernels."""
+"""Faults that the executor must notice: kernels that ask for less order than theirs do, and otherwise changed ones."""
 
 from __future__ import annotations
 
+import importlib
+import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
+import ssd_kernels
 from ssd_kernels import CachePlan, HeadSpec
 
-from ..cases import BF16, F32, PART, Case
+from ..cases import BF16, F32, PART, Case, mixed
 from ..pair import Pair
 from ..split import LONG, long_pair
 from . import build, schedules, triton
 
-ORDERING = ["bar.sync", "membar", "fence", "cp.async.wait", "cp.async.commit"]  # how opcodes begin
 CASE = Case("ptx")
+TRITON = Path(ssd_kernels.__file__).parent / "triton"
+WITHOUT = Path(__file__).with_name("without.cuh")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel of a module, by part of its name, and what its runs are made with."""
+    """An instance of `decode_kernel`, by its arguments, in a module; and what its runs are made with."""
 
     module: str
-    name: str
+    arguments: str
     dtype: torch.dtype
     head_dim: int
     group: int
 
 
-KERNELS = {"bf16-D128-G1": Kernel("decode_bf16", "decode_kernelINS0_8BFloat16ELi128ELi1E", BF16, 128, 1),
-           "f32-D40-G5": Kernel("decode_f32", "decode_kernelIfLi0ELi4E", F32, 40, 5)}
+KERNELS = {"f32-D40-G1": Kernel("decode_f32", "float, 0, 1", F32, 40, 1),
+           "f32-D40-G5": Kernel("decode_f32", "float, 0, kGroupBlock", F32, 40, 5),
+           "bf16-D128-G1": Kernel("decode_bf16", "BFloat16, 128, 1", BF16, 128, 1)}
 
 
 def runs(kernel: Kernel) -> list[Callable[[], object]]:
-    """Short ones that together reach every instruction that orders something."""
+    """Short ones that together reach every instruction that orders something, and the others."""
     def pair(plan: CachePlan, steps: int, lengths: tuple[int, int]) -> object:
         both = Pair(plan, CASE, group=kernel.group, head_dim=kernel.head_dim, max_prompt=max(lengths), steps=steps,
                     dtype=kernel.dtype)
@@ -49,6 +56,28 @@ def runs(kernel: Kernel) -> list[Callable[[], object]]:
             lambda: long_pair(kernel.dtype, case=CASE, row_buffer=2, keep_prompt=False, heads=LONG[:2],
                               group=kernel.group, head_dim=kernel.head_dim, lengths=(PART + 3, 2)).run(2),
             lambda: pair(CachePlan([[HeadSpec.heavy(4, recent=1), HeadSpec.heavy(40)]]), 6, (2, 70))]
+
+
+def ties(kernel: Kernel) -> object:
+    """Windows that wrap, and heavy heads in which all tokens but one have a score of exactly 0."""
+    plan = CachePlan([[HeadSpec.window(5), HeadSpec.heavy(4)]])
+    pair = Pair(plan, CASE, group=kernel.group, head_dim=32, max_prompt=1, steps=9, scale=1.0, dtype=kernel.dtype)
+    loud = torch.zeros(2, 2, 1, 32)
+    loud[..., 0] = 100.0  # quiet keys' logits are 2e4 below, and their probability 0
+    pair.prefill((1, 1), k=loud)
+    queries = loud[:, :, 0].repeat_interleave(kernel.group, 1)
+    return [pair.step(q=queries, k=-loud[:, :, 0]) for _ in range(9)]
+
+
+def triton_runs() -> list[Callable[[], object]]:
+    """The same for Triton's kernels."""
+    def pair(row_buffer: int, keep_prompt: bool) -> object:
+        both = Pair(mixed(4, row_buffer, keep_prompt), Case("ptx_triton"), head_dim=64, max_prompt=40, steps=6,
+                    dtype=BF16)
+        both.prefill((40, 3))
+        return both.run(6)
+
+    return [lambda: pair(3, True), lambda: pair(0, False)]
 
 
 def noticed(attempts: Iterable[Callable[[], object]], names: Iterable[str] = schedules.SCHEDULES, seed: int = 1
@@ -65,55 +94,71 @@ def noticed(attempts: Iterable[Callable[[], object]], names: Iterable[str] = sch
     return None
 
 
-def source_line(place: str) -> str:
-    """What the CUDA source says at an instruction's place, "file:line<file:line": at the last, where all is inlined."""
-    file, _, line = place.rpartition("<")[2].rpartition(":")
-    text = (build.SOURCES / "cuda" / file).read_text().splitlines()[int(line) - 1]
-    return text.partition("//")[0].strip()
-
-
-def omissions(kernel: Kernel) -> Iterator[str]:
-    """Leaves out the kernel's ordering instructions in turn, and gives the source lines they come from."""
-    executor = build.module()
-    for index, _, place in executor.sites(kernel.module, kernel.name, ORDERING):
-        executor.leave_out(kernel.module, kernel.name, index, True)
-        try:
-            yield source_line(place)
-        finally:
-            executor.leave_out(kernel.module, kernel.name, index, False)
-
-
-def triton_omissions(attempt: Callable[[], object]) -> Iterator[str]:
-    """Leaves out in turn the barriers that decode.py asks for, in what a run compiles, and gives its source lines."""
-    from ssd_kernels.triton import decode
-
-    source = Path(decode.__file__).read_text().splitlines()
-    triton.compiled.cache_clear()
-    first, executor = len(triton.LOADED), build.module()
-    attempt()
-    for module in triton.LOADED[first:]:
-        for index, _, place in executor.sites(module, "", ["bar.sync"]):
-            file, _, number = place.partition("<")[0].rpartition(":")
-            line = source[int(number) - 1].strip() if file == "decode.py" else ""
-            if not line.startswith("tl.debug_barrier()"):
-                continue  # Triton's own
-            executor.leave_out(module, "", index, True)
-            try:
-                yield line
-            finally:
-                executor.leave_out(module, "", index, False)
-
-
-# Changed sources: (file, what it says, what it says instead).
+# Of a source file: its name, what it says, and what it says instead.
 Change = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Order:
+    """A place in the sources that asks for order: "file:line:column", its line, and how to do without."""
+
+    place: str
+    line: str
+    without: Change
+
+
+def _orders(files: Iterable[Path], words: str, without: Callable[[re.Match[str]], str]) -> list[Order]:
+    found = []
+    for file in sorted(files):
+        text = file.read_text()
+        for match in re.finditer(words, text):
+            before, start, end = text[:match.start()], match.start(), match.end()
+            line = before.count("\n")
+            found.append(Order(f"{file.name}:{line + 1}:{start - before.rfind(chr(10))}",
+                               text.splitlines()[line].strip(),
+                               (file.name, text, text[:start] + without(match) + text[end:])))
+    return found
+
+
+def twins() -> list[str]:
+    """The functions of without.cuh."""
+    return re.findall(r"^SSD_DEVICE \w+ (\w+)\(", WITHOUT.read_text(), re.MULTILINE)
+
+
+def cuda_orders() -> list[Order]:
+    """Every call of what port.cuh has for order, in the kernels of csrc/cuda; without: of its twin."""
+    files = [path for path in (build.SOURCES / "cuda").glob("*.cu*") if path.name != "port.cuh"]
+    return _orders(files, rf"\bport::(?:{'|'.join(twins())})\b",
+                   lambda match: match[0].replace("port::", "port::without::"))
+
+
+def asking_functions() -> list[str]:
+    """The functions of port.cuh that ask the hardware for order."""
+    asks = re.compile(r"__sync|\bbar|fence|atomic|relaxed|acquire|release|\.volatile|commit|wait")
+    text = re.sub("//.*", "", (build.SOURCES / "cuda" / "port.cuh").read_text())
+    functions = re.findall(r"^SSD_DEVICE [^(\n]*\b(\w+)(\((?:.*\}|.*[^}\n]\n(?:.*\n)*?\})$)", text, re.MULTILINE)
+    return sorted({name for name, rest in functions if asks.search(rest)})
+
+
+def triton_orders() -> list[Order]:
+    """Every barrier, volatile load and atomic of ssd_kernels/triton; without: none, a plain one, a relaxed one."""
+    def without(match: re.Match[str]) -> str:
+        if match[0] == "tl.debug_barrier()":
+            return "pass"
+        if match[0] == ", volatile=True":
+            return ""
+        if match["exchanged"]:
+            return f"tl.store({match['exchanged']})"
+        return 'sem="relaxed"'
+
+    return _orders(TRITON.glob("*.py"), r'tl\.debug_barrier\(\)|, volatile=True|sem="(?:acq_rel|acquire|release)"|'
+                   r'tl\.atomic_xchg\((?P<exchanged>[^()]*), sem="relaxed"\)', without)
+
+
 CHANGES: dict[str, tuple[Change, ...]] = {
-    "no fence": (("port.cuh", "{ __threadfence(); }", "{}"),),
     "a fence of the block only": (("port.cuh", "__threadfence();", "__threadfence_block();"),),
-    "the cursor by a plain load": (("decode.cuh", "port::load_relaxed(&cursors->step)", "cursors->step"),),
     "waits for a stage too few": (("attend.cuh", "port::wait_copies<kStages - 2>();\n      fetch(tile +",
                                    "port::wait_copies<kStages - 1>();\n      fetch(tile +"),),
-    "parts are counted before they are stored": (
-        ("decode.cuh", "last_part() const {\n    port::sync_block();", "last_part() const {"),),
     "a shuffle of some lanes": (("attend.cuh", "const float logit = reduce(dot[g]);",
                                  "const float logit = j < count ? reduce(dot[g]) : 0.0f;"),),
     "a barrier of some threads": (("evict.cuh", "if (lane == 0) *moves = leaving;",
@@ -135,8 +180,12 @@ CHANGES: dict[str, tuple[Change, ...]] = {
 }
 
 
-def changed_sources(changes: Iterable[Change], folder: Path) -> Path:
-    """A copy of csrc with changes. Raises ValueError if the sources no longer say what would be changed."""
+def changed_sources(kernel: Kernel, changes: Iterable[Change], folder: Path) -> Path:
+    """A copy of csrc with changes, of whose decode kernels there is only one: quick to compile.
+
+    Raises:
+        ValueError: the sources no longer say what would be changed.
+    """
     sources = folder / "csrc"
     shutil.copytree(build.SOURCES, sources)
     for file, right, wrong in changes:
@@ -145,29 +194,49 @@ def changed_sources(changes: Iterable[Change], folder: Path) -> Path:
         if text.count(right) != 1:
             raise ValueError(f"{file} says {right!r} {text.count(right)} times")
         path.write_text(text.replace(right, wrong))
-    # One kernel is enough, and quick to compile.
-    (sources / "cuda" / "decode_f32.cu").write_text(
-        '#include "cuda/decode.cuh"\n'
-        "template int ssd::cuda::start_decode<float, 0>(const DecodeParams&, const Launch&, void*);\n")
+    port = sources / "cuda" / "port.cuh"
+    port.write_text(port.read_text() + WITHOUT.read_text())
+    (sources / "cuda" / f"{kernel.module}.cu").write_text(f"""\
+#include "cuda/decode.cuh"
+namespace ssd::cuda {{
+int start(const DecodeParams& params, const Launch& launch, void* stream) {{
+  return port::launch<decode_kernel<{kernel.arguments}>, DecodeParams>(launch.blocks, launch.threads,
+                                                                       launch.shared_bytes, stream, params);
+}}
+}}  // namespace ssd::cuda
+""")
     return sources
 
 
-def ties() -> object:
-    """Windows that wrap, and heavy heads in which all tokens but one have a score of exactly 0."""
-    plan = CachePlan([[HeadSpec.window(5), HeadSpec.heavy(4)]])
-    pair = Pair(plan, CASE, head_dim=32, max_prompt=1, steps=9, scale=1.0)
-    loud = torch.zeros(2, 2, 1, 32)
-    loud[..., 0] = 100.0  # quiet keys' logits are 2e4 below, and their probability 0
-    pair.prefill((1, 1), k=loud)
-    return [pair.step(q=loud[:, :, 0], k=-loud[:, :, 0]) for _ in range(9)]
-
-
 @contextmanager
-def changed(changes: Iterable[Change], folder: Path) -> Iterator[None]:
-    """Runs the float32 kernel of changed sources, for head_dims other than 64 and 128."""
+def changed(kernel: Kernel, changes: Iterable[Change], folder: Path) -> Iterator[None]:
+    """Runs the CUDA kernels of changed sources: prefill if that is what changes, or one for decoding."""
+    changes = list(changes)
+    module = "prefill" if any(file == "prefill.cu" for file, *_ in changes) else kernel.module
     executor = build.module()
-    executor.load("decode_f32", build.compile_cuda("decode_f32", changed_sources(changes, folder)))
+    executor.load(module, build.compile_cuda(module, changed_sources(kernel, changes, folder)))
     try:
         yield
     finally:
-        executor.load("decode_f32", build.cuda_ptx("decode_f32"))
+        executor.load(module, build.cuda_ptx(module))
+
+
+@contextmanager
+def changed_triton(change: Change | None, folder: Path) -> Iterator[None]:
+    """Runs Triton's kernels from changed sources."""
+    package = folder / f"planted_{folder.name}".replace("-", "_")
+    shutil.copytree(TRITON, package)
+    for path in package.glob("*.py"):
+        text = path.read_text()
+        if change and path.name == change[0]:
+            text = text.replace(*change[1:])
+        path.write_text(text.replace("from ..", "from ssd_kernels."))
+    sys.path.insert(0, str(folder))
+    try:
+        decode, prefill = (importlib.import_module(f"{package.name}.{name}") for name in ("decode", "prefill"))
+        triton.PTXTritonBackend.planted = SimpleNamespace(decode_kernel=decode.decode_kernel,
+                                                          prefill_kernel=prefill.prefill_kernel)
+        yield
+    finally:
+        triton.PTXTritonBackend.planted = None
+        sys.path.remove(str(folder))

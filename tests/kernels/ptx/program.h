@@ -62,9 +62,8 @@ struct Instruction {
   int second = kNoRow;  // second destination, a predicate
   int count = 0;        // operands
   std::array<Operand, 5> operands;
-  bool absent = false;  // left out, for tests
-  int line = 0;         // of the PTX text
-  int place = 0;        // index into Function::places
+  int line = 0;   // of the PTX text
+  int place = 0;  // index into Function::places
 };
 
 enum class Special : uint8_t {

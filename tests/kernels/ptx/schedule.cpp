@@ -197,10 +197,6 @@ class Grid {
   void go(Block& block, Warp& warp, uint32_t mask, uint32_t pc, uint32_t limit, int budget) {
     for (; budget > 0 && pc < limit; --budget) {
       const Instruction& in = f_.code[pc];
-      if (in.absent) {
-        ++pc;
-        continue;
-      }
       context_.pc = static_cast<int>(pc);
       const uint32_t active = guarded(block, warp, in, mask);
       count(active);

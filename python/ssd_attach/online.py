@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ssd_kernels import CachePlan, CompressedCache
-from ssd_kernels.policies import Shape, heavy
+from ssd_kernels.policies import Shape, heavy, raster_of
 from ssd_kernels.policies.solve import check_share
 
 if TYPE_CHECKING:
@@ -38,11 +38,12 @@ class OnlinePlan(CachePlan):
         base = heavy(shape, budget, row_buffer)
         super().__init__(base.layers, base.row_buffer)
         size = base.layers[0][0].size or 0
-        rows = min(size // shape.columns, 4)
+        columns = raster_of(shape).stride
+        rows = min(size // columns, 4)
         if rows < 2:
-            raise ValueError(f"budget must leave at least {2 * shape.columns} slots per head for online typing, got "
+            raise ValueError(f"budget must leave at least {2 * columns} slots per head for online typing, got "
                              f"{size} with budget={budget} and row_buffer={base.row_buffer}")
-        object.__setattr__(self, "columns", shape.columns)
+        object.__setattr__(self, "columns", columns)
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "loss", loss)
 

@@ -4,13 +4,13 @@
 and why there is no way around it:
 
 - `CACHE_NAME`: the argument and the output that hold the cache have different names in different releases.
-- `routed_attention`: ``config._attn_implementation``, where attention modules look up the name of the function that
-  computes them; `AttentionInterface` and `AttentionMaskInterface` have no lookup of a function by name that is public.
-- `sdpa_attention_forward`: the prompt is computed by what transformers computes it with, bit for bit.
+- `route`: ``config._attn_implementation``, where attention modules look up the name of the function that computes them;
+  `AttentionInterface` and `AttentionMaskInterface` have no lookup of a function by name that is public.
 - `prepared_config`, `logits_processors`: what a ``generate`` call samples with, in transformers' own order. They are
   methods of its models: ``_prepare_generation_config``, ``_prepare_special_tokens`` and ``_get_logits_processor``.
 - `GenerationMode`: names the method that a configuration asks for.
 - `STOCK`: the modules whose forward the engine does itself, which it must recognise.
+- `remove_hooks`: torch's hooks by what they are; a copy of a module has them, but no handles to remove them by.
 - `foreign_hooks`: hooks of a module that change what it computes. Some of transformers' own (`IDLE_HOOKS`) stay on a
   model whose hidden states were asked for once, and do nothing outside such calls.
 - `checkpoints_layers`: layers drop the KV cache while they checkpoint gradients.
@@ -28,6 +28,7 @@ import functools
 import inspect
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -45,14 +46,14 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMode
 from transformers.initialization import no_init_weights
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.janus import modeling_janus
 from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 __all__ = ["ACT2FN", "CACHE_NAME", "GenerationMode", "KEPT_WHEN_LOADED", "KeyHandle", "MODEL_ARGUMENTS", "STOCK",
-           "checkpoints_layers", "compiled", "end_routing", "foreign_hooks", "logits_processors", "modeling_janus",
-           "no_init_weights", "prepared_config", "routed_attention", "sdpa_attention_forward", "without_weights"]
+           "checkpoints_layers", "compiled", "foreign_hooks", "is_routed", "logits_processors", "modeling_janus",
+           "no_init_weights", "prepared_config", "register_routed", "remove_hooks", "route", "unroute",
+           "without_weights"]
 
 # `inspect.signature` sees through decorators that still take a former name.
 CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
@@ -62,9 +63,10 @@ STOCK = (LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, LlamaRMSNorm, 
          nn.Linear, nn.Embedding, nn.ModuleList)
 IDLE_HOOKS = "transformers.utils.output_capturing"
 UNKNOWING = ("attention was left to a function that knows no compressed caches: the model's attention implementation "
-             "must not be changed while a picture is drawn, and a compressed cache works inside generate only")
+             "must not be changed while a picture is drawn, and a compressed cache works on the model that made it, "
+             "while it is attached or enabled")
 KEPT_WHEN_LOADED: dict[str, Any] = {"_from_model_config": False}
-ROUTED = "ssd_janus|"  # before the name of the attention that plain tensors are left to
+ROUTED = "ssd_attach|"  # before the name of the attention that plain tensors are left to
 
 
 def prepared_config(model: Any, config: GenerationConfig | None, **options: Any) -> tuple[GenerationConfig, dict]:
@@ -88,6 +90,15 @@ def foreign_hooks(module: nn.Module) -> bool:
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return "forward" in vars(module) or any(
         not getattr(hook, "__module__", "").startswith((IDLE_HOOKS, f"{__package__}.")) for hook in hooks)
+
+
+def remove_hooks(module: nn.Module, owner: object) -> None:
+    """Take an object and its methods off the forward hooks of a module, before and after."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", hook) is owner]:
+            for each in (hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs,
+                         module._forward_hooks_always_called):
+                each.pop(number, None)
 
 
 def checkpoints_layers(module: nn.Module) -> bool:
@@ -123,9 +134,13 @@ class KeyHandle:
     while a picture is drawn; what they look at first says so.
     """
 
-    def attend(self, module: nn.Module, query: torch.Tensor, mask: torch.Tensor | None, scaling: float | None,
-               dropout: float, **kwargs: Any) -> torch.Tensor:
-        """Attention of ``query`` [B, Hq, T, D] over the cache: [B, T, Hq, D]."""
+    def attend(self, module: nn.Module, query: torch.Tensor, mask: Any, plain: Callable[..., Any],
+               **kwargs: Any) -> torch.Tensor:
+        """Attention of ``query`` [B, Hq, T, D] over the cache: [B, T, Hq, D].
+
+        ``plain`` is the attention function for plain tensors, to be called as transformers calls it, with ``module``,
+        ``mask``, which was made for it, and ``kwargs``.
+        """
         raise NotImplementedError
 
     @property
@@ -137,72 +152,87 @@ class KeyHandle:
         raise ValueError(UNKNOWING)
 
 
-_lock = threading.Lock()
-_routed: dict[int, tuple[Any, set[object]]] = {}  # configurations by id, and who wants them routed
+_lock = threading.RLock()
+_routed: dict[int, tuple[weakref.ref[Any], weakref.WeakSet[Any]]] = {}  # by id: the configuration, and who wants it so
 
 
-@contextmanager
-def routed_attention(module: nn.Module) -> Iterator[None]:
-    """While this lasts, attention that is given a `KeyHandle` asks it to attend.
+def route(module: nn.Module, caller: object) -> str:
+    """From now on attention of ``module`` that is given a `KeyHandle` asks it to attend, until `unroute`.
 
-    The keys decide, so that any number of calls may begin and end in any order. All other attention is what it would be
+    The keys decide, so that any number of callers may come and go in any order. All other attention is what it would be
     without: plain tensors are left to the function, and masks to the mask function, of the name that the module's
-    configuration had before.
+    configuration had before. Callers are held weakly. Calling again changes nothing, unless the name was changed
+    meanwhile: then it is routed, too.
+
+    Returns:
+        the name by which the function is selected, for `register_routed`.
     """
-    config, caller = module.config, object()
-    try:
-        with _lock:
-            _routed.setdefault(id(config), (config, set()))[1].add(caller)
-            if not _is_routed(config):
-                config._attn_implementation = _register(config._attn_implementation)
-        yield
-    finally:
-        with _lock:
-            _, callers = _routed.get(id(config), (config, set()))
-            callers.discard(caller)
-            if not callers:
-                _routed.pop(id(config), None)
-                _unroute(config)
-
-
-def end_routing(module: nn.Module) -> None:
-    """Put a module right that was copied while `routed_attention` lasted."""
+    config = module.config
     with _lock:
-        if id(module.config) not in _routed:
-            _unroute(module.config)
+        _callers(config).add(caller)
+        if not is_routed(config):
+            # A dict leaves the names of configurations inside this one alone.
+            config._attn_implementation = {"": register_routed(f"{ROUTED}{config._attn_implementation or ''}")}
+        return config._attn_implementation
 
 
-def _is_routed(config: Any) -> bool:
+def unroute(module: nn.Module, caller: object) -> None:
+    """Undo `route`: the last caller's name is put back. Also for a copy of a module that was routed."""
+    config = module.config
+    with _lock:
+        callers = _callers(config)
+        callers.discard(caller)
+        if not callers:
+            _routed.pop(id(config), None)
+            if is_routed(config):
+                config._attn_implementation = {"": config._attn_implementation[len(ROUTED):] or None}
+
+
+def is_routed(config: Any) -> bool:
+    """Whether attention modules of a configuration ask a `KeyHandle`."""
     return (config._attn_implementation or "").startswith(ROUTED)
 
 
-def _unroute(config: Any) -> None:
-    if _is_routed(config):
-        config._attn_implementation = config._attn_implementation[len(ROUTED):] or None
-
-
-def _register(name: str | None) -> str:
-    """Make the functions known that stand before those of ``name``; returns the name to select them by."""
-    routed = f"{ROUTED}{name or ''}"
+def register_routed(routed: str) -> str:
+    """Make known the functions of a name that `route` gave; nothing if they are. Returns the name."""
     if routed not in AttentionInterface():
+        name = routed[len(ROUTED):] or None
         AttentionInterface.register(routed, functools.partial(_attention, name))
         # Without a mask function of the same name transformers would silently drop the padding mask.
         AttentionMaskInterface.register(routed, functools.partial(_mask, name))
     return routed
 
 
+def _callers(config: Any) -> weakref.WeakSet[Any]:
+    known, callers = _routed.get(id(config), (None, None))
+    if known is None or callers is None or known() is not config:
+        callers = weakref.WeakSet()
+        _routed[id(config)] = weakref.ref(config, functools.partial(_forget, id(config))), callers
+    return callers
+
+
+def _forget(number: int, reference: weakref.ref[Any]) -> None:
+    """A configuration is gone, and another one may have its number by now."""
+    known = _routed.get(number)
+    if known is not None and known[0] is reference:
+        _routed.pop(number, None)
+
+
 def _attention(name: str | None, module: nn.Module, query: torch.Tensor, key: Any, value: Any,
-               attention_mask: torch.Tensor | None, *, scaling: float | None = None, dropout: float = 0.0,
-               **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+               attention_mask: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     if isinstance(key, KeyHandle):
-        return key.attend(module, query, attention_mask, scaling, dropout, **kwargs), None
+        return key.attend(module, query, attention_mask, functools.partial(_plain, name), **kwargs), None
+    return _plain(name, module, query, key, value, attention_mask, **kwargs)
+
+
+def _plain(name: str | None, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     function = _eager(type(module)) if name in (None, "eager") else AttentionInterface()[name]
     if name not in (None, "eager", "sdpa"):
         # Others may look up by which name they were selected.
         module = copy.copy(module)
         module.config = copy.copy(module.config)
-        module.config._attn_implementation = name
-    return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        module.config._attn_implementation = {"": name}
+    return function(module, *args, **kwargs)
 
 
 def _mask(name: str | None, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,149 @@
+"""Attention of a head's queries over its kept slots, read once.
+
+Every part of a program, a warp or a row of lanes, attends to slots of its own and keeps a maximum, a sum and a vector
+of its own, so that a block of slots needs no exchange between warps. Parts are combined once, at the end.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .slots import origin_of, slot_of
+
+LEAST_FLOAT = tl.constexpr(-3.4028234663852886e38)
+PART_SLOTS = tl.constexpr(16)  # that a warp multiplies at once: the depth of a product of 16-bit matrices
+PART_DIM = tl.constexpr(128)  # of the head dimension at most: a warp's registers hold no wider sums
+
+
+@triton.jit
+def product(x, y):
+    """``x * y``, rounded by itself before it is summed over threads.
+
+    A compiler that fuses a thread's own product with its neighbour's rounds differently in both, which then hold
+    different copies of one sum.
+    """
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
+def raised(highest, logit):
+    """The new maximum, never -inf: logits of -inf then weigh 0 and not NaN, even where there are no others."""
+    return tl.maximum(tl.maximum(highest, logit), LEAST_FLOAT)
+
+
+@triton.jit
+def attend_matrices(q, keys, values, prompt_keys, prompt_values, apart, logits, total, cut, skip, unscored,
+                    scored_total, scale, scored_slots, D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr,
+                    GROUP_PAD: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, SCORED: tl.constexpr,
+                    SHARED: tl.constexpr):
+    """Attention of the queries [GROUP_PAD, D_PAD] of a group over ``total`` slots by products of 16-bit matrices.
+
+    A batch of products is a warp's. Where D exceeds 128, neighbouring warps share their slots and halve the dimension.
+    ``prompt_keys``, ``prompt_values``, ``apart``: of `origin_of`. ``cut``, ``skip``: of `slot_of`. Logits are stored of
+    the tokens from ``unscored`` up to ``scored_total``, which are all that have scores or none.
+
+    Returns:
+        maximum and sum [PARTS, GROUP_PAD] and output [PARTS, GROUP_PAD, D_PAD] of every part.
+    """
+    HALVES: tl.constexpr = (D_PAD + PART_DIM - 1) // PART_DIM
+    DIM: tl.constexpr = D_PAD // HALVES
+    PARTS: tl.constexpr = WARPS // HALVES
+    member, warp = tl.arange(0, GROUP_PAD), tl.arange(0, WARPS)
+    dim = (warp % HALVES * DIM)[:, None, None] + tl.arange(0, DIM)[None, None, :]  # [WARPS, 1, DIM]
+    own = (warp // HALVES * PART_SLOTS)[:, None] + tl.arange(0, PART_SLOTS)[None, :]  # [WARPS, PART_SLOTS]
+    stores = (warp % HALVES == 0)[:, None]
+    q = tl.permute(tl.reshape(q, [GROUP_PAD, HALVES, DIM]), (1, 0, 2))
+    q = tl.reshape(tl.broadcast_to(q[None], [PARTS, HALVES, GROUP_PAD, DIM]), [WARPS, GROUP_PAD, DIM])
+    highest = tl.full([WARPS, GROUP_PAD], LEAST_FLOAT, tl.float32)
+    norm = tl.zeros([WARPS, GROUP_PAD], tl.float32)
+    acc = tl.zeros([WARPS, GROUP_PAD, DIM], tl.float32)
+    for start in tl.range(0, total, PARTS * PART_SLOTS, num_stages=STAGES):
+        index = start + own
+        live = index < total
+        slot = slot_of(index, cut, skip)
+        where = slot[:, :, None] * D + dim  # [WARPS, PART_SLOTS, DIM]
+        mask = live[:, :, None] & (dim < D)
+        if SHARED:
+            k_from = origin_of(slot, keys, prompt_keys, apart)[:, :, None]
+            v_from = origin_of(slot, values, prompt_values, apart)[:, :, None]
+        else:
+            k_from, v_from = keys, values
+        k = tl.load(k_from + where, mask=mask, other=0.0)
+        v = tl.load(v_from + where, mask=mask, other=0.0)
+        logit = tl.dot(q, tl.permute(k, (0, 2, 1)))  # [WARPS, GROUP_PAD, PART_SLOTS]
+        if HALVES > 1:
+            both = tl.sum(tl.reshape(logit, [PARTS, HALVES, GROUP_PAD, PART_SLOTS]), 1)
+            logit = tl.broadcast_to(both[:, None], [PARTS, HALVES, GROUP_PAD, PART_SLOTS])
+            logit = tl.reshape(logit, [WARPS, GROUP_PAD, PART_SLOTS])
+        logit *= scale
+        if SCORED:
+            scored = (index >= unscored) & (index < scored_total) if SHARED else index < scored_total
+            tl.store(logits + member[None, :, None] * scored_slots + slot[:, None, :], logit,
+                     mask=(member < GROUP)[None, :, None] & (scored & stores)[:, None, :])
+        logit = tl.where(live[:, None, :], logit, -float("inf"))
+        new_highest = raised(highest, tl.max(logit, 2))
+        weight = tl.exp2(logit - new_highest[:, :, None])
+        fade = tl.exp2(highest - new_highest)
+        norm = norm * fade + tl.sum(weight, 2)
+        # One rounding to 16 bits would be an error of the weights as large as that of the whole result may be.
+        high = weight.to(v.dtype)
+        low = (weight - high.to(tl.float32)).to(v.dtype)
+        acc = tl.dot(low, v, tl.dot(high, v, acc * fade[:, :, None]))
+        highest = new_highest
+    if HALVES > 1:
+        highest = tl.max(tl.reshape(highest, [PARTS, HALVES, GROUP_PAD]), 1)
+        norm = tl.max(tl.reshape(norm, [PARTS, HALVES, GROUP_PAD]), 1)
+        acc = tl.permute(tl.reshape(acc, [PARTS, HALVES, GROUP_PAD, DIM]), (0, 2, 1, 3))
+        acc = tl.reshape(acc, [PARTS, GROUP_PAD, D_PAD])
+    return highest, norm, acc
+
+
+@triton.jit
+def attend_lanes(q, keys, values, prompt_keys, prompt_values, apart, logits, total, cut, skip, unscored, scored_total,
+                 scale, scored_slots, D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr,
+                 GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SCORED: tl.constexpr,
+                 SHARED: tl.constexpr):
+    """`attend_matrices` by multiply-adds, for float32; a part is every ``BLOCK``-th slot."""
+    member, part = tl.arange(0, GROUP_PAD), tl.arange(0, BLOCK)
+    dim = tl.arange(0, D_PAD)[None, None, :]
+    q = q[None].to(tl.float32)  # [1, GROUP_PAD, D_PAD]
+    highest = tl.full([BLOCK, GROUP_PAD], LEAST_FLOAT, tl.float32)
+    norm = tl.zeros([BLOCK, GROUP_PAD], tl.float32)
+    acc = tl.zeros([BLOCK, GROUP_PAD, D_PAD], tl.float32)
+    for start in tl.range(0, total, BLOCK, num_stages=STAGES):
+        index = start + part
+        live = index < total
+        slot = slot_of(index, cut, skip)
+        where = slot[:, None, None] * D + dim  # [BLOCK, 1, D_PAD]
+        mask = live[:, None, None] & (dim < D)
+        if SHARED:
+            k_from = origin_of(slot, keys, prompt_keys, apart)[:, None, None]
+            v_from = origin_of(slot, values, prompt_values, apart)[:, None, None]
+        else:
+            k_from, v_from = keys, values
+        k = tl.load(k_from + where, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_from + where, mask=mask, other=0.0).to(tl.float32)
+        logit = tl.sum(k * q, 2) * scale  # [BLOCK, GROUP_PAD]
+        if SCORED:
+            scored = (index >= unscored) & (index < scored_total) if SHARED else index < scored_total
+            tl.store(logits + member[None, :] * scored_slots + slot[:, None], logit,
+                     mask=(member < GROUP)[None, :] & scored[:, None])
+        logit = tl.where(live[:, None], logit, -float("inf"))
+        new_highest = raised(highest, logit)
+        weight = tl.exp2(logit - new_highest)
+        fade = tl.exp2(highest - new_highest)
+        norm = norm * fade + weight
+        acc = acc * fade[:, :, None] + weight[:, :, None] * v
+        highest = new_highest
+    return highest, norm, acc
+
+
+@triton.jit
+def combined(highest, norm, acc, new_logit, new_value):
+    """All parts and the new token: maximum and sum [GROUP_PAD], output [GROUP_PAD, D_PAD], not divided by the sum."""
+    top = raised(new_logit, tl.max(highest, 0))
+    share = tl.exp2(highest - top[None, :])
+    own = tl.exp2(new_logit - top)
+    norm = tl.sum(product(norm, share), 0) + own
+    return top, norm, tl.sum(product(acc, share[:, :, None]), 0) + product(own[:, None], new_value[None, :])
