@@ -14,7 +14,6 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from ssd_kernels import backends, filters, sampling
 
-from .cases import INTERPRETED
 from .ptx import schedules
 from .ptx.triton import Launcher
 
@@ -168,7 +167,6 @@ def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="a process that interprets has no GPU")
 @pytest.mark.parametrize("numbers", FILTERS, ids=str)
 def test_a_gpu_draws_the_same(numbers: tuple[float, int, float]) -> None:
     torch.manual_seed(0)
