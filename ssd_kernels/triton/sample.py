@@ -61,20 +61,21 @@ def sample_kernel(tokens, row_logits, scale, seeds, seed_stride, steps, step_str
         kept = kept & (key >= lowest)
     weight = tl.where(kept, exp(logit - tl.max(logit, 0)), 0.0)
     if TOP_P:
-        mass = (weight * UNIT + 0.5).to(tl.int32).to(tl.int64)
-        total = tl.sum(mass, 0)
+        mass = (weight * UNIT + 0.5).to(tl.int32)
+        total = tl.sum(mass.to(tl.int64), 0)
         wide = tl.full((), 0, tl.int64) + share
         limit = ((total >> 22) * wide + (((total & 0x3FFFFF) * wide) >> 22)) >> 8
         border = tl.full((), 0, tl.uint32)  # the largest key below which there is no more than the limit
         for index in range(32):
             candidate = border | (tl.full((), 1, tl.uint32) << (31 - index).to(tl.uint32))
-            below = tl.sum(tl.where(key < candidate, mass, 0), 0)
+            below = tl.sum(tl.where(key < candidate, mass, 0).to(tl.int64), 0)
             border = tl.where(below <= limit, candidate, border)
-        below = tl.sum(tl.where(key < border, mass, 0), 0)
+        below = tl.sum(tl.where(key < border, mass, 0).to(tl.int64), 0)
         equal = (key == border) & kept
-        # Of equal ones each takes as much; the first go.
-        upto = below + tl.max(tl.where(equal, mass, 0), 0) * tl.cumsum(equal.to(tl.int64), 0)
-        kept = kept & ((key > border) | (equal & (upto > limit)))
+        # Equal ones have equal masses; the first of them go, as many as the limit has room for.
+        each = tl.max(tl.where(equal, mass, 0), 0).to(tl.int64)
+        leaving = ((limit - below) // tl.maximum(each, 1)).to(tl.int32)
+        kept = kept & ((key > border) | (equal & (tl.cumsum(equal.to(tl.int32), 0) > leaving)))
     noise = exponential(tl.load(seeds + picture * seed_stride), tl.load(steps + picture * step_stride),
                         tl.arange(0, BLOCK // 4), BLOCK // 4)
     race = tl.where(kept, tl.div_rn(weight, noise), -1.0)
