@@ -26,6 +26,7 @@ RECORD = Path(__file__).with_name("ptx_counts.json")
 COMMAND = "python -m tests.kernels.test_ptx_counts"
 HEADS, PROMPT, TOKENS = 4, 24, 576
 BUDGETED = HeadSpec.heavy(96, recent=48, score="mean")
+LARGE = HeadSpec.heavy(376, recent=188, score="mean")
 GLOBAL = ("ld.global", "st.global", "cp.async", "atom.global")  # how opcodes begin
 SHARED = ("ld.shared", "st.shared", "cp.async", "ldmatrix", "stmatrix")
 FIELDS = {
@@ -37,6 +38,8 @@ FIELDS = {
     "wavefronts": "passes over the banks of shared memory",
     "wavefronts_over_best": "passes, by what they would be without conflicts",
     "barriers_per_block": "barriers of a block",
+    "instructions_before_copy": "instructions that a warp executes before its first copy of 16 bytes",
+    "waits_before_copy": "loads from global memory that it waits for before that, one after the other",
 }
 
 
@@ -56,6 +59,8 @@ class Step:
 STEPS = (
     Step("heavy, between refreshes", BUDGETED, 24, 130),
     Step("heavy, refresh", BUDGETED, 24, 143),
+    Step("heavy of 400, between refreshes", LARGE, 24, 540),
+    Step("heavy of 400, refresh", LARGE, 24, 551),
     Step("heavy, one loser", HeadSpec.heavy(115, recent=57), 0, 130),
     Step("window", HeadSpec.window(115), 0, 130),
     Step("full, 524 slots", HeadSpec.full(), 0, 500),
@@ -113,6 +118,8 @@ def measured(backend: str, step: Step) -> dict[str, float]:
         "wavefronts": wavefronts,
         "wavefronts_over_best": wavefronts / total(7, *SHARED),
         "barriers_per_block": counted["barriers"] / counted["blocks"],
+        "instructions_before_copy": counted["instructions_before_copy"] / counted["copying_warps"],
+        "waits_before_copy": counted["waits_before_copy"] / counted["copying_warps"],
     }
     return {name: round(number, 3) for name, number in numbers.items()}
 
