@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +43,7 @@ FIELDS = {
     "local_accesses": "loads and stores of local memory (LDL, STL)",
     "async_copies": "asynchronous copies (LDGSTS)",
     "async_copies_16": "asynchronous copies of 16 bytes (LDGSTS.128)",
+    "before_copy": "instructions in the listing before the first of those",
     **{f"blocks_{device}": f"blocks per multiprocessor of a device of {device / 10}"
        for devices in DEVICES.values() for device in devices},
 }
@@ -160,15 +160,15 @@ def kernels_of(source: Path) -> list[Kernel]:
 
 
 @cache
-def instructions(source: Path) -> dict[tuple[str, int], Counter[str]]:
-    """How often each instruction of interest occurs, such as LDGSTS.E.BYPASS.128, by (symbol, architecture)."""
-    def count(architecture: int) -> dict[tuple[str, int], Counter[str]]:
+def instructions(source: Path) -> dict[tuple[str, int], list[str]]:
+    """The opcodes of a kernel's listing, such as LDGSTS.E.BYPASS.128, by (symbol, architecture)."""
+    def listed(architecture: int) -> dict[tuple[str, int], list[str]]:
         parts = re.split(r"Function : (\S+)", cuobjdump("-sass", "-arch", f"sm_{architecture}", object_of(source)))
-        return {(symbol, architecture): Counter(re.findall(r"\b(?:LDGSTS|LDL|STL|EXIT)\b[.\w]*", code))
+        return {(symbol, architecture): re.findall(r"/\*[0-9a-f]{4,5}\*/ +(?:@!?U?P\w+ +)?([A-Z][.\w]*)", code)
                 for symbol, code in zip(parts[1::2], parts[2::2], strict=True)}
 
     with ThreadPoolExecutor(len(ARCHITECTURES)) as pool:
-        return {key: value for counts in pool.map(count, ARCHITECTURES) for key, value in counts.items()}
+        return {key: value for listings in pool.map(listed, ARCHITECTURES) for key, value in listings.items()}
 
 
 def measured(source: Path) -> dict[str, dict[str, int]]:
@@ -176,13 +176,14 @@ def measured(source: Path) -> dict[str, dict[str, int]]:
     numbers = {}
     for kernel in kernels_of(source):
         code = instructions(source)[kernel.symbol, kernel.architecture]
-        assert code["EXIT"], f"no machine code of {kernel.key}"
-        local = [instruction for instruction in code.elements() if instruction.startswith(("LDL", "STL"))]
-        copies = [instruction for instruction in code.elements() if instruction.startswith("LDGSTS")]
+        assert "EXIT" in code, f"no machine code of {kernel.key}"
+        local = [opcode for opcode in code if opcode.startswith(("LDL", "STL"))]
+        copies = [index for index, opcode in enumerate(code) if opcode.startswith("LDGSTS")]
+        wide = [index for index in copies if ".128" in code[index]]
         numbers[kernel.key] = {
             "registers": kernel.registers, "shared": kernel.static_shared + kernel.dynamic_shared,
             "local": kernel.local, "local_accesses": len(local),
-            "async_copies": len(copies), "async_copies_16": sum(".128" in copy for copy in copies)}
+            "async_copies": len(copies), "async_copies_16": len(wide), "before_copy": min(wide, default=0)}
     return numbers
 
 
