@@ -64,20 +64,33 @@ struct RowView {
   int32_t first;      // evictable prompt tokens
   int32_t step;       // visual tokens appended before this step
   int32_t period;     // steps between evictions, max(R, 1)
+  int32_t since;      // steps since the last one
   int32_t evictable;  // evictable tokens held before this step
   int32_t ring;       // evictable slots
 };
 
-SSD_INLINE RowView row_view(const LayerShape& shape, const HeadRange& head, Cursor cursor) {
+// Evictable slots of a head.
+SSD_INLINE int32_t ring_slots(const LayerShape& shape, int32_t capacity) {
+  return capacity - (shape.keep_prompt ? shape.max_prompt : 0);
+}
+
+SSD_INLINE int32_t eviction_period(const LayerShape& shape) { return larger(shape.row_buffer, 1); }
+
+// `since`: of the cursor's step, the same for all heads.
+SSD_INLINE RowView row_view(const LayerShape& shape, int32_t keep, int32_t ring, Cursor cursor, int32_t since) {
   RowView view;
   view.base = shape.keep_prompt ? cursor.prompt_len : 0;
   view.first = cursor.prompt_len - view.base;
   view.step = cursor.step;
-  view.period = larger(shape.row_buffer, 1);
-  const int32_t block = view.step / view.period * view.period;
-  view.evictable = smaller(head.keep, view.first + block) + view.step - block;
-  view.ring = head.capacity - (shape.keep_prompt ? shape.max_prompt : 0);
+  view.period = eviction_period(shape);
+  view.since = since;
+  view.evictable = smaller(keep, view.first + view.step - since) + since;
+  view.ring = ring;
   return view;
+}
+
+SSD_INLINE RowView row_view(const LayerShape& shape, const HeadRange& head, Cursor cursor) {
+  return row_view(shape, head.keep, ring_slots(shape, head.capacity), cursor, cursor.step % eviction_period(shape));
 }
 
 // Slot of the token this step appends.
@@ -128,7 +141,7 @@ SSD_INLINE bool is_pinned(const PinMask& mask, int32_t position, int32_t prompt_
          (static_cast<uint32_t>(mask.words[token / 32]) >> (token % 32) & 1u);
 }
 
-SSD_INLINE bool refresh_due(const RowView& view) { return (view.step + 1) % view.period == 0; }
+SSD_INLINE bool refresh_due(const RowView& view) { return view.since + 1 == view.period; }
 
 SSD_INLINE bool cursor_valid(const LayerShape& shape, Cursor cursor) {
   return cursor.prompt_len >= 0 && cursor.prompt_len <= shape.max_prompt && cursor.step >= 0 &&

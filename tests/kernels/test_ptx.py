@@ -24,9 +24,9 @@ pytestmark = pytest.mark.skipif(NO_EXECUTOR is not None, reason=str(NO_EXECUTOR)
 needs_nvcc = pytest.mark.skipif(build.nvcc() is None, reason="needs nvcc")
 EXHAUSTIVE = pytest.mark.exhaustive
 # What can be left out, by kernel. Groups of copies that are committed last are empty, so that the waits within the
-# stream have seen all copies arrive. And heads of one query pass over their slots once.
-LAST_WAIT, NEXT_PASS = "port::wait_copies<0>();", "if (g0 > 0) port::sync_block();"
-REDUNDANT = {"bf16-D128-G1": [NEXT_PASS, LAST_WAIT], "f32-D40-G5": [LAST_WAIT]}
+# stream have seen all copies arrive.
+LAST_WAIT = "port::wait_copies<0>();"
+REDUNDANT = {"bf16-D128-G1": [LAST_WAIT], "f32-D40-G5": [LAST_WAIT]}
 
 
 def _case(name: str) -> Case:

@@ -81,12 +81,17 @@ def launched(backend: str, step: Step) -> dict[str, Any]:
     for tensor in (state.keys, state.values, state.scores):
         tensor.copy_(torch.randn(tensor.shape, generator=random))
     state.scores.abs_()
-    state.positions.copy_(torch.randint(0, PROMPT + step.step, state.positions.shape, generator=random))
+    for head in state.layout.heads:
+        if head.score_offset >= 0:  # no two tokens have a position
+            state.positions[:, head.score_offset:head.score_offset + head.capacity] = torch.randperm(
+                max(PROMPT + step.step, head.capacity), generator=random)[:head.capacity]
     state.cursors.copy_(torch.tensor([[PROMPT, step.step]]))
+    before = [tensor.clone() for tensor in state.tensors]
     q, k, v = (torch.randn(1, heads, step.head_dim, generator=random).to(step.dtype)
                for heads in (HEADS * step.group, HEADS, HEADS))
     cache.decode(0, q, k, v)  # compiles, and makes what split heads need
-    state.cursors.copy_(torch.tensor([[PROMPT, step.step]]))
+    for tensor, old in zip(state.tensors, before, strict=True):
+        tensor.copy_(old)
     module = build.module()
     module.take()
     with schedules.scheduled(replace(schedules.SCHEDULES["lockstep"], races=False, counts=True)):

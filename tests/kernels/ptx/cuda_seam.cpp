@@ -59,14 +59,15 @@ std::vector<ptx::Buffer> decode_buffers(const DecodeParams& params) {
                   {address(step.out), item * s.batch * step.query_heads * s.head_dim, "out", false},
                   {address(w.partials), floats * s.batch * w.parts * group * (s.head_dim + 2), "partials", false},
                   {address(w.logits), floats * s.batch * group * s.scored_slots, "logits", false},
-                  {address(w.arrivals), sizeof(int32_t) * s.batch * s.heads, "arrivals"}});
+                  {address(w.arrivals), sizeof(int32_t) * s.batch * s.heads, "arrivals"},
+                  {address(w.items), sizeof(LaunchItem) * w.parts, "launch items", true, false}});
   return buffers;
 }
 
 int start(const std::string& module, const std::string& kernel, const Launch& l, std::vector<uint8_t> params,
           std::vector<ptx::Buffer> buffers) {
   try {
-    const ptx::Launch launch{{l.blocks, 1, 1}, {l.threads, 1, 1}, l.shared_bytes, std::move(params), false};
+    const ptx::Launch launch{{l.columns, l.rows, 1}, {l.threads, 1, 1}, l.shared_bytes, std::move(params), false};
     ptx::kernels().launch(ptx::kernels().find(module, kernel), launch, std::move(buffers));
     return 0;
   } catch (const std::runtime_error& error) {
