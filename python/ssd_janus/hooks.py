@@ -117,10 +117,10 @@ def enabled(model: JanusForConditionalGeneration, *args: Any, **kwargs: Any) -> 
     try:
         yield choice
     finally:
-        if before is None:
-            disable(model)
-        else:
-            with _lock:
+        with _lock:
+            if before is None or not is_enabled(model):
+                disable(model)
+            else:
                 before.coupling.route(model.model.language_model)
                 setattr(model, _ENABLED, before)
 
@@ -265,4 +265,5 @@ def _settle_guidance(model: JanusForConditionalGeneration, kwargs: dict[str, Any
 def _check_model(model: object) -> None:
     if not isinstance(model, JanusForConditionalGeneration):
         raise TypeError("model must be a transformers JanusForConditionalGeneration or a MultiModalityCausalLM of "
-                        f"deepseek-ai/Janus, got {type(model).__name__}")
+                        f"deepseek-ai/Janus, got {type(model).__name__}; for other decoders of transformers there is "
+                        "ssd_janus.attach")
