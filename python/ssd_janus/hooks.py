@@ -264,6 +264,6 @@ def _settle_guidance(model: JanusForConditionalGeneration, kwargs: dict[str, Any
 
 def _check_model(model: object) -> None:
     if not isinstance(model, JanusForConditionalGeneration):
-        raise TypeError("model must be a transformers JanusForConditionalGeneration or a MultiModalityCausalLM of "
-                        f"deepseek-ai/Janus, got {type(model).__name__}; for other decoders of transformers there is "
-                        "ssd_janus.attach")
+        raise TypeError("model must be a MultiModalityCausalLM of deepseek-ai/Janus or a transformers "
+                        f"JanusForConditionalGeneration, got {type(model).__name__}; ssd_janus.attach takes other "
+                        "decoders of transformers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
 import subprocess
 from collections.abc import Callable
@@ -397,3 +398,19 @@ def test_heads_of_every_kind_fit(folder: Path) -> None:
     pipe = Pipeline.from_pretrained(folder)
     plan = tiny.plan_of(HeadSpec.full(), HeadSpec.window(3), HeadSpec.heavy(5), HeadSpec.heavy(4, 2))
     assert pipe.generate_tokens([PROMPT, "a heart"], plan=plan).shape == (2, tiny.TOKENS)
+
+
+def test_the_guide_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of it, one after the other."""
+    load = Pipeline.from_pretrained
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda source: load(folder))
+    text = (Path(__file__).parents[2] / "docs" / "official-janus.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 4
+    model = tiny_official.build()
+    names: dict[str, Any] = {"vl_gpt": model, "vl_chat_processor": official.load_processor(folder),
+                             "plan": tiny.plan_of(*[HeadSpec.window(4)] * 4),
+                             "prompts": [tiny_official.prompt_ids(PROMPT)] * 2}
+    for block in blocks:
+        exec(block, names)
+    assert names["codes"].shape == (2, tiny.TOKENS)

@@ -156,13 +156,9 @@ def triton_orders() -> list[Order]:
 
 
 CHANGES: dict[str, tuple[Change, ...]] = {
-    "no fence": (("port.cuh", "{ __threadfence(); }", "{}"),),
     "a fence of the block only": (("port.cuh", "__threadfence();", "__threadfence_block();"),),
-    "the cursor by a plain load": (("decode.cuh", "port::load_relaxed(&cursors->step)", "cursors->step"),),
     "waits for a stage too few": (("attend.cuh", "port::wait_copies<kStages - 2>();\n      fetch(tile +",
                                    "port::wait_copies<kStages - 1>();\n      fetch(tile +"),),
-    "parts are counted before they are stored": (
-        ("decode.cuh", "last_part() const {\n    port::sync_block();", "last_part() const {"),),
     "a shuffle of some lanes": (("attend.cuh", "const float logit = reduce(dot[g]);",
                                  "const float logit = j < count ? reduce(dot[g]) : 0.0f;"),),
     "a barrier of some threads": (("evict.cuh", "if (lane == 0) *moves = leaving;",
