@@ -228,8 +228,8 @@ draw what transformers draws without this package, and with a compressed cache t
 of the contract and of the operators, `torch.compile` included. Triton's kernels are executed from the PTX that the
 release makes of them ([how](cuda.md#tested-without-a-gpu)), and compiled for compute capabilities 8.0 and 9.0: nothing
 spills, and as many programs run at once as with the pinned release. An empty cell does not concern the row. Other
-Pythons come with the releases that constraints/cpu.txt names
-for them, such as NumPy 2.5 from Python 3.12 on. `make newest` tries the newest release of everything at once.
+Pythons come with the releases that constraints/cpu.txt names for them, such as NumPy 2.5 from Python 3.12 on. `make
+newest` tries the newest release of everything at once.
 """
 
 

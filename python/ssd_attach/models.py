@@ -34,27 +34,17 @@ class EndsWith:
         return ids is not None and bool((ids[:, -1] == self.token).all())
 
 
-def emu3(model: Any, rows: int = 90, columns: int = 90) -> PictureForm:
+def emu3(rows: int = 90, columns: int = 90, *, begin: int = 151851) -> PictureForm:
     """Emu3 of transformers: rows that end with an end-of-line token; then end of frame, of image and of sequence.
 
     The prompt ends with ``<|image token|>``, after the size as text. Guidance is a second forward with a cache of its
     own, for a prompt that ends in the same way.
 
     Args:
-        model: ``Emu3ForConditionalGeneration``.
         rows, columns: of the picture, as the prompt's size has them: pixels / 8.
-
-    Raises:
-        ValueError: the model's vocabulary does not name the token.
+        begin: number of ``<|image token|>``, the processor's ``tokenizer.image_wrapper_token_id``.
     """
-    token = (model.config.vocabulary_map or {}).get(EMU3_BEGIN)
-    if token is None:
-        raise ValueError(f"model must have {EMU3_BEGIN!r} in config.vocabulary_map, which tells pictures from text; "
-                         "where all calls are pictures, pass the PictureForm's raster alone")
-    return PictureForm(Raster(rows, columns, line_tokens=1, tail=3), EndsWith(token))
-
-
-EMU3_BEGIN = "<|image token|>"
+    return PictureForm(Raster(rows, columns, line_tokens=1, tail=3), EndsWith(begin))
 
 
 def chameleon(rows: int = 48, columns: int = 48, *, sized: bool = True) -> PictureForm:

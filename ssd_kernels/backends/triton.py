@@ -23,7 +23,6 @@ class TritonBackend(Backend):
 
     name = "triton"
     reads_table = False
-    shares_prompts = False
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -53,12 +52,15 @@ class TritonBackend(Backend):
         logits = torch.empty((batch, group, layout.scored_slots), dtype=torch.float32, device=q.device)
         constants, options = launch.decode_constants(
             head_dim, q.element_size(), group, layout.row_buffer, layout.largest, layout.scored_slots > 0,
-            layout.keep_prompt, rotary is not None, self.capability(q.device))
+            layout.keep_prompt, rotary is not None, self.capability(q.device), bool(state.shared),
+            layout.prompt_scores)
         with torch.cuda.device(q.get_device()):
             self.kernels().decode_kernel[(batch * heads,)](
                 q, k, v, *state.tensors, out, logits, logits.view(torch.int32), *(rotary or (logits, logits)),
+                *(state.shared or (q, q, state.table)),
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], batch, heads, slots, layout.scored_slots,
-                layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1), scale,
+                layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1),
+                layout.shared_prompts, scale,
                 **constants, **options)
         return out
 

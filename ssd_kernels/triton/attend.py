@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .slots import slot_of
+from .slots import origin_of, slot_of
 
 LEAST_FLOAT = tl.constexpr(-3.4028234663852886e38)
 PART_SLOTS = tl.constexpr(16)  # that a warp multiplies at once: the depth of a product of 16-bit matrices
@@ -33,13 +33,15 @@ def raised(highest, logit):
 
 
 @triton.jit
-def attend_matrices(q, keys, values, logits, total, cut, skip, scored_total, scale, scored_slots, D: tl.constexpr,
-                    D_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WARPS: tl.constexpr,
-                    STAGES: tl.constexpr, SCORED: tl.constexpr):
+def attend_matrices(q, keys, values, prompt_keys, prompt_values, apart, logits, total, cut, skip, unscored,
+                    scored_total, scale, scored_slots, D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr,
+                    GROUP_PAD: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, SCORED: tl.constexpr,
+                    SHARED: tl.constexpr):
     """Attention of the queries [GROUP_PAD, D_PAD] of a group over ``total`` slots by products of 16-bit matrices.
 
     A batch of products is a warp's. Where D exceeds 128, neighbouring warps share their slots and halve the dimension.
-    ``cut``, ``skip``: of `slot_of`. ``scored_total``: of how many slots logits are stored, all or none.
+    ``prompt_keys``, ``prompt_values``, ``apart``: of `origin_of`. ``cut``, ``skip``: of `slot_of`. Logits are stored of
+    the tokens from ``unscored`` up to ``scored_total``, which are all that have scores or none.
 
     Returns:
         maximum and sum [PARTS, GROUP_PAD] and output [PARTS, GROUP_PAD, D_PAD] of every part.
@@ -62,8 +64,13 @@ def attend_matrices(q, keys, values, logits, total, cut, skip, scored_total, sca
         slot = slot_of(index, cut, skip)
         where = slot[:, :, None] * D + dim  # [WARPS, PART_SLOTS, DIM]
         mask = live[:, :, None] & (dim < D)
-        k = tl.load(keys + where, mask=mask, other=0.0)
-        v = tl.load(values + where, mask=mask, other=0.0)
+        if SHARED:
+            k_from = origin_of(slot, keys, prompt_keys, apart)[:, :, None]
+            v_from = origin_of(slot, values, prompt_values, apart)[:, :, None]
+        else:
+            k_from, v_from = keys, values
+        k = tl.load(k_from + where, mask=mask, other=0.0)
+        v = tl.load(v_from + where, mask=mask, other=0.0)
         logit = tl.dot(q, tl.permute(k, (0, 2, 1)))  # [WARPS, GROUP_PAD, PART_SLOTS]
         if HALVES > 1:
             both = tl.sum(tl.reshape(logit, [PARTS, HALVES, GROUP_PAD, PART_SLOTS]), 1)
@@ -71,8 +78,9 @@ def attend_matrices(q, keys, values, logits, total, cut, skip, scored_total, sca
             logit = tl.reshape(logit, [WARPS, GROUP_PAD, PART_SLOTS])
         logit *= scale
         if SCORED:
+            scored = (index >= unscored) & (index < scored_total) if SHARED else index < scored_total
             tl.store(logits + member[None, :, None] * scored_slots + slot[:, None, :], logit,
-                     mask=(member < GROUP)[None, :, None] & ((index < scored_total) & stores)[:, None, :])
+                     mask=(member < GROUP)[None, :, None] & (scored & stores)[:, None, :])
         logit = tl.where(live[:, None, :], logit, -float("inf"))
         new_highest = raised(highest, tl.max(logit, 2))
         weight = tl.exp2(logit - new_highest[:, :, None])
@@ -92,9 +100,10 @@ def attend_matrices(q, keys, values, logits, total, cut, skip, scored_total, sca
 
 
 @triton.jit
-def attend_lanes(q, keys, values, logits, total, cut, skip, scored_total, scale, scored_slots, D: tl.constexpr,
-                 D_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr,
-                 STAGES: tl.constexpr, SCORED: tl.constexpr):
+def attend_lanes(q, keys, values, prompt_keys, prompt_values, apart, logits, total, cut, skip, unscored, scored_total,
+                 scale, scored_slots, D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr,
+                 GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SCORED: tl.constexpr,
+                 SHARED: tl.constexpr):
     """`attend_matrices` by multiply-adds, for float32; a part is every ``BLOCK``-th slot."""
     member, part = tl.arange(0, GROUP_PAD), tl.arange(0, BLOCK)
     dim = tl.arange(0, D_PAD)[None, None, :]
@@ -108,12 +117,18 @@ def attend_lanes(q, keys, values, logits, total, cut, skip, scored_total, scale,
         slot = slot_of(index, cut, skip)
         where = slot[:, None, None] * D + dim  # [BLOCK, 1, D_PAD]
         mask = live[:, None, None] & (dim < D)
-        k = tl.load(keys + where, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(values + where, mask=mask, other=0.0).to(tl.float32)
+        if SHARED:
+            k_from = origin_of(slot, keys, prompt_keys, apart)[:, None, None]
+            v_from = origin_of(slot, values, prompt_values, apart)[:, None, None]
+        else:
+            k_from, v_from = keys, values
+        k = tl.load(k_from + where, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(v_from + where, mask=mask, other=0.0).to(tl.float32)
         logit = tl.sum(k * q, 2) * scale  # [BLOCK, GROUP_PAD]
         if SCORED:
+            scored = (index >= unscored) & (index < scored_total) if SHARED else index < scored_total
             tl.store(logits + member[None, :] * scored_slots + slot[:, None], logit,
-                     mask=(member < GROUP)[None, :] & (index < scored_total)[:, None])
+                     mask=(member < GROUP)[None, :] & scored[:, None])
         logit = tl.where(live[:, None], logit, -float("inf"))
         new_highest = raised(highest, logit)
         weight = tl.exp2(logit - new_highest)

@@ -14,7 +14,7 @@ from .launch import decode_constants, prefill_constants
 
 ARCHITECTURES = (80, 86, 89, 90)
 POINTERS = {"keys": "", "values": "", "q": "", "k": "", "v": "", "out": "", "scores": "fp32", "logits": "fp32",
-            "cos": "fp32", "sin": "fp32",
+            "cos": "fp32", "sin": "fp32", "prompt_keys": "", "prompt_values": "", "prompt_of": "i32",
             "positions": "i32", "cursors": "i32", "table": "i32", "pinned": "i32", "lists": "i32",
             "given": "fp32", "prompt_lens": "i32", "rows": "i32", "slot_list": "i32"}
 ITEM_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -3,14 +3,14 @@
 One program serves one (batch row, KV head), so scores and the choice of victims never leave it. Heads start in the
 order of the head table's last column, longest first, so that the launch does not end with one long head on its own.
 
-Heads are not split over programs. The reasons are estimates, not measured on a GPU, for Janus-Pro in bfloat16: 512
-bytes a slot, two blocks of 16 KB under way and 0.6 to 1 us of memory latency, so 32 to 54 bytes a nanosecond for one
-program.
+Heads are not split over programs. The reasons are estimates, not measured on a GPU, for Janus-Pro in bfloat16: a block
+of 32 slots takes each of two warps 420 to 460 instructions, one in two to three clocks at 1.7 GHz, while copies of the
+next blocks are under way.
 
-* The longest possible head holds a picture and its prompt, about 640 slots or 330 KB: 6 to 10 us. At a budget of 20% a
-  head holds some 200 slots, prompt and row buffer included: 2 to 3 us. Only full heads with few rows, and so fewer
-  programs than multiprocessors, would gain: four parts bring 6 to 10 us down to some 2. With many rows the bytes of all
-  heads decide, and long heads start first.
+* The longest possible head holds a picture and its prompt, about 640 slots: 10 to 16 us. At a budget of 20% a head
+  holds some 200 slots, prompt and row buffer included: 3 to 6 us. Only full heads with few rows, and so fewer programs
+  than multiprocessors, would gain: four parts bring 10 to 16 us down to some 4. With many rows the bytes of all heads
+  decide, and long heads start first.
 * Where the operator is called with a table on the device, the host does not know how long heads are. It would launch
   every head in as many parts as the longest possible one. With 256 rows x 16 heads, 12,288 of 16,384 programs would
   only find out that there is nothing to do: at 1 us each and 5 at a time on each of 132 multiprocessors about 20 us,
@@ -59,22 +59,24 @@ def turns(cos, sin, position, placed, dim, D: tl.constexpr):
 
 # Compiled once for all batches, pictures and strides.
 NUMBERS = ["q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "batch", "heads", "slots", "scored_slots",
-           "max_prompt", "num_visual_tokens", "pin_words", "period"]
+           "max_prompt", "num_visual_tokens", "pin_words", "period", "shared_prompts"]
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinned, out, logits, lists, cos, sin,
-                  q_row, q_head, k_row, k_head, v_row, v_head, batch, heads, slots, scored_slots, max_prompt,
-                  num_visual_tokens, pin_words, period, scale,
-                  KEEP_PROMPT: tl.constexpr, EVERY_STEP: tl.constexpr, SCORED: tl.constexpr, D: tl.constexpr,
-                  D_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, MATRICES: tl.constexpr,
-                  BLOCK: tl.constexpr, ROTARY: tl.constexpr, SCORE_BLOCK: tl.constexpr, EVICT_BLOCK: tl.constexpr,
+                  prompt_keys, prompt_values, prompt_of, q_row, q_head, k_row, k_head, v_row, v_head, batch, heads,
+                  slots, scored_slots, max_prompt, num_visual_tokens, pin_words, period, shared_prompts, scale,
+                  KEEP_PROMPT: tl.constexpr, SHARED: tl.constexpr, PROMPT_SCORES: tl.constexpr,
+                  EVERY_STEP: tl.constexpr, SCORED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+                  GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, MATRICES: tl.constexpr, BLOCK: tl.constexpr,
+                  ROTARY: tl.constexpr, SCORE_BLOCK: tl.constexpr, EVICT_BLOCK: tl.constexpr,
                   COPY_BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """One (batch row, head) of one decode step. Tensors as in `ssd_kernels.state.LayerState`.
 
     ``q`` [B, Hq, D], ``k`` and ``v`` [B, H, D] with the given strides, ``out`` [B, Hq, D] contiguous.
     ``logits``: float32 [B, GROUP, T], scratch; ``lists``: the same memory as int32.
     ``cos``, ``sin``: float32 [N, D / 2], read if ROTARY.
+    ``prompt_keys``, ``prompt_values``, ``prompt_of``, ``shared_prompts``: of prompts that rows share, read if SHARED.
     ``period``: max(R, 1). ``scale``: of the dot products.
     ``BLOCK``: warps if MATRICES, else slots read at once: the parts of `attend_matrices` and `attend_lanes`.
     ``EVICT_BLOCK``: at least the evictable tokens of any heavy head.
@@ -90,6 +92,9 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     # Neither cursors nor table can be checked on the host without waiting for the device.
     fine = (prompt_len >= 0) & (prompt_len <= max_prompt) & (arrived >= 0) & (arrived < heads)
     fine &= step < num_visual_tokens
+    if SHARED:
+        prompt = tl.load(prompt_of + row)
+        fine &= (prompt >= 0) & (prompt < shared_prompts)
 
     # All that is known by its head alone is loaded together, before anything waits for the head's row of the table.
     kind, offset, capacity, keep, recent, rule, score_offset = head_columns(table, head)
@@ -114,10 +119,15 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
         base, first, ring = prompt_len, 0, capacity - max_prompt
     else:
         base, first, ring = 0, prompt_len, capacity
+    apart, unscored, slab_slots, score_slots = 0, 0, capacity, capacity
+    if SHARED:
+        apart, slab_slots = base, ring
+        if not PROMPT_SCORES:
+            unscored, score_slots = base, ring
     block_start = step // period * period
     evictable = tl.minimum(keep, first + block_start) + step - block_start
-    fine &= (keep >= 0) & (offset >= 0) & (capacity <= slots - offset) & (evictable < ring)
-    fine &= (score_offset >= -1) & ((score_offset < 0) | (score_offset <= scored_slots - capacity))
+    fine &= (keep >= 0) & (offset >= 0) & (slab_slots <= slots - offset) & (evictable < ring)
+    fine &= (score_offset >= -1) & ((score_offset < 0) | (score_offset <= scored_slots - score_slots))
     if not fine:
         tl.store(out_at, tl.zeros([GROUP_PAD, D_PAD], out.dtype.element_ty), mask=out_mask)
         return
@@ -129,11 +139,15 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     cut, skip = base + wrapped, tl.where(wrapped > 0, ring - evictable, begin)
     new_slot = base + tl.where(is_heavy, evictable, (first + step) % ring)
 
-    slab_at = row * slots + offset
+    slab_at = row * slots + offset - apart
     keys += slab_at * D
     values += slab_at * D
-    scored_at = row * scored_slots + score_offset
-    logits += row * GROUP * scored_slots + score_offset
+    scored_at = row * scored_slots + score_offset - unscored
+    logits += row * GROUP * scored_slots + score_offset - unscored
+    if SHARED:
+        prompt_at = (prompt.to(tl.int64) * heads + head) * max_prompt
+        prompt_keys += prompt_at * D
+        prompt_values += prompt_at * D
 
     # Attend. The new token is taken from registers: nothing of this step is read back from memory.
     if ROTARY:
@@ -144,11 +158,13 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     keep_scores = score_offset >= 0
     scored_total = tl.where(keep_scores, total, 0)
     if MATRICES:
-        highest, norm, acc = attend_matrices(queries, keys, values, logits, total, cut, skip, scored_total, to_log2,
-                                             scored_slots, D, D_PAD, GROUP, GROUP_PAD, BLOCK, STAGES, SCORED)
+        highest, norm, acc = attend_matrices(queries, keys, values, prompt_keys, prompt_values, apart, logits, total,
+                                             cut, skip, unscored, scored_total, to_log2, scored_slots, D, D_PAD, GROUP,
+                                             GROUP_PAD, BLOCK, STAGES, SCORED, SHARED)
     else:
-        highest, norm, acc = attend_lanes(queries, keys, values, logits, total, cut, skip, scored_total, to_log2,
-                                          scored_slots, D, D_PAD, GROUP, GROUP_PAD, BLOCK, STAGES, SCORED)
+        highest, norm, acc = attend_lanes(queries, keys, values, prompt_keys, prompt_values, apart, logits, total,
+                                          cut, skip, unscored, scored_total, to_log2, scored_slots, D, D_PAD, GROUP,
+                                          GROUP_PAD, BLOCK, STAGES, SCORED, SHARED)
     tl.store(keys + new_slot * D + dim, new_key, mask=in_dim)
     tl.store(values + new_slot * D + dim, new_value, mask=in_dim)
     new_key, new_value = new_key.to(tl.float32), new_value.to(tl.float32)
@@ -165,7 +181,7 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
             tl.debug_barrier()  # logits were written by other threads of this program
             share = tl.where(in_group, 1.0 / norm, 0.0)
             kept_share = tl.where(rule == DECAYED, KEPT_SHARE, 1.0)
-            for start in range(0, total, SCORE_BLOCK):
+            for start in range(unscored, total, SCORE_BLOCK):
                 index = start + tl.arange(0, SCORE_BLOCK)
                 live = index < total
                 slot = slot_of(index, cut, skip)

@@ -63,15 +63,13 @@ def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, c
         halves = max(1, dim // 128)
         warps = (2 if evict_block <= 1024 else 4) * halves
         block = 16 * warps // halves
-        # Six programs where shared memory has room for them, of multiprocessors of 9.0; four elsewhere.
-        fits = group == 1 and dim == 128 and evict_block <= 512 and capability >= 90
-        registers = 128 if dim <= 64 else 168 if fits else 255
+        registers = 128 if dim <= 64 else 255  # with 200, Triton 3.9 spills
     else:
         warps = 4 if group <= 4 else 8
         block = max(8, (2048 if group == 1 else 1024) // dim)
         registers = 128 if group == 1 else 255
     buffers = (24 if capability in (86, 89) else 38) * 1024 // (2 * block * dim * item_size)
-    return DecodeConfig(matrices, block, 64 * warps, max(16, min(32, 4096 // dim)), warps, 1 + max(1, min(3, buffers)),
+    return DecodeConfig(matrices, block, 32 * warps, max(16, min(32, 4096 // dim)), warps, 1 + max(1, min(3, buffers)),
                         registers)
 
 
@@ -85,22 +83,24 @@ def compile_options(**options: int) -> dict[str, int]:
 
 
 def decode_constants(head_dim: int, item_size: int, group: int, row_buffer: int, largest: int, scored: bool,
-                     keep_prompt: bool, rotary: bool, capability: int = 80
-                     ) -> tuple[dict[str, int], dict[str, int]]:
+                     keep_prompt: bool, rotary: bool, capability: int = 80, shared: bool = False,
+                     prompt_scores: bool = True) -> tuple[dict[str, int], dict[str, int]]:
     """What `decode_kernel` is compiled with, for launches and ahead of time alike.
 
     Args:
         head_dim, item_size, group, capability: as in `decode_config`.
         row_buffer, largest, keep_prompt: of the layer's layout. scored: whether any of its heads is.
-        rotary: whether q and k are rotated in the launch.
+        rotary: whether q and k are rotated in the launch. shared: whether rows share prompts.
+        prompt_scores: whether kept prompt tokens have scores.
 
     Returns:
         the kernel's constants, by name, and Triton's options.
     """
     evict_block = max(power_of_two(largest), MIN_EVICT_BLOCK)
     config = decode_config(head_dim, item_size, group, evict_block, capability)
-    return {"KEEP_PROMPT": keep_prompt, "EVERY_STEP": row_buffer <= 1, "SCORED": scored, "ROTARY": rotary,
-            "D": head_dim, "D_PAD": power_of_two(head_dim), "GROUP": group, "GROUP_PAD": power_of_two(group),
+    return {"KEEP_PROMPT": keep_prompt, "SHARED": shared, "PROMPT_SCORES": prompt_scores,
+            "EVERY_STEP": row_buffer <= 1, "SCORED": scored, "ROTARY": rotary, "D": head_dim,
+            "D_PAD": power_of_two(head_dim), "GROUP": group, "GROUP_PAD": power_of_two(group),
             "MATRICES": config.matrices, "BLOCK": config.warps if config.matrices else config.block,
             "SCORE_BLOCK": config.score_block, "EVICT_BLOCK": evict_block, "COPY_BLOCK": config.copy_block,
             "STAGES": config.stages}, compile_options(num_warps=config.warps, maxnreg=config.registers)
@@ -143,7 +143,7 @@ def step_bytes(layout: LayerLayout, prompt_len: int, step: int, head_dim: int, i
         kept = view.base + view.evictable
         total += 2 * vector * (kept + 1)
         if span.score_offset >= 0:
-            total += 8 * kept + 8
+            total += 8 * (kept - view.unscored) + 8
             if span.kind == "heavy" and (step + 1) % view.period == 0:
                 total += 4 * view.evictable
     return total

@@ -24,6 +24,12 @@ def slot_of(index, cut, skip):
 
 
 @triton.jit
+def origin_of(slot, own, prompt, apart):
+    """What to count ``slot`` from, in keys or values: the first ``apart`` slots are a shared prompt's."""
+    return tl.where(slot < apart, prompt, own)
+
+
+@triton.jit
 def copy_vectors(k, v, source, keys, values, target, mask, D: tl.constexpr, D_PAD: tl.constexpr):
     """Keys and values of rows ``source`` [N] of k and v into rows ``target`` [N] of the slabs, where ``mask`` [N]."""
     dim = tl.arange(0, D_PAD)

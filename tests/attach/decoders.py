@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ssd_attach.models import EMU3_BEGIN
 from ssd_kernels import CachePlan, HeadSpec
 
 LAYERS, HEADS, PAD = 3, 4, 0
@@ -28,7 +27,7 @@ TEXT = dict(vocab_size=64, hidden_size=128, intermediate_size=96, num_hidden_lay
             max_position_embeddings=256, initializer_range=0.15, pad_token_id=PAD, bos_token_id=1, eos_token_id=END)
 VQ = dict(base_channels=32, channel_multiplier=(1, 1), num_res_blocks=1, embed_dim=4, latent_channels=4)
 VOCABULARY = {"<image>": 5, "<|extra_200|>": LINE, "<|extra_201|>": END_FRAME, "<|image end|>": END_IMAGE,
-              EMU3_BEGIN: BEGIN, **{f"<|visual token {code:06d}|>": token for code, token in enumerate(CODES)}}
+              **{f"<|visual token {code:06d}|>": token for code, token in enumerate(CODES)}}
 KV_HEADS = {"llama": 2, "emu3": 2, "chameleon": 4}
 
 

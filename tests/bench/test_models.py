@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pretend import guard, pretended
 
 from ssd_bench.models import random_model
-from tests.pretend import guard, pretended
 
 
 @pytest.mark.skipif(guard.unsupported() is not None, reason=f"no pretended GPU: {guard.unsupported()}")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from pretend import guard
 
-from ssd_bench import contender, kernel, timing
+from ssd_bench import contender, kernel, ours, timing
 from ssd_bench.point import Point
-from ssd_kernels import backends
+from ssd_kernels import CachePlan, HeadSpec, backends
 
 pytestmark = pytest.mark.skipif(guard.unsupported() is not None, reason=f"no machine to pretend: {guard.unsupported()}")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(guard.unsupported() is not None, reason=f"no mac
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pretend.Machine]:
     monkeypatch.setattr(contender, "COLD_BYTES", 2**16)
-    monkeypatch.setattr(kernel, "LARGE", 2**16)
+    monkeypatch.setattr(kernel, "LARGE_ON_GPU", 2**16)
     monkeypatch.setattr(timing, "WARMUP_CALLS", 1)
     with pretend.pretended() as made:
         yield made
@@ -31,9 +31,25 @@ def test_contenders_run_and_are_counted(machine: pretend.Machine) -> None:
                              trials=1)
     records = {line["contender"]["name"]: line for line in kernel.measure(point, options, lambda name: None)}
     assert {name: line["status"] for name, line in records.items()} == dict.fromkeys(records, "ok")
-    ours = [name for name in ("triton", "cuda") if backends.available()[name] is None]
+    names = [name for name in ("triton", "cuda") if backends.available()[name] is None]
     found = [line for name, line in records.items() if name.startswith("ssd_kernels")]
-    assert len(found) == 4 * len(ours) > 0 and all(line["launches"] == 1 for line in found)
+    assert len(found) == 4 * len(names) > 0 and all(line["launches"] == 1 for line in found)
     assert records["SDPA full cache"]["launches"] > 1
     assert machine.empty_graphs == 0 and len(machine.graphs) >= len(records)
     assert not [event for event in machine.of_kind("to_host") if event.captured]
+
+
+@pytest.mark.parametrize("row_buffer", [0, 3])
+def test_ours_start_over_before_every_repetition(machine: pretend.Machine, row_buffer: int) -> None:
+    """A graph holds many calls, and yet the caches hardly grow while they are timed."""
+    start, plan = 21, CachePlan([[HeadSpec.full(), HeadSpec.heavy(5)]], row_buffer=row_buffer)
+    point = Point.of_plan(plan, 0, "one head of two kept", 2, 32, "bfloat16", 4, start, 40)
+    steady = ours.Steady(point, "triton", plan, 4, start, torch.device("cuda", 0))
+    timing.cuda_stopwatch(steady.built().work)(5)
+    [graph] = machine.graphs
+    calls = sum("decode" in operation.name for operation in graph.operations)
+    assert graph.replays == 5 and calls == steady.layers * steady.passes >= timing.GRAPH_CALLS
+    for layer, state in enumerate(steady.cache._layers):
+        begun = start + steady.phase(layer)
+        assert {begun + steady.passes, begun + 2 * steady.passes} & set(state.cursors[:, 1].tolist())
+        assert int(state.cursors[:, 1].max()) <= begun + 2 * steady.passes

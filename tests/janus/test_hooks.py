@@ -6,6 +6,8 @@ import copy
 import inspect
 import io
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from transformers import DynamicCache, JanusForConditionalGeneration, LlamaForCa
 
 from ssd_attach.cache import DecoderCache, Generation
 from ssd_attach.internals import CACHE_NAME
-from ssd_janus import disable, enable, hooks
+from ssd_janus import ModelShape, disable, enable, enabled, hooks
 from ssd_janus.hooks import is_enabled
 from ssd_kernels import CachePlan, HeadSpec
+from ssd_kernels.policies import NEED_PROFILE, POLICIES, HeadProfile, build
 
 FULL = CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4)
 NARROW = CachePlan.uniform(HeadSpec.window(2), tiny.LAYERS, 4)
@@ -213,6 +216,74 @@ def test_rows_of_padding_are_refused(fresh: Any) -> None:
     inputs["attention_mask"][1] = 0
     with pytest.raises(ValueError, match="attention_mask must leave at least one prompt token"):
         fresh.generate(**inputs, generation_mode="image")
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "online"])
+def test_a_policys_name_does(fresh: Any, policy: str) -> None:
+    """In the place of a plan, with a profile where it needs one; says in one line what was chosen and what it takes."""
+    options = {"profile": some_profile(ModelShape.of(fresh))} if policy in NEED_PROFILE else {}
+    if policy != "full":
+        options |= {"budget": 0.7, "row_buffer": 2}
+    choice = enable(fresh, policy, **options)
+    in_force, _ = hooks.in_force(fresh)
+    assert choice.plan is in_force and choice.policy == policy
+    if policy not in ("full", "online"):
+        assert choice.plan == build(policy, ModelShape.of(fresh), **options)
+    assert str(choice).startswith(f"{policy}: budget {1 if policy == 'full' else 0.7:.1%} asked, ")
+    assert str(choice).endswith(f"of the full cache's {choice.full_nbytes() / 1e6:.1f} MB") and "\n" not in str(choice)
+    assert draw(fresh).shape == (len(tiny.PROMPTS), tiny.TOKENS)
+
+
+def some_profile(shape: ModelShape) -> HeadProfile:
+    """Of a model with these sizes."""
+    generator, head, tokens, columns = torch.Generator(), (tiny.LAYERS, 4), tiny.TOKENS, tiny.GRID
+    shares = {name: torch.full((*head, *size), 0.01) for name, size in (
+        ("age_mass", [tokens]), ("offset_mass", [columns, 2 * columns - 1]), ("column_mass", [columns]),
+        ("first_mass", [columns]), ("place_mass", [1, tokens]), ("guidance_difference", [tokens]),
+        ("prompt_mass", []))}
+    return HeadProfile(
+        sparsity=torch.rand(head, generator=generator), error=torch.rand(*head, 1, 2, 3, generator=generator),
+        sensitivity=torch.ones(tiny.LAYERS), sizes=(4, 9, 20), kinds=("window", "heavy"), row_buffers=(0,), places=(8,),
+        columns=columns, radius=1, **shares)
+
+
+def test_the_default_and_a_profile_in_a_file(fresh: Any, tmp_path: Path) -> None:
+    assert enable(fresh, budget=0.7).policy == "decayed"
+    file = tmp_path / "profile.safetensors"
+    some_profile(ModelShape.of(fresh)).save(file)
+    for given in (file, str(file)):
+        assert enable(fresh, budget=0.7, profile=given).policy == "adaptive"
+    assert enable(fresh, "full").plan == FULL
+    assert enable(fresh, "heavy", budget=0.7, recent=0.25).plan.layers[0][0].recent * 4 <= tiny.TOKENS
+    with pytest.raises(ValueError, match="budget must be at least .* got 0.1"):
+        enable(fresh, budget=0.1)
+    with pytest.raises(ValueError, match="policy adaptive needs a profile"):
+        enable(fresh, "adaptive")
+    assert hooks.in_force(fresh)[0].layers[0][0].kind == "heavy", "what was refused changes nothing"
+    assert enable(fresh).asked == 0.2
+
+
+def test_a_block(fresh: Any) -> None:
+    """What was in force before is so again, whatever ends the block."""
+    usual, before = draw(fresh), state(fresh)
+    with enabled(fresh, NARROW) as choice:
+        narrow = draw(fresh)
+        assert choice.plan is NARROW and not torch.equal(narrow, usual)
+        with pytest.raises(KeyboardInterrupt), enabled(fresh, "full", engine=False):
+            assert torch.equal(draw(fresh), usual)
+            raise KeyboardInterrupt
+        assert torch.equal(draw(fresh), narrow)
+    assert state(fresh) == before and torch.equal(draw(fresh), usual)
+
+
+def test_another_process_can_load_an_enabled_model(fresh: Any, tmp_path: Path) -> None:
+    """Its language model has the name of an attention function that the other process has to learn."""
+    text = {"input_ids": torch.tensor([[5, 6, 7]])}
+    enable(fresh, NARROW)
+    torch.save((fresh, fresh(**text).logits), tmp_path / "model")
+    code = ("import sys, torch; model, logits = torch.load(sys.argv[1], weights_only=False)\n"
+            "assert torch.allclose(model(input_ids=torch.tensor([[5, 6, 7]])).logits, logits, atol=1e-4)")
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model"], check=True)
 
 
 def test_enable_checks_its_arguments(fresh: Any) -> None:

@@ -11,6 +11,7 @@ import tiny
 import torch
 from pretend import guard
 from test_engine import prompts_of
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import ssd_janus
 from ssd_attach.online import OnlinePlan
@@ -128,30 +129,51 @@ def test_timings_are_of_the_tensors_device(fresh: Any, machine: pretend.Machine)
     assert machine.events == {1}
 
 
-def test_noise_is_one_launch_whatever_the_batch(fresh: Any, machine: pretend.Machine,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the graph; the numbers of a picture are its own in every batch, in transformers' loop too."""
+def test_a_draw_is_one_launch_whatever_the_batch(fresh: Any, machine: pretend.Machine) -> None:
+    """Guidance, filters, noise and choice, in the graph; a picture's numbers are its own in every batch."""
     fresh.to("cuda")
-    engine, expected = Engine(fresh, PLAN), {}
+    engine, drawn = Engine(fresh, PLAN), {}
     for count in (4, 1, 3):
         machine.graphs.clear()
-        drawn = engine.generate(prompts()[:count], guidance=2.0, seeds=[7, 8, 2**64 - 1, 7][:count])
+        drawn[count] = engine.generate(prompts()[:count], guidance=2.0, seeds=[7, 8, 2**64 - 1, 7][:count],
+                                       sampling=Sampling.make(0.9, 20, 0.9))
         (graph,) = machine.graphs
-        assert [event.name for event in graph.operations].count("noise_kernel (triton)") == 1
-        assert not {event.name for event in graph.operations} & {"exponential_", "random_"}
-        expected[count] = drawn
-    assert torch.equal(expected[1], expected[4][:1]) and torch.equal(expected[3], expected[4][:3])
-    seen: list[Any] = []
+        operations = [event.name for event in graph.operations]
+        assert operations.count("sample_kernel (triton)") == 1
+        assert not {"exponential_", "sort", "topk", "_softmax", "argmax", "noise_kernel (triton)"} & set(operations)
+    assert torch.equal(drawn[1], drawn[4][:1]) and torch.equal(drawn[3], drawn[4][:3])
+
+
+def test_other_filters_have_their_noise_in_one_launch(fresh: Any, machine: pretend.Machine,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
     choose = Sampling.choose
-    monkeypatch.setattr(Sampling, "choose", lambda self, logits, noise: (seen.append(noise.cpu()),
-                                                                         choose(self, logits, noise))[1])
-    pipe = Pipeline(fresh, tiny.build_processor())
-    pipe.generate_tokens(list(tiny.PROMPTS[:2]), seed=3, plan=PLAN)
-    by_engine, seen[:] = seen[:2], []
+    monkeypatch.setattr(Sampling, "choose", lambda self, logits, noise: (seen.append(noise), choose(self, logits, noise)
+                                                                         )[1])
+    sampling = Sampling(warpers=[TopPLogitsWarper(0.9, min_tokens_to_keep=2)])
+    Engine(fresh.to("cuda"), PLAN).generate(prompts()[:2], guidance=2.0, seeds=3, sampling=sampling, steps=8)
+    (graph,) = machine.graphs
+    assert [event.name for event in graph.operations].count("noise_kernel (triton)") == 1
+    assert torch.equal(seen[0].cpu(), philox.exponential(torch.tensor([3, 4]), torch.tensor([7, 7]), 64))
+
+
+def test_transformers_loop_draws_the_same_samples(fresh: Any, machine: pretend.Machine) -> None:
+    pipe = Pipeline(fresh.to("cuda"), tiny.build_processor())
+    expected = pipe.generate_tokens(list(tiny.PROMPTS[:2]), seed=3, plan=PLAN)
     fresh.model.language_model.layers[0].mlp.register_forward_hook(lambda module, args, output: output)
-    pipe.generate_tokens(list(tiny.PROMPTS[:2]), seed=3, plan=PLAN)
-    assert len(seen) == tiny.TOKENS and all(map(torch.equal, by_engine, seen))
-    assert torch.equal(seen[5], philox.exponential(torch.tensor([3, 4]), torch.tensor([5, 5]), 64))
+    machine.log.clear()
+    assert torch.equal(pipe.generate_tokens(list(tiny.PROMPTS[:2]), seed=3, plan=PLAN), expected)
+    launches = [event.name for event in machine.of_kind("launch")]
+    assert launches.count("noise_kernel (triton)") == tiny.TOKENS and "exponential_" not in launches
+
+
+@pytest.mark.parametrize(("warpers", "numbers"), [
+    ([], (1.0, 0, 1.0)), ([TemperatureLogitsWarper(0.5), TopPLogitsWarper(0.9)], (0.5, 0, 0.9)),
+    ([TemperatureLogitsWarper(0.5), TopKLogitsWarper(7), TopPLogitsWarper(0.9)], (0.5, 7, 0.9)),
+    ([TopKLogitsWarper(7), TemperatureLogitsWarper(0.5)], None), ([TopKLogitsWarper(7), TopKLogitsWarper(8)], None),
+    ([TopPLogitsWarper(0.9, filter_value=-5.0)], None), ([MinPLogitsWarper(0.1)], None)])
+def test_filters_that_a_launch_knows(warpers: list[Any], numbers: Any) -> None:
+    assert Sampling(warpers=warpers).numbers == numbers and Sampling(greedy=True, warpers=warpers).numbers is None
 
 
 def test_without_triton_every_picture_has_a_generator(fresh: Any, machine: pretend.Machine,

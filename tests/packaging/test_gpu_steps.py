@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.pretend import guard
+from pretend import guard
 
 ROOT = Path(__file__).resolve().parents[2]
 pretended = pytest.mark.skipif(guard.unsupported() is not None, reason=f"no pretended GPU: {guard.unsupported()}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ssd_kernels import native, noise, philox
+from ssd_kernels import filters, native, noise, philox, sampling
 from ssd_kernels.backends.cpu import DTYPE_CODES
 from ssd_kernels.backends.cuda import CUDABackend
 from ssd_kernels.backends.triton import TritonBackend
@@ -146,6 +146,13 @@ def _noise(given: SimpleNamespace) -> None:
     out.copy_(philox.exponential(seeds, steps, given.codes))
 
 
+def _sample(given: SimpleNamespace) -> None:
+    held = given.held
+    chosen = filters.sample(held["row_logits"], held["scale"], held["seeds"], held["steps"], given.temperature,
+                             given.top_k, 1 - given.share / 2**30)
+    held["tokens"].copy_(chosen)
+
+
 def patches(here: Machine) -> list[tuple[Any, str, Any]]:
     """Owner, name and replacement of what the backends ask about the machine and what they launch."""
     import ssd_kernels.arguments
@@ -167,7 +174,7 @@ def patches(here: Machine) -> list[tuple[Any, str, Any]]:
         return SimpleNamespace(decode_kernel=Launcher(real.decode_kernel, _decode),
                                prefill_kernel=Launcher(real.prefill_kernel, _prefill))
 
-    noise_kernel = noise._kernel
+    noise_kernel, sample_kernel = noise._kernel, sampling._kernel
     cuda_unavailable = CUDABackend.unavailable
 
     def unavailable(self: CUDABackend) -> str | None:
@@ -185,6 +192,7 @@ def patches(here: Machine) -> list[tuple[Any, str, Any]]:
             (TritonBackend, "kernels", launchers),
             (TritonBackend, "capability", lambda self, device: 10 * here.capability[0] + here.capability[1]),
             (noise, "_kernel", lambda: Launcher(noise_kernel(), _noise)),
+            (sampling, "_kernel", lambda: Launcher(sample_kernel(), _sample)),
             (CUDABackend, "unavailable", unavailable), (CUDABackend, "extension", own_extension)]
 
 

@@ -205,6 +205,8 @@ def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = function(*plain_args, **plain_kwargs)
     if not on_device:
         return args[0] if name == "copy_" else out
+    if graph is not None and name.startswith(("empty", "new_empty")):
+        out.zero_()  # kernels do not run in a capture; what follows may look up what they would have left here
     _note(here, function, name, plain_args, plain_kwargs, out, device, bool(written))
     if known.returns_written:
         return written[0] if isinstance(out, torch.Tensor) else type(out)(written)

@@ -12,9 +12,11 @@ from torch.nn import functional
 from ssd_attach.cache import Observer
 from ssd_attach.online import Typing
 from ssd_kernels import CompressedCache
+from ssd_kernels.filters import guided
 from ssd_kernels.reference import rotate
+from ssd_kernels.sampling import MAX_CODES
 
-from .sampling import Noise, Sampling
+from .sampling import CountedNoise, Noise, Sampling
 from .timing import StepTiming
 from .weights import Layer, Weights
 
@@ -66,7 +68,7 @@ class Batch:
         device, dtype = weights.device, weights.dtype
         self.row_multiple = row_multiple
         padded = self._padded(self.rows)
-        self.scale = torch.tensor(guidance[:self.guided], device=device)[:, None]
+        self.scale = torch.tensor(guidance[:self.guided], dtype=torch.float32, device=device)
         pictures = [*range(self.pictures), *range(self.guided)] + [0] * (padded - self.rows)
         self.picture_of_row = torch.tensor(pictures, device=device)
         self.inputs = torch.zeros(padded, weights.embed.shape[1], device=device, dtype=dtype)
@@ -77,6 +79,8 @@ class Batch:
         self.lengths = torch.zeros(self.rows, dtype=torch.long, device=device)
         self._project = _compiled(project) if compiled and timing is None else project
         self._mix = _compiled(mix) if compiled and timing is None else mix
+        # Guidance, filters and draw in one launch, where the noise allows.
+        self._numbers = sampling.numbers if isinstance(noise, CountedNoise) and weights.codes <= MAX_CODES else None
         self._decode = cache.decode if timing is None else timing.timed("attention", cache.decode)
 
     @torch.no_grad()
@@ -168,14 +172,18 @@ class Batch:
         logits = weights.head(normed)[:self.rows].float()
         for processor in self.logits_processor:
             logits = processor(self.tokens, logits)
-        conditional, unconditional = logits.split([self.pictures, self.guided])
-        guided, plain = conditional.split([self.guided, self.pictures - self.guided])
-        guided = unconditional + (guided - unconditional) * self.scale
-        token = self.sampling.choose(torch.cat([guided, plain]) if len(plain) else guided,
-                                     None if self.noise is None else self.noise.values(self.column))
+        token = self._token(logits)
         self.tokens.index_copy_(1, self.column, token[:, None])
         self.column += 1
         self.inputs.copy_(weights.following(token.index_select(0, self.picture_of_row)))
+
+    def _token(self, logits: torch.Tensor) -> torch.Tensor:
+        """Tokens [pictures] of the logits [rows, codes] before guidance."""
+        if self._numbers is not None:
+            assert isinstance(self.noise, CountedNoise)
+            return self.noise.draw(logits.float().contiguous(), self.scale, self.column, self._numbers)
+        noise = None if self.noise is None else self.noise.values(self.column)
+        return self.sampling.choose(guided(logits, self.scale), noise)
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]], rows: list[int], share: list[int],
                  watched: _WatchedPrompts | None) -> torch.Tensor:

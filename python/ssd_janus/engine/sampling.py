@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from transformers import (
 
 from ssd_attach.internals import logits_processors, prepared_config
 from ssd_kernels.noise import exponential_, in_one_launch
+from ssd_kernels.sampling import sample_in_one_launch
 
 # Fields of a generation config that say how tokens are chosen; the further ones where they are set.
 USUAL = ("temperature", "top_k", "top_p")
@@ -86,6 +88,21 @@ class Sampling:
             if type(processor) not in WARPERS:
                 raise ValueError(f"{type(processor).__name__} is in force")
         return cls(not config.do_sample, tuple(found))
+
+    @property
+    def numbers(self) -> tuple[float, int, float] | None:
+        """Temperature, top-k and top-p, if that is all that restricts a draw, in this order; 1, 0 and 1 do not."""
+        known = (("temperature", TemperatureLogitsWarper, 1.0), ("top_k", TopKLogitsWarper, 0),
+                 ("top_p", TopPLogitsWarper, 1.0))
+        order = [index for warper in self.warpers for index, (_, kind, _) in enumerate(known) if type(warper) is kind]
+        plain = all(getattr(warper, "filter_value", -math.inf) == -math.inf
+                    and getattr(warper, "min_tokens_to_keep", 1) == 1 for warper in self.warpers)
+        if self.greedy or not plain or len(order) != len(self.warpers) or order != sorted(set(order)):
+            return None
+        values = [default for _, _, default in known]
+        for index, warper in zip(order, self.warpers, strict=True):
+            values[index] = getattr(warper, known[index][0])
+        return values[0], values[1], values[2]
 
     def choose(self, logits: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         """Tokens [N] of guided logits [N, codes] and noise [N, codes] of the exponential distribution.
@@ -186,16 +203,23 @@ class CountedNoise:
     """
 
     def __init__(self, codes: int, seeds: Sequence[int], device: torch.device) -> None:
-        self._values = torch.empty(len(seeds), codes, device=device)
         words = [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]  # torch's generators take unsigned ones, too
-        self._seeds = torch.tensor(words, dtype=torch.long, device=device)
+        self._codes, self._seeds = codes, torch.tensor(words, dtype=torch.long, device=device)
+        self._values: torch.Tensor | None = None
 
     def prepare(self) -> None:
         pass
 
     def values(self, step: torch.Tensor) -> torch.Tensor:
+        if self._values is None:
+            self._values = torch.empty(len(self._seeds), self._codes, device=self._seeds.device)
         exponential_(self._values, self._seeds, step.expand(len(self._seeds)))
         return self._values
+
+    def draw(self, logits: torch.Tensor, scale: torch.Tensor, step: torch.Tensor,
+             numbers: tuple[float, int, float]) -> torch.Tensor:
+        """Tokens [pictures] in one launch, guidance included; see `ssd_kernels.filters.sample`."""
+        return sample_in_one_launch(logits, scale, self._seeds, step.expand(len(self._seeds)), *numbers)
 
 
 def noise_for(pictures: int, codes: int, seeds: Sequence[int] | None, device: torch.device) -> Noise:

@@ -156,13 +156,9 @@ def triton_orders() -> list[Order]:
 
 
 CHANGES: dict[str, tuple[Change, ...]] = {
-    "no fence": (("port.cuh", "{ __threadfence(); }", "{}"),),
     "a fence of the block only": (("port.cuh", "__threadfence();", "__threadfence_block();"),),
-    "the cursor by a plain load": (("decode.cuh", "port::load_relaxed(&cursors->step)", "cursors->step"),),
     "waits for a stage too few": (("attend.cuh", "port::wait_copies<kStages - 2>();\n      fetch(tile +",
                                    "port::wait_copies<kStages - 1>();\n      fetch(tile +"),),
-    "parts are counted before they are stored": (
-        ("decode.cuh", "last_part() const {\n    port::sync_block();", "last_part() const {"),),
     "a shuffle of some lanes": (("attend.cuh", "const float logit = reduce(dot[g]);",
                                  "const float logit = j < count ? reduce(dot[g]) : 0.0f;"),),
     "a barrier of some threads": (("evict.cuh", "if (lane == 0) *moves = leaving;",
@@ -200,15 +196,9 @@ def changed_sources(kernel: Kernel, changes: Iterable[Change], folder: Path) -> 
         path.write_text(text.replace(right, wrong))
     port = sources / "cuda" / "port.cuh"
     port.write_text(port.read_text() + WITHOUT.read_text())
-    (sources / "cuda" / f"{kernel.module}.cu").write_text(f"""\
-#include "cuda/decode.cuh"
-namespace ssd::cuda {{
-int start(const DecodeParams& params, const Launch& launch, void* stream) {{
-  return port::launch<decode_kernel<{kernel.arguments}>, DecodeParams>(launch.blocks, launch.threads,
-                                                                       launch.shared_bytes, stream, params);
-}}
-}}  // namespace ssd::cuda
-""")
+    (sources / "cuda" / f"{kernel.module}.cu").write_text(
+        '#include "cuda/decode.cuh"\nusing namespace ssd::cuda;\n'
+        f"auto* start = port::launch<decode_kernel<{kernel.arguments}>, DecodeParams>;\n")
     return sources
 
 

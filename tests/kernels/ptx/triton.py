@@ -21,7 +21,7 @@ from . import build, schedules
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
          torch.int64: "i64"}
-UNDEFINED = {"out", "logits", "lists", "slot_list"}  # until the kernel writes them
+UNDEFINED = {"out", "logits", "lists", "slot_list", "tokens"}  # until the kernel writes them
 WRITTEN = UNDEFINED | {"keys", "values", "scores", "positions", "cursors"}
 ALIGNMENT = 16  # bytes: Triton compiles anew for pointers that have it
 
