@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pretend
 import pytest
 import tiny
 import tiny_official
 import torch
+from pretend import guard
 from test_engine import prompts_of
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -140,6 +142,29 @@ def test_the_longest_prompts(fresh: Any) -> None:
     limit = fresh.config.text_config.max_position_embeddings - tiny.TOKENS
     prompts = [[0, *[7 + index % 200 for index in range(limit - 2)], 3], PROMPTS[0]]
     check(fresh, Engine(fresh).rollout(prompts, samples=2, guidance=2.0), 2, 2.0, prompts=prompts)
+
+
+@pytest.mark.skipif(guard.unsupported() is not None, reason="no machine to pretend")
+def test_captured_rollouts_are_recorded_and_no_step_waits(fresh: Any) -> None:
+    """On the pretended machine; also where a choice could be made in one launch, which keeps no logits."""
+    greedy, expected = Sampling(greedy=True), Engine(fresh, packed=False, exact=False).rollout(
+        PROMPTS, 2, guidance=2.0, sampling=Sampling(greedy=True))
+    with pretend.pretended(devices=1) as machine:
+        engine, marks = Engine(fresh.to("cuda")), []
+        for sampling in (greedy, Sampling.make(0.8, top_k=20)):
+            machine.graphs.clear()
+            marks.clear()
+            found = engine.rollout(PROMPTS, 2, guidance=2.0, sampling=sampling,
+                                   progress=lambda done, total: marks.append(len(machine.log)))
+            assert found.drawn is not None and found.plain is not None and len(machine.graphs) == 1
+            assert found.drawn.isfinite().all() and (found.plain < 0).all()
+            last = [event.kind for event in machine.log[marks[-2]:marks[-1]]]
+            assert "replay" in last and not {"to_host", "to_device", "wait"} & set(last)
+            drawn = engine.generate([prompt for prompt in PROMPTS for _ in range(2)], guidance=2.0, sampling=sampling)
+            assert torch.equal(found.tokens.cpu(), drawn)
+            if sampling.greedy:
+                assert expected.plain is not None and torch.equal(found.tokens.cpu(), expected.tokens)
+                assert torch.allclose(found.plain.cpu(), expected.plain, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("arguments, error, message", [
