@@ -18,7 +18,7 @@ from ssd_kernels.backends.cuda import CUDABackend
 from ssd_kernels.backends.triton import TritonBackend
 
 from .machine import Machine, machine
-from .tensor import Pretended
+from .tensor import Pretended, touched
 
 ITEM_SIZES = (4, 2, 2)  # by the codes of storage types
 TENSORS = ("keys", "values", "scores", "positions", "cursors", "table", "pinned")
@@ -81,6 +81,9 @@ class CUDALayer(Layer):
         self._launch("prefill (cuda)", device, number,
                      lambda: self.start(k, v, scores, prompt_stride, count, lengths, rows))
 
+    def list_items(self, table: int, alternating: bool, items: int) -> None:
+        """Nothing: the CPU's kernels find what they serve by themselves."""
+
     @staticmethod
     def _launch(name: str, device: int, number: int, operation: Callable[[], None]) -> None:
         stream = machine().stream(device)
@@ -95,10 +98,14 @@ def extension() -> Any:
 
 
 class Launcher:
-    """Stands for a `triton.JITFunction`: ``launcher[grid](*arguments)`` launches on the current device."""
+    """Stands for a `triton.JITFunction`: ``launcher[grid](*arguments)`` launches on the current device.
 
-    def __init__(self, function: Any, run: Callable[[SimpleNamespace], None]) -> None:
-        self.function, self.run = function, run
+    ``whole``: it reads or writes all of each of its tensors, once. What others move depends on the cursors, and is not
+    counted.
+    """
+
+    def __init__(self, function: Any, run: Callable[[SimpleNamespace], None], *, whole: bool = False) -> None:
+        self.function, self.run, self.whole = function, run, whole
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
         return self._launch
@@ -115,7 +122,8 @@ class Launcher:
         # What a graph replays reads the same memory: the addresses and who owns it are kept, not the tensors.
         values = SimpleNamespace(**{**given, **{name: tensor.data_ptr() for name, tensor in tensors.items()}},
                                  held={name: tensor.held for name, tensor in tensors.items()})
-        here.launch(f"{self.function.__name__} (triton)", device, lambda: self.run(values))
+        here.launch(f"{self.function.__name__} (triton)", device, lambda: self.run(values),
+                    sum(map(touched, values.held.values())) if self.whole else 0)
 
 
 def _layer(given: SimpleNamespace, batch: int, row_buffer: int, *shared: int) -> Layer:
@@ -192,8 +200,8 @@ def patches(here: Machine) -> list[tuple[Any, str, Any]]:
               (ssd_kernels.arguments, ssd_kernels.cache, ssd_kernels.ops)),
             (TritonBackend, "kernels", launchers),
             (TritonBackend, "capability", lambda self, device: 10 * here.capability[0] + here.capability[1]),
-            (noise, "_kernel", lambda: Launcher(noise_kernel(), _noise)),
-            (sampling, "_kernel", lambda: Launcher(sample_kernel(), _sample)),
+            (noise, "_kernel", lambda: Launcher(noise_kernel(), _noise, whole=True)),
+            (sampling, "_kernel", lambda: Launcher(sample_kernel(), _sample, whole=True)),
             (CUDABackend, "unavailable", unavailable), (CUDABackend, "extension", own_extension)]
 
 
