@@ -19,7 +19,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 import ssd_janus
 from ssd_attach.online import OnlinePlan
 from ssd_janus import Pipeline
-from ssd_janus.engine import Engine, Sampling, StepTiming, capture, saying, weights
+from ssd_janus.engine import Engine, Sampling, StepTiming, batch, capture, saying, weights
 from ssd_janus.engine.capture import WARM_STEPS
 from ssd_janus.shape import ModelShape
 from ssd_kernels import CachePlan, HeadSpec, backends, philox
@@ -217,6 +217,67 @@ def test_the_table_of_a_step_is_that_of_the_pages_shape() -> None:
     assert [line for line in step_traffic.lines(step) if line not in page] == []
 
 
+COMPUTED = {"mm", "addmm", "bmm", "_safe_softmax", "_fused_rms_norm",
+            *(f"{kernel}_kernel (triton)" for kernel in ("prefill", "decode", "sample"))}
+# Lengths of prompts: up to the width that the shortest are padded to, the second three alike; and some twice as wide.
+SHORT, LONG = ((5, 9, 12), (4, 4, 4), (3, 31, 32), (2, 30, 7)), ((2, 33, 8), (60, 33, 5), (60, 1, 40))
+
+
+def prompts_of_lengths(lengths: tuple[int, ...]) -> list[list[int]]:
+    return [[0, *range(5, 3 + length), 3][-length:] for length in lengths]
+
+
+@pytest.mark.parametrize("keep_prompt", [True, False], ids=["keep_prompt", "evict_prompt"])
+@pytest.mark.parametrize("chunk", [512, 32])
+def test_other_prompts_compute_in_the_same_shapes(fresh: Any, machine: pretend.Machine, keep_prompt: bool,
+                                                  monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Nothing to compile or set up for a new prompt; once for a width, in the attention, and once when rows share
+    prompts, for which there is another decode kernel. And the tokens are the CPU's.
+
+    What moves numbers, or computes element by element, is not looked at: torch has one kernel for all shapes.
+    """
+    monkeypatch.setattr(batch, "PREFILL_CHUNK", chunk)
+    plan, seen = CachePlan(PLAN.layers, PLAN.row_buffer, keep_prompt), set[Any]()
+    options = {"guidance": 2.0, "sampling": GREEDY, "steps": WARM_STEPS + 1}  # graphs stay in memory here
+    expected = [Engine(fresh, plan).generate(prompts_of_lengths(lengths), **options) for lengths in SHORT + LONG]
+    engine = Engine(fresh.to("cuda"), plan, backend="triton")
+    new = []
+    for lengths, tokens in zip(SHORT + LONG, expected, strict=True):
+        machine.log.clear()
+        assert torch.equal(engine.generate(prompts_of_lengths(lengths), **options), tokens)
+        report = engine.memory_report()
+        assert report.device_peak is not None and report.device_peak <= report.weights + report.cache + report.step
+        now = {(event.name, event.variant) for event in machine.of_kind("launch") if event.name in COMPUTED}
+        new.append(sorted(name for name, _ in now - seen))
+        seen |= now
+    assert {"mm", "bmm", "_safe_softmax", "decode_kernel (triton)"} <= set(new[0])
+    shared, wider = ["decode_kernel (triton)"] if keep_prompt else [], ["_safe_softmax", "bmm", "bmm"]
+    assert new[1:] == [shared, [], [], wider, [], []]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_compiled_sees_two_shapes(fresh: Any, machine: pretend.Machine, monkeypatch: pytest.MonkeyPatch,
+                                          device: str) -> None:
+    """That of a step and that of prompts, whatever their lengths."""
+    seen = set()
+
+    def compiled(function: Any) -> Any:
+        def recorded(*given: Any) -> torch.Tensor:
+            *tensors, _ = given
+            seen.add((function.__name__, *(tensor.shape[0] for tensor in tensors)))
+            return function(*given)
+
+        return recorded
+
+    monkeypatch.setattr(batch, "_compiled", compiled)
+    engine = Engine(fresh.to(device), PLAN, compile=True)
+    for lengths in SHORT + LONG:
+        engine.generate(prompts_of_lengths(lengths), guidance=2.0, steps=2)
+    rows = 8 if device == "cpu" else 6
+    assert seen == {(name, *[size] * tensors) for size in (rows, batch.PREFILL_CHUNK)
+                    for name, tensors in (("project", 1), ("mix", 2))}
+
+
 def test_without_triton_every_picture_has_a_generator(fresh: Any, machine: pretend.Machine,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := backends.available()["cuda"]:
@@ -278,11 +339,11 @@ def test_positions_go_to_the_device_once(fresh: Any, machine: pretend.Machine, o
     steps = of_steps(machine, Engine(fresh.to("cuda"), PLAN), sampling=GREEDY, steps=WARM_STEPS + 1,
                      **options)
     assert len(steps) == WARM_STEPS and all(names(step, *WAITING) == [] for step in steps)
-    lengths = len({len(prompt) for prompt in prompts()})
+    widths = len({batch.prefill_width(len(prompt), batch.PREFILL_CHUNK) for prompt in prompts()})
     copies = [event.place.partition(":")[0] for event in machine.of_kind("to_device")]
     assert not any(place.endswith("ssd_kernels/reference.py") for place in copies)
-    # Tokens, rows and copies of every group of prompts; and once: whose rows, guidance, lengths.
-    assert copies.count("python/ssd_janus/engine/batch.py") == 3 * lengths + 3
+    # Tokens, rows and ends of every group of prompts; and once: whose rows, guidance, lengths.
+    assert copies.count("python/ssd_janus/engine/batch.py") == 3 * widths + 3
 
 
 def test_too_little_memory_is_shared(fresh: Any, machine: pretend.Machine, caplog: pytest.LogCaptureFixture) -> None:

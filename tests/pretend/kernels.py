@@ -6,7 +6,7 @@ They reach the memory by addresses, as kernels do.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,7 +123,16 @@ class Launcher:
         values = SimpleNamespace(**{**given, **{name: tensor.data_ptr() for name, tensor in tensors.items()}},
                                  held={name: tensor.held for name, tensor in tensors.items()})
         here.launch(f"{self.function.__name__} (triton)", device, lambda: self.run(values),
-                    sum(map(touched, values.held.values())) if self.whole else 0)
+                    sum(map(touched, values.held.values())) if self.whole else 0, variant=tuple(self._variant(given)))
+
+    def _variant(self, given: dict[str, Any]) -> Iterator[Any]:
+        """What Triton compiles a kernel of its own for: constants, and integers that are 1 or divisible by 16."""
+        for parameter in self.function.params:
+            value = given[parameter.name]
+            if parameter.is_constexpr:
+                yield parameter.name, value
+            elif isinstance(value, int) and not parameter.do_not_specialize:
+                yield parameter.name, value == 1, value % 16 == 0
 
 
 def _layer(given: SimpleNamespace, batch: int, row_buffer: int, *shared: int) -> Layer:

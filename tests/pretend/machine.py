@@ -51,6 +51,8 @@ class Event:
         nbytes: copied, or read and written by the operation.
         launches: kernels, as far as one operation is one; of a replay as many as the graph recorded.
         captured: it was recorded by a graph instead of being done.
+        variant: for what a library or compiler may make a kernel or workspace of its own: the shapes of the tensors
+            that an operation of torch was given; of a kernel in Triton its constants, and what else it specialises on.
     """
 
     kind: str
@@ -61,6 +63,7 @@ class Event:
     nbytes: int = 0
     launches: int = 0
     captured: bool = False
+    variant: tuple[Any, ...] = ()
 
 
 class Stream:
@@ -292,10 +295,12 @@ class Machine:
         """The log's events of some kinds."""
         return [event for event in self.log if event.kind in kinds]
 
-    def note(self, kind: str, name: str, device: int, stream: Stream, nbytes: int = 0, launches: int = 0) -> Event:
+    def note(self, kind: str, name: str, device: int, stream: Stream, nbytes: int = 0, launches: int = 0,
+             variant: tuple[Any, ...] = ()) -> Event:
         launches = launches or int(kind == "launch")
         where = "" if kind == "launch" else place()  # of hundreds a step; looking it up takes longer than they do
-        event = Event(kind, name, device, stream.cuda_stream, where, nbytes, launches, stream.graph is not None)
+        event = Event(kind, name, device, stream.cuda_stream, where, nbytes, launches, stream.graph is not None,
+                      variant)
         self.log.append(event)
         return event
 
@@ -313,10 +318,10 @@ class Machine:
         self.note(kind, name, device, stream or self.stream(device), nbytes)
 
     def launch(self, name: str, device: int, operation: Callable[[], None], nbytes: int = 0,
-               stream: Stream | None = None) -> None:
+               stream: Stream | None = None, variant: tuple[Any, ...] = ()) -> None:
         """Run a kernel on a device's stream, or record it."""
         stream = stream or self.stream(device)
-        event = self.note("launch", name, device, stream, nbytes)
+        event = self.note("launch", name, device, stream, nbytes, variant=variant)
         if stream.graph is None:
             operation()
         else:

@@ -279,7 +279,8 @@ def _note(here: Machine, function: Any, name: str, args: Any, kwargs: Any, out: 
     if name in ALLOCATIONS or not (writes or fresh):  # the rest are views
         return
     stream = here.stream(device)
-    event = here.note("launch", name, device, stream, _moved(name, inputs, outputs))
+    event = here.note("launch", name, device, stream, _moved(name, inputs, outputs),
+                      variant=tuple(tensor.shape for tensor in inputs))
     if stream.graph is not None:
         stream.graph.record(event, _again(function, args, kwargs, out))
 

@@ -24,7 +24,12 @@ from .weights import Layer, Weights
 # bits in some smaller ones (docs/engine.md, "Seeds"). oneDNN's from packed weights have other bits for one row alone on
 # some processors.
 ROW_MULTIPLE, PACKED_ROW_MULTIPLE = 8, 2
-PREFILL_TOKENS = 4096  # of prompts that go through the layers together
+PREFILL_TOKENS = 4096  # of prompts that go through the layers together, where any number may
+# Where it has to be the same number at all times, so that nothing is compiled or set up for another prompt; a power of
+# two. By its data sheet an H200 computes with bfloat16 weights as long as it reads them at 206 tokens: products of much
+# fewer would take as long, and those of much more longer, which one prompt alone would feel.
+PREFILL_CHUNK = 512
+SHORTEST_WIDTH = 32  # that prompts are padded to then
 
 LogitsProcessor = Callable[[Any, torch.Tensor], torch.Tensor]
 
@@ -38,6 +43,7 @@ class Batch:
 
     Attributes:
         cache: of all rows.
+        chunk: tokens of prompts that go through a layer's products at once, always; None: as many as there are.
         tokens: long [pictures, steps], on the device; filled column by column.
         done: columns filled.
     """
@@ -77,6 +83,7 @@ class Batch:
         self.column = torch.zeros(1, dtype=torch.long, device=device)
         self.done = 0
         self.lengths = torch.zeros(self.rows, dtype=torch.long, device=device)
+        self.chunk = PREFILL_CHUNK if compiled or device.type == "cuda" else None
         self._project = _compiled(project) if compiled and timing is None else project
         self._mix = _compiled(mix) if compiled and timing is None else mix
         # Guidance, filters and draw in one launch, where the noise allows.
@@ -87,23 +94,23 @@ class Batch:
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         """Run the prompts, one of every row, and draw the first tokens.
 
-        Equal prompts run once, and prompts of equal length together, so that none needs padding.
+        Equal prompts run once, and prompts of equal `prefill_width` together.
         """
         rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
             rows_of.setdefault(tuple(prompt), []).append(row)
-        lengths: dict[int, list[tuple[int, ...]]] = {}
+        widths: dict[int, list[tuple[int, ...]]] = {}
         for prompt in rows_of:
-            lengths.setdefault(len(prompt), []).append(prompt)
+            widths.setdefault(prefill_width(len(prompt), self.chunk), []).append(prompt)
         last = torch.empty_like(self.inputs[:self.rows])
         watched = _WatchedPrompts(self.cache, self.observer, [len(prompt) for prompt in prompts]
                                   ) if self.observer else None
-        for length, group in lengths.items():
-            size = max(1, PREFILL_TOKENS // length)
+        for width, group in widths.items():
+            size = max(1, (self.chunk or PREFILL_TOKENS) // width)
             for part in (group[first:first + size] for first in range(0, len(group), size)):
                 rows = [row for prompt in part for row in rows_of[prompt]]
                 share = [index for index, prompt in enumerate(part) for _ in rows_of[prompt]]
-                hidden = self._prefill(part, rows, share, watched)
+                hidden = self._prefill(part, width, size if self.chunk else len(part), rows, share, watched)
                 last.index_copy_(0, torch.tensor(rows, device=last.device), hidden)
         if watched is not None:
             watched.finish()
@@ -185,38 +192,54 @@ class Batch:
         noise = None if self.noise is None else self.noise.values(self.column)
         return self.sampling.choose(guided(logits, self.scale), noise)
 
-    def _prefill(self, prompts: Sequence[tuple[int, ...]], rows: list[int], share: list[int],
+    def _prefill(self, prompts: Sequence[tuple[int, ...]], width: int, count: int, rows: list[int], share: list[int],
                  watched: _WatchedPrompts | None) -> torch.Tensor:
-        """Run different prompts of one length; ``share`` says which of them each of ``rows`` takes.
+        """Run different prompts; ``share`` says which of them each of ``rows`` takes.
+
+        Prompts are padded behind their end, where causal attention does not look, to ``width``, and their number to
+        ``count``, with tokens whose results nobody reads.
 
         Returns:
             last hidden states [rows, hidden].
         """
-        weights, count, length = self.weights, len(prompts), len(prompts[0])
-        copies = torch.tensor(share, device=weights.device)
-        tokens = torch.tensor(prompts, device=weights.device).flatten()
-        positions = torch.arange(length, device=weights.device).repeat(count)
-        tokens = functional.pad(tokens, (0, self._padded(len(tokens)) - len(tokens)))
+        weights, size = self.weights, count * width
+        lengths = [len(prompt) for prompt in prompts]
+        padding = [0] * (self._padded(size) - width * len(prompts))
+        tokens = torch.tensor([token for prompt in prompts for token in (*prompt, *[0] * (width - len(prompt)))]
+                              + padding, device=weights.device)
+        # Of what comes behind a prompt, positions beyond the rotary table do not matter.
+        positions = torch.arange(width, device=weights.device).clamp(max=len(weights.rotary[0]) - 1).repeat(count)
+        keep_prompt = self.cache.plan.keep_prompt
+        copies = None if keep_prompt else torch.tensor(share, device=weights.device)
         hidden = functional.embedding(tokens, weights.embed).to(weights.dtype)
         for index, layer in enumerate(weights.layers):
-            query, keys, values = self._heads(self._project(hidden, layer)[:count * length])
+            query, keys, values = self._heads(self._in_chunks(self._project, layer, hidden)[:size])
             query, keys = (rotate(tensor, weights.rotary, positions) for tensor in (query, keys))
-            # [prompts, heads, length, D]
-            query, keys, values = (tensor.unflatten(0, (count, length)).transpose(1, 2)
+            # [prompts, heads, width, D]
+            query, keys, values = (tensor.unflatten(0, (count, width)).transpose(1, 2)
                                    for tensor in (query, keys, values))
-            stored = [tensor.to(self.cache.dtype) for tensor in (keys, values)]
-            if self.cache.plan.keep_prompt:
-                self.cache.prefill(index, *stored, [length] * count, rows=rows, share=share)
+            stored = [tensor[:len(prompts)].to(self.cache.dtype) for tensor in (keys, values)]
+            if keep_prompt:
+                self.cache.prefill(index, *stored, lengths, rows=rows, share=share)
             else:
-                self.cache.prefill(index, *(tensor[copies] for tensor in stored), [length] * len(rows), rows=rows)
+                self.cache.prefill(index, *(tensor[copies] for tensor in stored), [lengths[entry] for entry in share],
+                                   rows=rows)
             if watched is not None:
-                watched.prefill(index, *(tensor[copies] for tensor in stored), length, rows)
+                watched.prefill(index, *stored, lengths, rows, share)
             out = functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=weights.scale,
                                                           enable_gqa=weights.num_heads != weights.num_query_heads)
             attended = hidden.new_zeros(len(hidden), out.shape[1] * out.shape[3])
-            attended[:count * length] = out.transpose(1, 2).flatten(2).flatten(0, 1)
-            hidden = self._mix(hidden, attended, layer)
-        return hidden[:count * length].unflatten(0, (count, length))[:, -1][copies]
+            attended[:size] = out.transpose(1, 2).flatten(2).flatten(0, 1)
+            hidden = self._in_chunks(self._mix, layer, hidden, attended)
+        ends = torch.tensor([entry * width + lengths[entry] - 1 for entry in share], device=weights.device)
+        return hidden.index_select(0, ends)
+
+    def _in_chunks(self, function: Callable[..., torch.Tensor], layer: Layer, *tensors: torch.Tensor) -> torch.Tensor:
+        """`project` or `mix` of tensors [tokens, ...], `chunk` tokens at a time."""
+        if self.chunk is None or len(tensors[0]) == self.chunk:
+            return function(*tensors, layer)
+        chunks = zip(*(tensor.split(self.chunk) for tensor in tensors), strict=True)
+        return torch.cat([function(*chunk, layer) for chunk in chunks])
 
 
 class _WatchedPrompts:
@@ -226,16 +249,24 @@ class _WatchedPrompts:
         self.cache, self.observer, self.lengths = cache, observer, lengths
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def prefill(self, layer: int, keys: torch.Tensor, values: torch.Tensor, length: int, rows: list[int]) -> None:
+    def prefill(self, layer: int, keys: torch.Tensor, values: torch.Tensor, lengths: list[int], rows: list[int],
+                share: list[int]) -> None:
         if layer == len(self.layers):
             size = (len(self.lengths), keys.shape[1], max(self.lengths), keys.shape[3])
             self.layers.append((keys.new_zeros(size), values.new_zeros(size)))
         for store, tensor in zip(self.layers[layer], (keys, values), strict=True):
-            store[torch.tensor(rows, device=keys.device), :, :length] = tensor
+            for row, entry in zip(rows, share, strict=True):
+                store[row, :, :lengths[entry]] = tensor[entry, :, :lengths[entry]]
 
     def finish(self) -> None:
         for layer, (keys, values) in enumerate(self.layers):
             self.observer.prefill(self.cache, layer, keys, values, self.lengths)
+
+
+def prefill_width(length: int, chunk: int | None) -> int:
+    """Tokens that a prompt of ``length`` is padded to: none is added where there is no constant ``chunk``; where there
+    is, the attention sees powers of two from `SHORTEST_WIDTH` on."""
+    return length if chunk is None else max(SHORTEST_WIDTH, 1 << (length - 1).bit_length())
 
 
 def project(hidden: torch.Tensor, layer: Layer) -> torch.Tensor:

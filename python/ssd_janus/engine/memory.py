@@ -21,7 +21,7 @@ from ssd_kernels import CachePlan
 from ssd_kernels.process import control_groups
 
 from ..shape import ModelShape, placement
-from .batch import PREFILL_TOKENS, ROW_MULTIPLE
+from .batch import PREFILL_CHUNK, PREFILL_TOKENS, ROW_MULTIPLE, prefill_width
 from .linear import can_pack
 from .weights import TABLE_CODES
 
@@ -103,9 +103,14 @@ def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int) -> int:
     widths = (shape.num_query_heads + 2 * shape.num_heads) * shape.head_dim
     rotary = 2 * 4 * (max_prompt + shape.num_visual_tokens) * shape.head_dim
     table = size * codes * config.hidden_size if codes <= TABLE_CODES else 0
-    tokens = max(min(rows * max_prompt, max(PREFILL_TOKENS, max_prompt)), rows) + ROW_MULTIPLE
+    if placement(model)[0].type == "cuda":
+        width = prefill_width(max_prompt, PREFILL_CHUNK)
+        tokens = max(PREFILL_CHUNK, width, rows)
+    else:
+        width = max_prompt
+        tokens = max(min(rows * max_prompt, max(PREFILL_TOKENS, max_prompt)), rows) + ROW_MULTIPLE
     # Keys and values: as projected, rotated, and once more for every row of the cache.
-    copies = 2 * rows * max_prompt * shape.num_heads * shape.head_dim
+    copies = 2 * rows * width * shape.num_heads * shape.head_dim
     layer = tokens * (3 * config.hidden_size + 3 * widths + 4 * config.intermediate_size) + copies
     buffers = (rows + ROW_MULTIPLE) * (2 * config.hidden_size + shape.num_query_heads * shape.head_dim)
     # Logits in both dtypes; noise, guided logits and what filters make of them, with 8-byte numbers of codes.
