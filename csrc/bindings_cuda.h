@@ -37,14 +37,20 @@ class CUDALayer : public BoundLayer {
   void decode(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int32_t query_heads, int64_t q_row_stride,
               int64_t q_head_stride, int64_t k_row_stride, int64_t k_head_stride, int64_t v_row_stride,
               int64_t v_head_stride, float scale, uintptr_t cos, uintptr_t sin, uintptr_t partials, uintptr_t logits,
-              uintptr_t arrivals, int32_t parts, int32_t largest, int device, uintptr_t stream) const {
-    const cuda::DecodeParams params{
-        layer_,
-        decode_step(q, k, v, out, query_heads, q_row_stride, q_head_stride, k_row_stride, k_head_stride, v_row_stride,
-                    v_head_stride, scale, cos, sin),
-        {pointer<float>(partials), pointer<float>(logits), pointer<int32_t>(arrivals), parts, largest}};
+              uintptr_t arrivals, uintptr_t items, int32_t parts, int32_t largest, int device, uintptr_t stream) const {
+    const DecodeStep step = decode_step(q, k, v, out, query_heads, q_row_stride, q_head_stride, k_row_stride,
+                                        k_head_stride, v_row_stride, v_head_stride, scale, cos, sin);
+    const cuda::DecodeParams params =
+        cuda::decode_params(layer_, step,
+                            {pointer<float>(partials), pointer<float>(logits), pointer<int32_t>(arrivals),
+                             pointer<const cuda::LaunchItem>(items), parts, largest});
     const OnDevice on(device);
     raise_if_cuda_failed(cuda::decode(params, pointer<void>(stream)));
+  }
+
+  // From a table and to items on the host.
+  void list_items(uintptr_t table, bool alternating, uintptr_t items) const {
+    cuda::list_items(layer_.shape, pointer<const HeadRange>(table), alternating, pointer<cuda::LaunchItem>(items));
   }
 
   // prompt_lens and rows are addresses on the device.
@@ -61,7 +67,10 @@ class CUDALayer : public BoundLayer {
 
 inline void bind_cuda(pybind11::module_& module) {
   using pybind11::arg;
-  bind_layer<CUDALayer>(module, "CUDALayer").def("decode", &CUDALayer::decode).def("prefill", &CUDALayer::prefill);
+  bind_layer<CUDALayer>(module, "CUDALayer")
+      .def("decode", &CUDALayer::decode)
+      .def("prefill", &CUDALayer::prefill)
+      .def("list_items", &CUDALayer::list_items);
   module.def("cuda_unavailable", &cuda::unavailable);
   // (blocks, threads, bytes of shared memory) of a decode step.
   module.def(
@@ -72,11 +81,14 @@ inline void bind_cuda(pybind11::module_& module) {
         shape.heads = heads;
         shape.head_dim = head_dim;
         const cuda::Launch launch =
-            cuda::decode_launch(shape, query_heads, {nullptr, nullptr, nullptr, parts, largest});
-        return pybind11::make_tuple(launch.blocks, launch.threads, launch.shared_bytes);
+            cuda::decode_launch(shape, query_heads, {nullptr, nullptr, nullptr, nullptr, parts, largest});
+        return pybind11::make_tuple(launch.columns * launch.rows, launch.threads, launch.shared_bytes);
       },
       arg("batch"), arg("heads"), arg("query_heads"), arg("head_dim"), arg("parts"), arg("largest"));
+  module.def("cuda_blocks_per_multiprocessor", &cuda::blocks_per_multiprocessor, arg("capability"), arg("head_dim"),
+             arg("group"));
   module.attr("CUDA_PART_SLOTS") = cuda::kPartSlots;
+  module.attr("CUDA_ITEM_WORDS") = sizeof(cuda::LaunchItem) / sizeof(int32_t);
   module.attr("CUDA_MAX_PARTS") = cuda::kMaxParts;
   module.attr("CUDA_MAX_STEPS") = cuda::kMaxSteps;
 }

@@ -66,24 +66,40 @@ struct RowView {
   int32_t first;      // evictable prompt tokens
   int32_t step;       // visual tokens appended before this step
   int32_t period;     // steps between evictions, max(R, 1)
+  int32_t since;      // steps since the last one
   int32_t evictable;  // evictable tokens held before this step
   int32_t ring;       // evictable slots
   int32_t apart;      // slots, the first ones, that are in the slab of shared prompts and not in the row's
   int32_t unscored;   // slots, the first ones, without score and position
 };
 
-SSD_INLINE RowView row_view(const LayerShape& shape, const HeadRange& head, Cursor cursor) {
+// Slots of a head that are in the slab of shared prompts.
+SSD_INLINE int32_t slots_apart(const LayerShape& shape) { return shape.shared_prompts ? shape.max_prompt : 0; }
+
+// Evictable slots of a head.
+SSD_INLINE int32_t ring_slots(const LayerShape& shape, int32_t capacity) {
+  return capacity - (shape.keep_prompt ? shape.max_prompt : 0);
+}
+
+SSD_INLINE int32_t eviction_period(const LayerShape& shape) { return larger(shape.row_buffer, 1); }
+
+// `since`: of the cursor's step, the same for all heads.
+SSD_INLINE RowView row_view(const LayerShape& shape, int32_t keep, int32_t ring, Cursor cursor, int32_t since) {
   RowView view;
   view.base = shape.keep_prompt ? cursor.prompt_len : 0;
   view.first = cursor.prompt_len - view.base;
   view.step = cursor.step;
-  view.period = larger(shape.row_buffer, 1);
-  const int32_t block = view.step / view.period * view.period;
-  view.evictable = smaller(head.keep, view.first + block) + view.step - block;
-  view.ring = head.capacity - (shape.keep_prompt ? shape.max_prompt : 0);
+  view.period = eviction_period(shape);
+  view.since = since;
+  view.evictable = smaller(keep, view.first + view.step - since) + since;
+  view.ring = ring;
   view.apart = shape.shared_prompts ? view.base : 0;
   view.unscored = shape.prompt_scores ? 0 : view.base;
   return view;
+}
+
+SSD_INLINE RowView row_view(const LayerShape& shape, const HeadRange& head, Cursor cursor) {
+  return row_view(shape, head.keep, ring_slots(shape, head.capacity), cursor, cursor.step % eviction_period(shape));
 }
 
 // Slot of the token this step appends.
@@ -134,7 +150,7 @@ SSD_INLINE bool is_pinned(const PinMask& mask, int32_t position, int32_t prompt_
          (static_cast<uint32_t>(mask.words[token / 32]) >> (token % 32) & 1u);
 }
 
-SSD_INLINE bool refresh_due(const RowView& view) { return (view.step + 1) % view.period == 0; }
+SSD_INLINE bool refresh_due(const RowView& view) { return view.since + 1 == view.period; }
 
 // Whether the row reads one of the shared prompts, if there are any.
 SSD_INLINE bool prompt_valid(const LayerShape& shape, const int32_t* prompt_of, int32_t row) {
@@ -148,7 +164,7 @@ SSD_INLINE bool cursor_valid(const LayerShape& shape, Cursor cursor) {
 
 // Whether a row of the head table lies inside the slab: the least that a kernel must know before it writes.
 SSD_INLINE bool range_valid(const LayerShape& shape, const HeadRange& range) {
-  const int32_t slots = range.capacity - (shape.shared_prompts ? shape.max_prompt : 0);
+  const int32_t slots = range.capacity - slots_apart(shape);
   const int32_t scores = range.capacity - (shape.prompt_scores ? 0 : shape.max_prompt);
   const bool inside =
       slots >= 0 && slots <= shape.slots && range.offset >= 0 && range.offset <= shape.slots - slots && range.keep >= 0;

@@ -23,7 +23,7 @@ struct Geometry {
   int32_t dim_, lanes_;
 
   SSD_DEVICE explicit Geometry(int32_t head_dim) : dim_(head_dim), lanes_(1) {
-    while (lanes_ * kCopies * kVector < head_dim) lanes_ *= 2;
+    while (!kDim && lanes_ * kCopies * kVector < head_dim) lanes_ *= 2;
   }
   SSD_DEVICE int32_t dim() const { return kDim ? kDim : dim_; }
   SSD_DEVICE int32_t lanes() const { return kDim ? kDim / kVector : lanes_; }
@@ -38,6 +38,7 @@ struct Attention {
   using Memory = Shared<kDim ? kDim : kMaxHeadDim, kGroup>;
   static constexpr int kVector = Shape::kVector, kCopies = Shape::kCopies, kDepth = Shape::kDepth;
 
+  const CacheLayer& layer;
   const Item& item;
   const Shape shape;
   Memory& shared;
@@ -45,39 +46,51 @@ struct Attention {
   const T* const values;
   const int32_t begin;  // the part's kept tokens are [begin, begin + count)
   const int32_t count;
-  const bool appends;  // the head's first part has the new token, behind the others
-  const int32_t gap;   // item.gap, from `begin` on
-  int32_t tiles;       // of keys; and as many of values
-  // The first chunks that this lane reads of slot `begin`: all that a fetch adds is a slot's bytes times its number.
+  const bool appends;   // the head's first part has the new token
+  const int32_t gap;    // item.gap, from `begin` on
+  const int32_t apart;  // item.view.apart, from `begin` on
+  int32_t tiles;        // of keys; and as many of values
+  // The first chunk that this lane reads of its first token.
   const char* lane_keys;
   const char* lane_values;
 
   SSD_DEVICE Attention(const CacheLayer& layer, const Item& item)
-      : item(item),
+      : layer(layer),
+        item(item),
         shape(layer.shape.head_dim),
         shared(*reinterpret_cast<Memory*>(port::shared_memory())),
-        keys(first_slot(layer.keys, layer)),
-        values(first_slot(layer.values, layer)),
+        keys(first_slot(layer.keys)),
+        values(first_slot(layer.values)),
         begin(item.part * kPartSlots),
         count(larger(smaller(item.total - begin, kPartSlots), 0)),
         appends(item.part == 0),
-        gap(item.gap - begin) {
-    const int32_t tile = shape.groups() * kDepth;
-    tiles = (count + tile - 1) / tile;
-    const int64_t first = static_cast<int64_t>(begin) * shape.slot_bytes() + lane() * 16;
+        gap(item.gap - begin),
+        apart(item.view.apart - begin) {
+    tiles = (count + tile_tokens() - 1) / tile_tokens();
+    const int64_t first = static_cast<int64_t>(begin + slot_group()) * shape.slot_bytes() + lane() * 16;
     lane_keys = port::whole(reinterpret_cast<const char*>(keys) + first);
     lane_values = port::whole(reinterpret_cast<const char*>(values) + first);
   }
 
-  SSD_DEVICE const T* first_slot(const void* slab, const CacheLayer& layer) const {
-    const int64_t slot = static_cast<int64_t>(item.row) * layer.shape.slots + item.range.offset;
+  // What the row's own slots are counted from: beside the slab, if the first ones are in a shared prompt.
+  SSD_DEVICE const T* first_slot(const void* slab) const {
+    const int64_t slot = static_cast<int64_t>(item.row) * layer.shape.slots + item.offset - item.view.apart;
     return static_cast<const T*>(slab) + slot * shape.dim();
+  }
+
+  // Bytes from there to what slots of the shared prompt are counted from.
+  SSD_DEVICE int64_t to_prompt(bool is_key) const {
+    const LayerShape& sizes = layer.shape;
+    const int64_t slot = (static_cast<int64_t>(shared.prompt) * sizes.heads + item.head) * sizes.max_prompt;
+    const char* prompt = static_cast<const char*>(is_key ? layer.prompt_keys : layer.prompt_values);
+    return prompt + slot * shape.slot_bytes() - reinterpret_cast<const char*>(is_key ? keys : values);
   }
 
   SSD_DEVICE int32_t lane() const { return port::thread_index() % shape.lanes(); }  // among those of its slot
   SSD_DEVICE int32_t slot_group() const { return port::thread_index() / shape.lanes(); }
   SSD_DEVICE int32_t chunk(int copy) const { return lane() + copy * shape.lanes(); }
   SSD_DEVICE bool has_chunk(int copy) const { return kDim || chunk(copy) < shape.chunks(); }
+  SSD_DEVICE int32_t tile_tokens() const { return shape.groups() * kDepth; }
   // The token of this part that this thread reads in a tile, maybe beyond the last.
   SSD_DEVICE int32_t token(int32_t tile, int depth) const {
     return (tile * kDepth + depth) * shape.groups() + slot_group();
@@ -87,23 +100,38 @@ struct Attention {
   }
 
   // Starts to copy what this thread needs of a tile, keys' tiles coming before values', and zeros beyond the last
-  // token. Always one group of copies.
-  SSD_DEVICE void fetch(int32_t index) const {
-    if (index < 2 * tiles) {
-      const bool is_key = index < tiles;
-      const char* slots = is_key ? lane_keys : lane_values;
+  // token.
+  SSD_DEVICE void copy_tile(int32_t index) const {
+    if (index >= 2 * tiles) return;
+    const int32_t tile = index < tiles ? index : index - tiles;
+    const int32_t first = tile * tile_tokens(), step = shape.groups() * shape.slot_bytes();
+    const char* from = (index < tiles ? lane_keys : lane_values) + static_cast<int64_t>(tile) * kDepth * step;
+    const int64_t skip = static_cast<int64_t>(item.skip) * shape.slot_bytes();
+    const int32_t end = first + tile_tokens();
+    const int64_t prompt = first < apart ? to_prompt(index < tiles) : 0;
+    const bool is_whole = end <= count && (first >= gap || end <= gap) && (first >= apart || end <= apart);
+    if (is_whole) {
+      from += first >= gap ? skip : prompt;
 #pragma unroll
-      for (int depth = 0; depth < kDepth; ++depth) {
-        const int32_t j = token(is_key ? index : index - tiles, depth);
-        const int32_t present = smaller(j, count - 1);
-        const int32_t slot = present < gap ? present : present + item.skip;
-        const char* from = slots + static_cast<int64_t>(slot) * shape.slot_bytes();
+      for (int depth = 0; depth < kDepth; ++depth, from += step)
 #pragma unroll
         for (int copy = 0; copy < kCopies; ++copy)
-          if (has_chunk(copy))
-            port::copy16_async(&staged(index, depth, copy), from + copy * shape.lanes() * 16, j < count);
-      }
+          if (has_chunk(copy)) port::copy16_async(&staged(index, depth, copy), from + copy * shape.lanes() * 16);
+      return;
     }
+#pragma unroll
+    for (int depth = 0; depth < kDepth; ++depth, from += step) {
+      const int32_t j = token(tile, depth);
+      const bool present = j < count;
+      const char* slot = present ? from + (j >= gap ? skip : j < apart ? prompt : 0) : lane_keys;
+#pragma unroll
+      for (int copy = 0; copy < kCopies; ++copy)
+        if (has_chunk(copy)) port::copy16_async(&staged(index, depth, copy), slot + copy * shape.lanes() * 16, present);
+    }
+  }
+  // Always one group of copies.
+  SSD_DEVICE void fetch(int32_t index) const {
+    copy_tile(index);
     port::commit_copies();
   }
 
@@ -140,7 +168,8 @@ struct Attention {
     return dot[0];
   }
 
-  // The part's logits [kGroup, count] into shared memory, the new token's behind them.
+  // The part's logits into shared memory, -inf for tokens of the last tile that are not there, and the new token's at
+  // kNewToken.
   SSD_DEVICE void attend_keys(const float q[kGroup][kCopies][kVector]) const {
     const int32_t lanes_per_depth = shape.lanes() / kDepth;
 #pragma unroll 1
@@ -162,11 +191,10 @@ struct Attention {
         }
       }
       const int32_t j = token(tile, lane() / lanes_per_depth);
-      const bool stores = lane() % lanes_per_depth == 0 && j < count;
 #pragma unroll
       for (int g = 0; g < kGroup; ++g) {
         const float logit = reduce(dot[g]);
-        if (stores) shared.logits[g][j] = logit;
+        if (lane() % lanes_per_depth == 0) shared.logits[g][j] = j < count ? logit : -INFINITY;
       }
     }
     if (appends) attend_fresh(q);
@@ -183,26 +211,26 @@ struct Attention {
         for (int i = 0; i < kVector; ++i)
           if (has_chunk(copy)) dot += q[g][copy][i] * shared.fresh[0][chunk(copy) * kVector + i];
       for (int mask = shape.lanes() / 2; mask > 0; mask /= 2) dot += port::shuffle_xor(dot, mask);
-      if (port::thread_index() == 0) shared.logits[g][count] = dot;
+      if (port::thread_index() == 0) shared.logits[g][kNewToken] = dot;
     }
   }
 
   // Maximum and sum of powers of the part's logits: by every warp for itself, which takes less than a barrier more.
   // The maximum is never -inf, so that logits that are have powers of 0 and not NaN, even where there are no others.
   SSD_DEVICE void normalize(float highest[kGroup], float norm[kGroup]) const {
-    const int32_t attended = count + appends;
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
-      highest[g] = -FLT_MAX;
+      highest[g] = appends ? fmaxf(-FLT_MAX, shared.logits[g][kNewToken]) : -FLT_MAX;
 #pragma unroll 2
-      for (int32_t j = port::lane_index(); j < attended; j += port::kWarp)
+      for (int32_t j = port::lane_index(); j < count; j += port::kWarp)
         highest[g] = fmaxf(highest[g], shared.logits[g][j]);
 #pragma unroll
       for (int mask = port::kWarp / 2; mask > 0; mask /= 2)
         highest[g] = fmaxf(highest[g], port::shuffle_xor(highest[g], mask));
-      norm[g] = 0.0f;
+      const bool adds_new = appends && port::lane_index() == 0;
+      norm[g] = adds_new ? port::power_of_two(shared.logits[g][kNewToken] - highest[g]) : 0.0f;
 #pragma unroll 2
-      for (int32_t j = port::lane_index(); j < attended; j += port::kWarp)
+      for (int32_t j = port::lane_index(); j < count; j += port::kWarp)
         norm[g] += port::power_of_two(shared.logits[g][j] - highest[g]);
 #pragma unroll
       for (int mask = port::kWarp / 2; mask > 0; mask /= 2) norm[g] += port::shuffle_xor(norm[g], mask);
@@ -219,10 +247,8 @@ struct Attention {
 #pragma unroll
       for (int depth = 0; depth < kDepth; ++depth)
 #pragma unroll
-        for (int g = 0; g < kGroup; ++g) {
-          const int32_t j = token(tile, depth);
-          weight[depth][g] = j < count ? port::power_of_two(shared.logits[g][j] - highest[g]) : 0.0f;
-        }
+        for (int g = 0; g < kGroup; ++g)
+          weight[depth][g] = port::power_of_two(shared.logits[g][token(tile, depth)] - highest[g]);
 #pragma unroll
       for (int depth = 0; depth < kDepth; ++depth)
 #pragma unroll
@@ -260,7 +286,7 @@ struct Attention {
     float total = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) total += shared.sums[warp][g][e];
-    if (appends) total += port::power_of_two(shared.logits[g][count] - highest) * shared.fresh[1][e];
+    if (appends) total += port::power_of_two(shared.logits[g][kNewToken] - highest) * shared.fresh[1][e];
     return total;
   }
 };

@@ -24,28 +24,32 @@ struct Decoder : Attention<T, kDim, kGroup> {
 
   SSD_DEVICE Decoder(const DecodeParams& params, const Item& item) : Base(params.layer, item), params(params) {}
 
-  SSD_DEVICE int32_t group() const { return params.step.query_heads / params.layer.shape.heads; }
-  SSD_DEVICE bool scored() const { return item.range.score_offset >= 0; }
+  SSD_DEVICE int32_t group() const { return params.group; }
+  SSD_DEVICE bool scored() const { return item.score_offset >= 0; }
   SSD_DEVICE bool evicts() const {
-    return item.range.kind == kHeavy && refresh_due(item.view) && item.view.evictable + 1 > item.range.keep;
+    return item.kind == kHeavy && refresh_due(item.view) && item.view.evictable + 1 > item.keep;
   }
+  SSD_DEVICE float decayed(float score) const { return item.rule == kDecayed ? score * kDecay : score; }
   SSD_DEVICE int64_t scored_at() const {
-    return static_cast<int64_t>(item.row) * params.layer.shape.scored_slots + item.range.score_offset;
+    return static_cast<int64_t>(item.row) * params.layer.shape.scored_slots + item.score_offset - item.view.unscored;
   }
 
   // What lies behind the sums; see ranking_bytes.
   SSD_DEVICE int64_t* ranks() const {
     return reinterpret_cast<int64_t*>(&shared.sums[0][0][0] + sizeof(shared.sums) / 4);
   }
-  SSD_DEVICE int32_t* lost() const { return reinterpret_cast<int32_t*>(ranks() + params.workspace.largest + 1); }
-  SSD_DEVICE int32_t* lists() const { return lost() + params.workspace.largest + 1; }
-  SSD_DEVICE float* maxima() const { return reinterpret_cast<float*>(lists() + params.workspace.largest + 1); }
+  SSD_DEVICE int32_t* lists() const { return reinterpret_cast<int32_t*>(ranks() + params.workspace.largest + 1); }
+  SSD_DEVICE DigitCounts* counts() const {
+    return reinterpret_cast<DigitCounts*>(lists() + params.workspace.largest + 1);
+  }
+  SSD_DEVICE float* maxima() const { return reinterpret_cast<float*>(counts() + 1); }
   SSD_DEVICE float* norms() const { return maxima() + group(); }
 
   // Scores and, where they will be needed, positions of the part's tokens: for the threads that copy them.
   SSD_DEVICE void fetch_scores() const {
 #pragma unroll 1
     for (int32_t j = port::thread_index(); j < count; j += kThreads) {
+      if (j < item.view.unscored) continue;
       const int64_t from = scored_at() + item.slot_of(j);
       port::copy4_async(shared.scores + j, params.layer.scores + from);
       if (evicts()) port::copy4_async(shared.positions + j, params.layer.positions + from);
@@ -109,7 +113,7 @@ struct Decoder : Attention<T, kDim, kGroup> {
   }
   SSD_DEVICE float* split_logits(int32_t g) const {
     const int64_t index = static_cast<int64_t>(item.row) * group() + g;
-    return params.workspace.logits + index * params.layer.shape.scored_slots + item.range.score_offset;
+    return params.workspace.logits + index * params.layer.shape.scored_slots + item.score_offset - item.view.unscored;
   }
 
   // Rule 2 for the query heads g0 .. of the group: their output, or this part's share of it.
@@ -148,22 +152,27 @@ struct Decoder : Attention<T, kDim, kGroup> {
     }
   }
 
-  // What tokens gain from these query heads; of a split head only the logits, for the block that will know the norms.
+  // What tokens gain from these query heads, onto their scores; of a split head only the logits, for the block that
+  // will know the norms.
   SSD_DEVICE void keep_gains(int32_t g0, int32_t members, const float highest[kGroup],
                              const float inverse[kGroup]) const {
 #pragma unroll 1
     for (int32_t j = port::thread_index(); j < count + appends; j += kThreads) {
+      if (begin + j < item.view.unscored && j < count) continue;
+      const int32_t at = j < count ? j : kNewToken;
       if (item.parts > 1) {
         const int32_t slot = j < count ? item.slot_of(begin + j) : item.new_slot;
 #pragma unroll 1
-        for (int g = 0; g < members; ++g) split_logits(g0 + g)[slot] = shared.logits[g][j];
+        for (int g = 0; g < members; ++g) split_logits(g0 + g)[slot] = shared.logits[g][at];
         continue;
       }
-      float gain = g0 == 0 ? 0.0f : shared.gains[j];
+      float gain = 0.0f;
 #pragma unroll
       for (int g = 0; g < kGroup; ++g)
-        if (g < members) gain += port::power_of_two(shared.logits[g][j] - highest[g]) * inverse[g];
-      shared.gains[j] = gain;
+        if (g < members) gain += port::power_of_two(shared.logits[g][at] - highest[g]) * inverse[g];
+      float score = j < count || g0 > 0 ? shared.scores[j] : 0.0f;
+      if (g0 == 0) score = decayed(score);
+      shared.scores[j] = score + gain;
     }
   }
 
@@ -182,34 +191,48 @@ struct Decoder : Attention<T, kDim, kGroup> {
     return shared.last;
   }
 
-  // A split head's output from its parts, which are combined in order; leaves [group] maxima and norms.
+  // A split head's output from its parts, which are combined in order; leaves [group] maxima and norms. What several
+  // parts have left is loaded at once.
   SSD_DEVICE void combine() const {
+    constexpr int kTogether = 4;
     const int32_t parts = larger((item.total + kPartSlots - 1) / kPartSlots, 1);  // those that held a token
     const int32_t dim = shape.dim();
 #pragma unroll 1
-    for (int32_t g = 0; g < group(); ++g) {
-      float highest = -INFINITY, norm = 0.0f;
-#pragma unroll 1
-      for (int32_t part = 0; part < parts; ++part)
-        highest = fmaxf(highest, port::load_shared_by_blocks(partial(part, g) + dim));
-#pragma unroll 1
-      for (int32_t part = 0; part < parts; ++part)
-        norm += port::load_shared_by_blocks(partial(part, g) + dim + 1) *
-                port::power_of_two(port::load_shared_by_blocks(partial(part, g) + dim) - highest);
+    for (int32_t g = 0; g < group(); ++g)
 #pragma unroll 1
       for (int32_t e = port::thread_index(); e < dim; e += kThreads) {
-        float total = 0.0f;
+        float highest = -INFINITY, norm = 0.0f, total = 0.0f;
 #pragma unroll 1
-        for (int32_t part = 0; part < parts; ++part)
-          total += port::load_shared_by_blocks(partial(part, g) + e) *
-                   port::power_of_two(port::load_shared_by_blocks(partial(part, g) + dim) - highest);
+        for (int32_t first = 0; first < parts; first += kTogether) {
+          float sums[kTogether], highs[kTogether], masses[kTogether];
+#pragma unroll
+          for (int i = 0; i < kTogether; ++i) {
+            const float* from = partial(smaller(first + i, parts - 1), g);
+            sums[i] = port::load_shared_by_blocks(from + e);
+            highs[i] = port::load_shared_by_blocks(from + dim);
+            masses[i] = port::load_shared_by_blocks(from + dim + 1);
+          }
+          float raised = highest;
+#pragma unroll
+          for (int i = 0; i < kTogether; ++i) raised = fmaxf(raised, highs[i]);
+          const float scale = port::power_of_two(highest - raised);
+          highest = raised;
+          norm *= scale;
+          total *= scale;
+#pragma unroll
+          for (int i = 0; i < kTogether; ++i) {
+            if (first + i >= parts) continue;
+            const float weight = port::power_of_two(highs[i] - highest);
+            norm += masses[i] * weight;
+            total += sums[i] * weight;
+          }
+        }
         port::from_float(total / norm, output(g) + e);
+        if (e == 0) {
+          maxima()[g] = highest;
+          norms()[g] = norm;
+        }
       }
-      if (port::thread_index() == 0) {
-        maxima()[g] = highest;
-        norms()[g] = norm;
-      }
-    }
     port::sync_block();
   }
 
@@ -220,25 +243,27 @@ struct Decoder : Attention<T, kDim, kGroup> {
     float* scores = params.layer.scores + scored_at();
     int32_t* positions = params.layer.positions + scored_at();
     const PinMask pinned = pin_mask(params.layer.shape, params.layer.pinned, item.head);
+    const int32_t recent = evicting ? params.layer.heads[item.head].recent : 0;
 #pragma unroll 1
     for (int32_t j = port::thread_index(); j <= item.total; j += kThreads) {
+      if (j < item.view.unscored) continue;
       const bool is_new = j == item.total;
       const int32_t slot = is_new ? item.new_slot : item.slot_of(j);
-      float score = is_new ? 0.0f : split ? scores[slot] : shared.scores[j];
-      if (item.range.rule == kDecayed) score *= kDecay;
+      float score;
       if (split) {
+        score = decayed(is_new ? 0.0f : scores[slot]);
 #pragma unroll 1
         for (int32_t g = 0; g < group(); ++g)
           score += port::power_of_two(port::load_shared_by_blocks(split_logits(g) + slot) - maxima()[g]) / norms()[g];
       } else {
-        score += shared.gains[j];
+        score = shared.scores[j];
       }
       scores[slot] = score;
       if (is_new) positions[slot] = item.position();
       if (evicting && j >= item.view.base) {
         const int32_t position = is_new ? item.position() : split ? positions[slot] : shared.positions[j];
         ranks()[j - item.view.base] =
-            token_rank(item.range, score, position, item.prompt_len, item.view.step + 1, pinned);
+            token_rank(item.rule, recent, score, position, item.prompt_len, item.view.step + 1, pinned);
       }
     }
     if (!evicting) return;
@@ -246,21 +271,31 @@ struct Decoder : Attention<T, kDim, kGroup> {
     const int64_t first = static_cast<int64_t>(item.view.base) * shape.dim();
     const Evictable<T> head{const_cast<T*>(keys) + first, const_cast<T*>(values) + first, scores + item.view.base,
                             positions + item.view.base};
-    evict(head, item.view.evictable + 1, item.range.keep, shape.dim(), ranks(), lost(), lists(), &shared.moves);
+    evict(head, item.view.evictable + 1, item.keep, shape.dim(), ranks(), lists(), counts(), &shared.moves);
+  }
+
+  // The first copies of a pass over the slots.
+  SSD_DEVICE void start(bool with_scores) const {
+    this->copy_tile(0);
+    if (with_scores) fetch_scores();
+    port::commit_copies();
+#pragma unroll 1
+    for (int stage = 1; stage < kStages - 1; ++stage) this->fetch(stage);
   }
 
   SSD_DEVICE void run() const {
-    if (scored() && item.parts == 1) fetch_scores();
-#pragma unroll 1
-    for (int32_t g0 = 0; g0 < group(); g0 += kGroup) {
-      if (g0 > 0) port::sync_block();  // the sums lie where the stages were
-#pragma unroll
-      for (int stage = 0; stage < kStages - 1; ++stage) this->fetch(stage);
-      if (g0 == 0 && appends) append();
+    start(scored() && item.parts == 1);
+    if (appends) append();
+    for (int32_t g0 = 0;;) {
       stage_queries(g0);
+      if (g0 == 0) advance(params, item, item.view.step + 1);
       port::sync_block();
       attend(g0);
       port::wait_copies<0>();
+      g0 += kGroup;
+      if (kGroup == 1 || g0 >= group()) break;
+      port::sync_block();  // the sums lie where the stages were
+      start(false);
     }
     if (item.parts > 1) {
       if (!last_part()) return;
@@ -269,46 +304,52 @@ struct Decoder : Attention<T, kDim, kGroup> {
     if (scored()) score_and_evict();
   }
 
+  // The row's last block to have read the cursor takes it to `step`, and the count with it.
+  SSD_DEVICE static void advance(const DecodeParams& params, const Item& item, int32_t step) {
+    if (port::thread_index() == 0 && item.arrived >= (item.row_parts - 1) << kArrivalShift)
+      port::store_relaxed(&params.layer.cursors[item.row].step, step);
+  }
+
   // The whole output of a row or head that cannot be stepped.
   SSD_DEVICE static void clear(const DecodeParams& params, const Item& item) {
-    const int32_t vectors = params.step.query_heads / params.layer.shape.heads;
-    const int64_t first = static_cast<int64_t>(item.row) * params.step.query_heads + item.head * vectors;
+    const int64_t first = static_cast<int64_t>(item.row) * params.step.query_heads + item.head * params.group;
     T* out = static_cast<T*>(params.step.out) + first * params.layer.shape.head_dim;
 #pragma unroll 1
-    for (int32_t e = port::thread_index(); e < vectors * params.layer.shape.head_dim; e += kThreads)
+    for (int32_t e = port::thread_index(); e < params.group * params.layer.shape.head_dim; e += kThreads)
       port::from_float(0.0f, out + e);
   }
 };
 
 template <class T, int kDim, int kGroup>
-SSD_KERNEL(kThreads, kGroup == 1 ? 4 : 3)
+SSD_KERNEL(kThreads, blocks_per_multiprocessor(port::kCapability, kDim, kGroup))
 decode_kernel(const DecodeParams params) {
   using Block = Decoder<T, kDim, kGroup>;
   auto& shared = *reinterpret_cast<typename Block::Memory*>(port::shared_memory());
-  const int32_t batch = params.layer.shape.batch;
   Item item;
-  item.row = port::block_index() % batch;
-  Cursor* cursors = params.layer.cursors + item.row;
+  item.row = port::block_column();
+  item.row_parts = params.workspace.parts;
+  item.arrived = -1;
+  LaunchItem listed;
+  if (params.workspace.items)
+    listed = port::load(params.workspace.items + port::block_row());
+  else if (!find_item(params, port::block_row(), listed, item.row_parts))
+    return;
   // One thread reads the cursor, for the row's other blocks count in it, and all of this block must see the same.
-  Cursor cursor{0, 0};
-  if (port::thread_index() == 0) cursor = {cursors->prompt_len, port::load_relaxed(&cursors->step)};
-  if (!find_head(params, port::block_index() / batch, item)) return;
-  const HeadRange range = params.layer.heads[item.head];
   if (port::thread_index() == 0) {
-    shared.prompt_len = cursor.prompt_len;
-    shared.step = cursor.step;
+    Cursor* cursor = params.layer.cursors + item.row;
+    const Turn turn = read_turn(params, item.row, item.row_parts);
+    shared.turn = turn;
+    if (params.layer.shape.shared_prompts) shared.prompt = params.layer.prompt_of[item.row];
+    if (turn.goes_on) item.arrived = port::atomic_add(&cursor->step, 1 << kArrivalShift);
   }
   port::sync_block();
-  cursor = {shared.prompt_len, shared.step};
-  const bool goes_on = cursor_fine(params, cursor, item.row_parts);
-  if (goes_on && locate(params, range, cursor, item))
+  const Turn turn = shared.turn;
+  if (locate(params, listed, turn, item)) {
     Block(params, item).run();
-  else if (item.part == 0)
-    Block::clear(params, item);
-  // The row's last block takes it a step further, and the count with it.
-  if (goes_on && port::thread_index() == 0 &&
-      (port::atomic_add(&cursors->step, 1 << kArrivalShift) >> kArrivalShift) == item.row_parts - 1)
-    port::store_relaxed(&cursors->step, cursor.step + 1);
+  } else {
+    if (item.part == 0) Block::clear(params, item);
+    Block::advance(params, item, turn.cursor.step + 1);
+  }
 }
 
 template <class T, int kDim>
@@ -316,7 +357,7 @@ int start_decode(const DecodeParams& params, const Launch& launch, void* stream)
   const auto start = params.step.query_heads == params.layer.shape.heads
                          ? port::launch<decode_kernel<T, kDim, 1>, DecodeParams>
                          : port::launch<decode_kernel<T, kDim, kGroupBlock>, DecodeParams>;
-  return start(launch.blocks, launch.threads, launch.shared_bytes, stream, params);
+  return start(launch, stream, params);
 }
 
 }  // namespace ssd::cuda

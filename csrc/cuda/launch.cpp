@@ -1,4 +1,8 @@
 // The CUDA backend's host side: sizes of launches, and the kernel for a data type and head_dim.
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
 #include "cuda/decode.h"
 
 namespace ssd::cuda {
@@ -34,16 +38,30 @@ Launch decode_launch(const LayerShape& shape, int32_t query_heads, const Workspa
   const int32_t group = query_heads / shape.heads;
   const int32_t bytes = group == 1 ? bytes_for<1>(shape.head_dim, workspace.largest, group)
                                    : bytes_for<kGroupBlock>(shape.head_dim, workspace.largest, group);
-  return {shape.batch * workspace.parts, kThreads, bytes};
+  return {shape.batch, workspace.parts, kThreads, bytes};
 }
 
 Launch prefill_launch(const LayerShape& shape, const Prefill& prompts) {
-  return {prompts.count * shape.heads, kThreads, 16 * larger(prompts.prompt_stride, 1)};
+  return {prompts.count * shape.heads, 1, kThreads, 12 * prompts.prompt_stride + kDigitBytes};
+}
+
+void list_items(const LayerShape& shape, const HeadRange* table, bool alternating, LaunchItem* items) {
+  std::vector<int32_t> order(shape.heads);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return table[a].capacity > table[b].capacity; });
+  int32_t rank = 0;
+  for (int32_t i = 0; i < shape.heads; ++i) {
+    const int32_t head = order[!alternating ? i : i % 2 == 0 ? i / 2 : shape.heads - 1 - i / 2];
+    const int32_t first = rank, parts = parts_of(table[head].capacity);
+    for (int32_t part = 0; part < parts; ++part)
+      items[rank++] = launch_item(shape, table[head], head, part, parts, first);
+  }
 }
 
 int decode(const DecodeParams& params, void* stream) {
   const Launch launch = decode_launch(params.layer.shape, params.step.query_heads, params.workspace);
-  if (launch.blocks == 0) return 0;
+  if (launch.columns == 0 || launch.rows == 0) return 0;
   switch (params.layer.dtype) {
     case kBFloat16:
       return decode_as<BFloat16>(params, launch, stream);
@@ -56,7 +74,7 @@ int decode(const DecodeParams& params, void* stream) {
 
 int prefill(const PrefillParams& params, void* stream) {
   const Launch launch = prefill_launch(params.layer.shape, params.prompts);
-  return launch.blocks == 0 ? 0 : start_prefill(params, launch, stream);
+  return launch.columns == 0 ? 0 : start_prefill(params, launch, stream);
 }
 
 }  // namespace ssd::cuda

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cuda/types.h"
+#include "cuda/decode.h"
 
 #define SSD_KERNEL(threads, blocks_per_multiprocessor) \
   __global__ static void __launch_bounds__(threads, blocks_per_multiprocessor)
@@ -16,9 +16,20 @@ namespace ssd::cuda {
 namespace port {
 
 constexpr int kWarp = 32;
+// The compute capability that is compiled for; on the host, where no kernel is, any.
+#ifdef __CUDA_ARCH__
+constexpr int kCapability = __CUDA_ARCH__ / 10;
+#else
+constexpr int kCapability = 80;
+#endif
 
-SSD_DEVICE int thread_index() { return threadIdx.x; }
-SSD_DEVICE int block_index() { return blockIdx.x; }
+SSD_DEVICE int thread_index() {
+  const int index = threadIdx.x;
+  __builtin_assume(index >= 0);
+  return index;
+}
+SSD_DEVICE int block_column() { return blockIdx.x; }
+SSD_DEVICE int block_row() { return blockIdx.y; }
 SSD_DEVICE char* shared_memory() {
   extern __shared__ __align__(16) char memory[];
   return memory;
@@ -40,6 +51,10 @@ SSD_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(~0u, vote); }
 SSD_DEVICE void copy16_async(void* shared, const void* global, bool wanted) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(wanted ? 16 : 0) : "memory");
+}
+SSD_DEVICE void copy16_async(void* shared, const void* global) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
 }
 SSD_DEVICE void copy4_async(void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -78,6 +93,17 @@ SSD_DEVICE Chunk load_shared_by_blocks(const Chunk* at) {
   return {words.x, words.y, words.z, words.w};
 }
 
+// Of what no block of the launch writes, 16 bytes at a time.
+SSD_DEVICE LaunchItem load(const LaunchItem* at) {
+  static_assert(sizeof(LaunchItem) == 48);
+  uint4 words[3];
+#pragma unroll
+  for (int i = 0; i < 3; ++i) words[i] = __ldg(reinterpret_cast<const uint4*>(at) + i);
+  LaunchItem item;
+  memcpy(&item, words, sizeof item);
+  return item;
+}
+
 // 2^x, with an error of 2 units in the last place.
 SSD_DEVICE float power_of_two(float x) {
   float result;
@@ -96,7 +122,7 @@ SSD_DEVICE void from_float(float x, Float16* to) { asm("cvt.rn.f16.f32 %0, %1;" 
 // Starts a kernel on a stream; returns a cudaError_t. The first time on a device it also asks for what the kernel needs
 // of shared memory.
 template <auto kKernel, class Params>
-int launch(int blocks, int threads, int shared_bytes, void* stream, const Params& params) {
+int launch(const Launch& launch, void* stream, const Params& params) {
   constexpr int kAll = 99 * 1024;
   static std::atomic<uint64_t> prepared{0};  // a bit per device
   int device = 0;
@@ -110,8 +136,8 @@ int launch(int blocks, int threads, int shared_bytes, void* stream, const Params
     prepared.fetch_or(bit);
   }
   void* arguments[] = {const_cast<Params*>(&params)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kKernel), dim3(blocks), dim3(threads), arguments, shared_bytes,
-                          static_cast<cudaStream_t>(stream));
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kKernel), dim3(launch.columns, launch.rows),
+                          dim3(launch.threads), arguments, launch.shared_bytes, static_cast<cudaStream_t>(stream));
 }
 
 SSD_DEVICE float to_float(float x) { return x; }

@@ -9,7 +9,7 @@ namespace {
 
 // Where each prompt token goes, from the head's first slot, or -1: slots [prompt_len] in shared memory.
 SSD_DEVICE void place(const CacheLayer& layer, const HeadRange& range, const float* scores, int32_t prompt_len,
-                      int64_t* ranks, int32_t* lost, int32_t* slots) {
+                      int64_t* ranks, int32_t* slots, DigitCounts* counts) {
   const int32_t losers = layer.shape.keep_prompt ? 0 : larger(prompt_len - range.keep, 0);
   if (range.kind != kHeavy || losers == 0) {
     const int32_t ring = layer.shape.keep_prompt ? larger(prompt_len, 1) : larger(range.capacity, 1);
@@ -21,15 +21,14 @@ SSD_DEVICE void place(const CacheLayer& layer, const HeadRange& range, const flo
   // No token is visual yet, so none is pinned, and no step divides the score.
   const PinMask nothing{nullptr, 0};
   for (int32_t i = port::thread_index(); i < prompt_len; i += kThreads)
-    ranks[i] = token_rank(range, scores ? scores[i] : 0.0f, i, prompt_len, 0, nothing);
+    ranks[i] = token_rank(range.rule, range.recent, scores ? scores[i] : 0.0f, i, prompt_len, 0, nothing);
   port::sync_block();
-  mark_losers(ranks, prompt_len, losers, lost);
-  port::sync_block();
+  const LastLoser last = last_loser(ranks, prompt_len, losers, counts);
   if (port::thread_index() < port::kWarp) {
     int32_t kept = 0;
     for (int32_t first = 0; first < prompt_len; first += port::kWarp) {
       const int32_t i = first + port::thread_index();
-      const bool stays = i < prompt_len && !lost[i];
+      const bool stays = i < prompt_len && !last.loses(ranks[i], i);
       const uint32_t votes = port::ballot(stays);
       if (i < prompt_len) slots[i] = stays ? kept + port::count_bits(votes & ((1u << port::thread_index()) - 1)) : -1;
       kept += port::count_bits(votes);
@@ -43,19 +42,19 @@ prefill_kernel(const PrefillParams params) {
   const CacheLayer& layer = params.layer;
   const Prefill& prompts = params.prompts;
   const LayerShape& shape = layer.shape;
-  const int32_t entry = port::block_index() / shape.heads, head = port::block_index() % shape.heads;
+  const int32_t entry = port::block_column() / shape.heads, head = port::block_column() % shape.heads;
   const int32_t row = prompts.rows[entry], prompt_len = prompts.prompt_lens[entry];
   const HeadRange range = layer.heads[head];
   if (!range_valid(shape, range)) return;
   const float* scores =
-      prompts.scores ? prompts.scores + static_cast<int64_t>(port::block_index()) * prompts.prompt_stride : nullptr;
+      prompts.scores ? prompts.scores + static_cast<int64_t>(port::block_column()) * prompts.prompt_stride : nullptr;
   int64_t* ranks = reinterpret_cast<int64_t*>(port::shared_memory());
-  int32_t* lost = reinterpret_cast<int32_t*>(ranks + prompts.prompt_stride);
-  int32_t* slots = lost + prompts.prompt_stride;
-  place(layer, range, scores, prompt_len, ranks, lost, slots);
+  int32_t* slots = reinterpret_cast<int32_t*>(ranks + prompts.prompt_stride);
+  DigitCounts* counts = reinterpret_cast<DigitCounts*>(slots + prompts.prompt_stride);
+  place(layer, range, scores, prompt_len, ranks, slots, counts);
 
   const int64_t slot_chunks = shape.head_dim * item_size(layer.dtype) / 16;
-  const int64_t from = static_cast<int64_t>(port::block_index()) * prompts.prompt_stride * slot_chunks;
+  const int64_t from = static_cast<int64_t>(port::block_column()) * prompts.prompt_stride * slot_chunks;
   const int64_t to = (static_cast<int64_t>(row) * shape.slots + range.offset) * slot_chunks;
   const int warp = port::warp_index(), lane = port::lane_index();
   for (int32_t i = warp; i < prompt_len; i += kWarps) {
@@ -77,7 +76,7 @@ prefill_kernel(const PrefillParams params) {
 }  // namespace
 
 int start_prefill(const PrefillParams& params, const Launch& launch, void* stream) {
-  return port::launch<prefill_kernel>(launch.blocks, launch.threads, launch.shared_bytes, stream, params);
+  return port::launch<prefill_kernel>(launch, stream, params);
 }
 
 }  // namespace ssd::cuda

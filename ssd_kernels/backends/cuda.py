@@ -17,6 +17,7 @@ from .cpu import layer_arguments
 
 OLDEST_CAPABILITY = (8, 0)
 ALIGNMENT = 16  # bytes of one asynchronous copy
+ALTERNATING_BLOCKS = 6  # of a multiprocessor
 SHARED_BYTES = 99 * 1024  # what a block may have on every device served
 
 
@@ -28,12 +29,14 @@ class Native:
         layer: `_C.CUDALayer`.
         parts: blocks per batch row.
         arrivals: int32 ``[B, H]``, zero between launches; None if no head is split.
+        items: int32 ``[parts, 12]``, what each block serves; None if the layout's ranges are unknown.
         checked_for: query heads that shared memory is known to suffice for.
     """
 
     layer: Any
     parts: int
     arrivals: torch.Tensor | None
+    items: torch.Tensor | None
     checked_for: int = 0
 
 
@@ -46,7 +49,19 @@ def count_parts(layout: LayerLayout, heads: int, part_slots: int) -> int:
         return heads
     if layout.heads:
         return sum(max(1, -(-head.capacity // part_slots)) for head in layout.heads)
-    return heads + layout.slots // part_slots
+    return heads + (layout.slots + heads * layout.apart) // part_slots
+
+
+def alternates(extension: ModuleType, capability: int, head_dim: int) -> bool:
+    """Whether long and short heads start by turns, and not the longest first.
+
+    That is where so many blocks share a multiprocessor that it stays busy at the end of a launch.
+
+    Args:
+        capability: compute capability, 80 for 8.0. head_dim: D.
+    """
+    blocks: int = extension.cuda_blocks_per_multiprocessor(capability, head_dim, 1)
+    return blocks >= ALTERNATING_BLOCKS
 
 
 class CUDABackend(Backend):
@@ -54,7 +69,6 @@ class CUDABackend(Backend):
 
     name = "cuda"
     reads_table = False
-    shares_prompts = False
     device_type = "cuda"
 
     def extension(self) -> ModuleType:
@@ -93,7 +107,8 @@ class CUDABackend(Backend):
         known.layer.decode(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q.shape[1],
                            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], scale,
                            *((0, 0) if rotary is None else (table.data_ptr() for table in rotary)), partials, logits,
-                           0 if known.arrivals is None else known.arrivals.data_ptr(), known.parts, layout.largest,
+                           *(0 if tensor is None else tensor.data_ptr() for tensor in (known.arrivals, known.items)),
+                           known.parts, layout.largest,
                            *self._place(q.device))
         return out
 
@@ -145,7 +160,8 @@ class CUDABackend(Backend):
         if isinstance(state.native, Native):
             return state.native
         layout, heads, extension = state.layout, state.table.shape[0], self.extension()
-        for name, slab in (("keys", state.keys), ("values", state.values)):
+        names = ("keys", "values", "prompt_keys", "prompt_values")
+        for name, slab in zip(names, (state.keys, state.values, *state.shared[:2]), strict=False):
             if slab.data_ptr() % ALIGNMENT:
                 raise ValueError(f"{name} must start at a multiple of {ALIGNMENT} bytes, got address {slab.data_ptr()}")
         parts = count_parts(layout, heads, extension.CUDA_PART_SLOTS)
@@ -156,8 +172,26 @@ class CUDABackend(Backend):
         arrivals = None
         if parts > heads:
             arrivals = torch.zeros((state.keys.shape[0], heads), dtype=torch.int32, device=state.keys.device)
-        known = Native(extension.CUDALayer(*layer_arguments(state)), parts, arrivals)
-        # Counters made while a graph is captured are zero only in its replays, so they are the graph's alone.
-        if arrivals is None or not (state.keys.is_cuda and torch.cuda.is_current_stream_capturing()):
-            state.native = known
+        layer = extension.CUDALayer(*layer_arguments(state))
+        if state.keys.is_cuda and torch.cuda.is_current_stream_capturing():
+            # Counters made now are zero only in replays of the graph, so they are its alone; and nothing may be copied
+            # to the device.
+            return Native(layer, parts, arrivals, None)
+        known = Native(layer, parts, arrivals, self._list_items(state, layer, parts))
+        state.native = known
         return known
+
+    def _list_items(self, state: LayerState, layer: Any, parts: int) -> torch.Tensor | None:
+        """What each block of a row serves, on the device: see csrc/cuda/decode.h."""
+        if not state.layout.heads:
+            return None
+        table, extension = state.layout.table(), self.extension()
+        items = torch.empty((parts, extension.CUDA_ITEM_WORDS), dtype=torch.int32)
+        alternating = alternates(extension, self._capability(state.keys.device), state.keys.shape[2])
+        layer.list_items(table.data_ptr(), alternating, items.data_ptr())
+        return items.to(state.keys.device)
+
+    def _capability(self, device: torch.device) -> int:
+        """The device's compute capability, 80 for 8.0."""
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor

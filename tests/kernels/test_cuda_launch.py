@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec, backends
-from ssd_kernels.backends.cuda import SHARED_BYTES, CUDABackend, count_parts
+from ssd_kernels.backends.cuda import SHARED_BYTES, CUDABackend, alternates, count_parts
 from ssd_kernels.layout import LayerLayout
 
-from .cases import BF16, F32, mixed, uniform
+from .cases import BF16, F32, PART, Case, mixed, uniform
+from .pair import snapshot
 from .ptx import build
+from .ptx.cuda import PTXBackend
+from .split import LONG, long_pair
 
 pytestmark = pytest.mark.skipif(build.unsupported() is not None, reason=str(build.unsupported()))
 needs_nvcc = pytest.mark.skipif(build.nvcc() is None, reason="needs nvcc")
@@ -51,17 +54,80 @@ def test_parts_are_counted_by_slots(extension, capacity):
     assert parts <= bound <= parts + 3 and (bound == 3) == (capacity <= extension.CUDA_PART_SLOTS)
 
 
-def test_shared_memory_leaves_room_for_four_blocks(extension):
-    # 164 KB of an A100's multiprocessor, of which each block takes 1 KB for the system.
-    for head_dim in (64, 128):
-        shared = extension.cuda_decode_launch(1, 16, 16, head_dim, 16, 120)[2]
-        assert 4 * (shared + 1024) <= 164 * 1024
+def test_blocks_per_multiprocessor(extension):
+    """The table that a measurement would change, and that shared memory has room for it."""
+    table = {(80, 128, 1): 4, (80, 64, 1): 4, (80, 40, 1): 4, (80, 128, 4): 3,
+             (90, 128, 1): 6, (90, 64, 1): 6, (90, 40, 1): 5, (90, 128, 4): 3}
+    for variant, blocks in table.items():
+        capability, head_dim, group = variant
+        assert extension.cuda_blocks_per_multiprocessor(*variant) == blocks, variant
+        # Of an A100's or H100's multiprocessor each block takes 1 KB for the system.
+        shared = extension.cuda_decode_launch(1, 16, 16 * group, head_dim, 16, 120)[2]
+        assert blocks * (shared + 1024) <= (164 if capability == 80 else 228) * 1024, variant
         assert shared <= 48 * 1024
+
+
+def launch_items(layout: LayerLayout, alternating: bool = False) -> list[list[int]]:
+    """What `CUDALayer.list_items` of the executor's module lists."""
+    extension = build.module()
+    heads = len(layout.heads)
+    layer = extension.CUDALayer(*[0] * 7, 0, 1, heads, 32, layout.slots, layout.scored_slots, layout.max_prompt,
+                                layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt)
+    parts = count_parts(layout, heads, extension.CUDA_PART_SLOTS)
+    table, items = layout.table(), torch.empty((parts, extension.CUDA_ITEM_WORDS), dtype=torch.int32)
+    layer.list_items(table.data_ptr(), alternating, items.data_ptr())
+    return items.tolist()
+
+
+@pytest.mark.parametrize("alternating", [False, True])
+def test_launch_items(alternating):
+    """Every part of every head once, with what its row of the table says, in the order of launching."""
+    plan = CachePlan([[HeadSpec.heavy(size) for size in (30, 600, 7, 300, 100)]], row_buffer=4)
+    expected = layout(plan, max_prompt=10, tokens=900)
+    items = launch_items(expected, alternating)
+    heads = [item[0] for item in items if item[1] == 0]
+    assert heads == ([1, 2, 3, 0, 4] if alternating else [1, 3, 4, 0, 2])
+    table = expected.table()
+    for rank, (head, part, parts, first_part, kind, offset, keep, rule, score_offset, ring, _, _) in enumerate(items):
+        assert rank == first_part + part and parts == -(-expected.heads[head].capacity // 256)
+        assert [kind, offset, keep, rule, score_offset] == table[head, [0, 1, 3, 5, 6]].tolist()
+        assert ring == expected.heads[head].ring
+    assert sorted((item[0], item[1]) for item in items) == sorted(
+        (head, part) for head, span in enumerate(expected.heads) for part in range(-(-span.capacity // 256)))
+
+
+def test_slots_of_a_ring_are_found_without_division():
+    """The multiplication and shift of a launch item are exact for every number that a kernel may divide."""
+    for size in (1, 2, 3, 5, 7, 24, 64, 115, 255, 256, 257, 641, 4095, 65537, 2**20 - 1):
+        plan = uniform(HeadSpec.window(size), num_heads=1)
+        items = launch_items(layout(plan, max_prompt=0, tokens=size + 1))
+        ring, multiplier, shift = items[0][9:]
+        for n in {0, 1, ring - 1, ring, ring + 1, 2**20 + 3, 2**31 - 1 - 2**31 % ring, 2**31 - 1}:
+            assert n * (multiplier % 2**32) >> shift == n // ring, (ring, n)
+
+
+@pytest.mark.parametrize(("variant", "alternating"), [((90, 128), True), ((90, 64), True), ((80, 128), False),
+                                                      ((90, 40), False)])
+def test_heads_alternate_where_six_blocks_fit(extension, variant, alternating):
+    assert alternates(extension, *variant) == alternating
+
+
+@needs_nvcc
+def test_the_order_of_launching_changes_no_bits(monkeypatch):
+    seen = []
+    for capability in (80, 90):
+        monkeypatch.setattr(PTXBackend, "_capability", lambda self, device, given=capability: given)
+        pair = long_pair(BF16, case=Case("ptx"), heads=LONG[1:4], lengths=(PART + 3, 2), head_dim=64)
+        seen.append([pair.run(1).float().view(torch.int32), *snapshot(pair.cache)])
+        state = pair.cache._layers[0]
+        capacities = [state.layout.heads[head].capacity for head in state.native.items[:, 0].tolist()]
+        assert (capacities == sorted(capacities, reverse=True)) == (capability == 80)
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
 
 
 def test_shared_memory_grows_with_what_is_ranked(extension):
     sizes = [extension.cuda_decode_launch(1, 1, 1, 128, 1, largest)[2] for largest in (100, 1000, 3000)]
-    assert sizes == sorted(sizes) and sizes[2] >= 16 * 3001
+    assert sizes == sorted(sizes) and sizes[2] >= 12 * 3001
 
 
 @needs_nvcc

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,6 +43,7 @@ FIELDS = {
     "local_accesses": "loads and stores of local memory (LDL, STL)",
     "async_copies": "asynchronous copies (LDGSTS)",
     "async_copies_16": "asynchronous copies of 16 bytes (LDGSTS.128)",
+    "before_copy": "instructions on the shortest way to one of those",
     **{f"blocks_{device}": f"blocks per multiprocessor of a device of {device / 10}"
        for devices in DEVICES.values() for device in devices},
 }
@@ -58,6 +58,7 @@ class Kernel:
         name: "decode bf16 D128 G1", or "prefill". symbol: its mangled name. architecture: such as 80.
         registers: per thread. local: bytes of local memory per thread, the stack included.
         static_shared, dynamic_shared: bytes of shared memory per block. threads: per block.
+        variant: head_dim (0: any) and query heads per KV head of a decode kernel.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Kernel:
     static_shared: int
     dynamic_shared: int
     threads: int
+    variant: tuple[int, int] | None = None
 
     @property
     def key(self) -> str:
@@ -126,16 +128,16 @@ def unknown_occupancy() -> str | None:
     return None if occupancy_header() else "needs cuda_occupancy.h, which comes with CUDA's runtime headers"
 
 
-def kernel_name(symbol: str) -> tuple[str, int, int]:
-    """(the name, head_dim, group) of a mangled name; head_dim 0: any, and for prefill."""
+def kernel_name(symbol: str) -> tuple[str, tuple[int, int] | None]:
+    """(`Kernel.name`, `Kernel.variant`) of a mangled name."""
     if "14prefill_kernel" in symbol:
-        return "prefill", 0, 1
+        return "prefill", None
     match = re.search(r"13decode_kernelI(f|NS0_\w+?E)Li(\d+)ELi(\d+)E", symbol)
     if not match or match[1] not in DTYPES:
         raise ValueError(f"unknown kernel {symbol}: {Path(__file__).name} takes decode_kernel<dtype, head_dim, group> "
                          f"and prefill_kernel")
-    head_dim, group = int(match[2]), int(match[3])
-    return f"decode {DTYPES[match[1]]} D{head_dim or 'any'} G{group}", head_dim, group
+    dtype, head_dim, group = DTYPES[match[1]], int(match[2]), int(match[3])
+    return f"decode {dtype} D{head_dim or 'any'} G{group}", (head_dim, group)
 
 
 @cache
@@ -147,28 +149,63 @@ def kernels_of(source: Path) -> list[Kernel]:
         architecture = int(section.split(maxsplit=1)[0])
         for symbol, text in re.findall(r"Function (\S+):\n(.*)", section):
             usage = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", text)}
-            name, head_dim, group = kernel_name(symbol)
+            name, variant = kernel_name(symbol)
+            head_dim, group = variant or (0, 1)
             _, threads, dynamic = launch(1, 1, group, head_dim or 256, 1, EVICTABLE)
-            if name == "prefill":
-                dynamic = 16 * PROMPT  # csrc/cuda/launch.cpp prefill_launch
+            if not variant:
+                dynamic = 12 * PROMPT + 1024  # csrc/cuda/launch.cpp prefill_launch
             # The system takes 1024 bytes of every block, which are counted here from 9.0 on.
             static = usage["SHARED"] - (1024 if architecture >= 90 else 0)
             found.append(Kernel(name, symbol, architecture, usage["REG"], usage["STACK"] + usage["LOCAL"], static,
-                                dynamic, threads))
+                                dynamic, threads, variant))
     assert {kernel.architecture for kernel in found} == set(ARCHITECTURES), f"{object_of(source)}: {found}"
     return found
 
 
+@dataclass(frozen=True)
+class Instruction:
+    """One of a listing: its opcode, such as LDGSTS.E.BYPASS.128, and the indices of those that may come next."""
+
+    opcode: str
+    successors: tuple[int, ...]
+
+
+def listing(code: str) -> list[Instruction]:
+    """The instructions of a kernel as cuobjdump lists them. Calls are taken to return."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(@!?U?P\w+ +)?([A-Z][.\w]*)([^;]*);", code)
+    at = {int(address, 16): index for index, (address, *_) in enumerate(lines)}
+    found = []
+    for index, (_, guard, opcode, operands) in enumerate(lines):
+        branch = re.search(r"(U?P\w+, )?0x([0-9a-f]+) *$", operands) if opcode.startswith("BRA") else None
+        goes_on = bool(guard or (branch and branch[1])) or not opcode.startswith(("BRA", "EXIT")) or ".DIV" in opcode
+        targets = [at[int(branch[2], 16)]] if branch else []
+        found.append(Instruction(opcode, tuple(targets + [index + 1] * (goes_on and index + 1 < len(lines)))))
+    return found
+
+
+def shortest_way(code: Sequence[Instruction], opcode: str) -> int:
+    """Instructions on the shortest way from the first one to one whose opcode this regular expression finds, or 0."""
+    ways, ends = {0: 0}, [0]
+    for index in ends:
+        if re.search(opcode, code[index].opcode):
+            return ways[index]
+        for successor in code[index].successors:
+            if successor not in ways:
+                ways[successor] = ways[index] + 1
+                ends.append(successor)
+    return 0
+
+
 @cache
-def instructions(source: Path) -> dict[tuple[str, int], Counter[str]]:
-    """How often each instruction of interest occurs, such as LDGSTS.E.BYPASS.128, by (symbol, architecture)."""
-    def count(architecture: int) -> dict[tuple[str, int], Counter[str]]:
+def instructions(source: Path) -> dict[tuple[str, int], list[Instruction]]:
+    """The listings of a source's kernels, by (symbol, architecture)."""
+    def listed(architecture: int) -> dict[tuple[str, int], list[Instruction]]:
         parts = re.split(r"Function : (\S+)", cuobjdump("-sass", "-arch", f"sm_{architecture}", object_of(source)))
-        return {(symbol, architecture): Counter(re.findall(r"\b(?:LDGSTS|LDL|STL|EXIT)\b[.\w]*", code))
+        return {(symbol, architecture): listing(code)
                 for symbol, code in zip(parts[1::2], parts[2::2], strict=True)}
 
     with ThreadPoolExecutor(len(ARCHITECTURES)) as pool:
-        return {key: value for counts in pool.map(count, ARCHITECTURES) for key, value in counts.items()}
+        return {key: value for listings in pool.map(listed, ARCHITECTURES) for key, value in listings.items()}
 
 
 def measured(source: Path) -> dict[str, dict[str, int]]:
@@ -176,13 +213,15 @@ def measured(source: Path) -> dict[str, dict[str, int]]:
     numbers = {}
     for kernel in kernels_of(source):
         code = instructions(source)[kernel.symbol, kernel.architecture]
-        assert code["EXIT"], f"no machine code of {kernel.key}"
-        local = [instruction for instruction in code.elements() if instruction.startswith(("LDL", "STL"))]
-        copies = [instruction for instruction in code.elements() if instruction.startswith("LDGSTS")]
+        opcodes = [instruction.opcode for instruction in code]
+        assert "EXIT" in opcodes, f"no machine code of {kernel.key}"
+        local = [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))]
+        copies = [opcode for opcode in opcodes if opcode.startswith("LDGSTS")]
         numbers[kernel.key] = {
             "registers": kernel.registers, "shared": kernel.static_shared + kernel.dynamic_shared,
             "local": kernel.local, "local_accesses": len(local),
-            "async_copies": len(copies), "async_copies_16": sum(".128" in copy for copy in copies)}
+            "async_copies": len(copies), "async_copies_16": sum(".128" in copy for copy in copies),
+            "before_copy": shortest_way(code, r"^LDGSTS.*\.128")}
     return numbers
 
 
@@ -229,6 +268,26 @@ needs_objects = pytest.mark.skipif(unmeasurable() is not None, reason=str(unmeas
 needs_occupancy = pytest.mark.skipif(unknown_occupancy() is not None, reason=str(unknown_occupancy()))
 
 
+def test_shortest_way() -> None:
+    """Jumps are followed, ends end, and what is skipped does not count."""
+    code = """
+        /*0000*/                   S2R R1, SR_TID.X ;
+        /*0010*/               @P0 BRA 0x50 ;
+        /*0020*/              @!P1 EXIT ;
+        /*0030*/                   LDGSTS.E.LTC128B [R1], desc[UR8][R2.64] ;
+        /*0040*/                   EXIT ;
+        /*0050*/                   BRA P2, 0x70 ;
+        /*0060*/                   BRA 0x90 ;
+        /*0070*/                   NOP ;
+        /*0080*/                   NOP ;
+        /*0090*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR8][R2.64] ;
+        /*00a0*/                   BRA 0xa0;"""
+    found = listing(code)
+    assert [instruction.successors for instruction in found] == [
+        (1,), (5, 2), (3,), (4,), (), (7, 6), (9,), (8,), (9,), (10,), (10,)]
+    assert shortest_way(found, r"^LDGSTS.*\.128") == 4 and shortest_way(found, "^LDL") == 0
+
+
 @needs_objects
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_resources(source: Path) -> None:
@@ -246,7 +305,13 @@ def test_resources(source: Path) -> None:
 @needs_objects
 @needs_occupancy
 def test_blocks_per_multiprocessor() -> None:
-    problems = worse(occupancy(built()), recorded())
+    """As many as the host function says that the kernels are compiled for, and as recorded."""
+    now = occupancy(built())
+    wanted = {kernel: native.extension().cuda_blocks_per_multiprocessor(kernel.architecture, *kernel.variant)
+              for kernel in built() if kernel.variant}
+    problems = [f"{kernel.key}: {number} blocks, compiled for {wanted[kernel]}" for kernel in wanted
+                if (number := now[kernel.key][f"blocks_{kernel.architecture}"]) < wanted[kernel]]
+    problems += worse(now, recorded())
     assert not problems, "\n".join(problems)
 
 

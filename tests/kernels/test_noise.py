@@ -10,7 +10,6 @@ from scipy import stats
 
 from ssd_kernels import backends, noise, philox
 
-from .cases import INTERPRETED
 from .ptx import schedules
 from .ptx.triton import Launcher
 
@@ -106,7 +105,6 @@ def test_bad_input_is_refused(out: torch.Tensor, seeds: torch.Tensor, steps: tor
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="a process that interprets has no GPU")
 def test_a_gpu_computes_the_same_bits_and_goes_on_in_a_graph() -> None:
     out, step = torch.empty(5, 1030, device="cuda"), torch.zeros(1, dtype=torch.long, device="cuda")
     seeds = SEEDS.cuda()

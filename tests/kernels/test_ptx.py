@@ -29,7 +29,7 @@ REDUNDANT = {
     "port::wait_copies<0>();": "the groups of copies that are committed last are empty",
 }
 ONE_PASS = {
-    "if (g0 > 0) port::sync_block();  // the sums lie where the stages were": "one query passes over the slots once",
+    "port::sync_block();  // the sums lie where the stages were": "one query passes over the slots once",
 }
 REDUNDANT_IN_TRITON = {
     "tl.debug_barrier()  # logits were written by other threads of this program": "a reduction has a barrier",

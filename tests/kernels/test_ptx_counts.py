@@ -26,6 +26,7 @@ RECORD = Path(__file__).with_name("ptx_counts.json")
 COMMAND = "python -m tests.kernels.test_ptx_counts"
 HEADS, PROMPT, TOKENS = 4, 24, 576
 BUDGETED = HeadSpec.heavy(96, recent=48, score="mean")
+LARGE = HeadSpec.heavy(376, recent=188, score="mean")
 GLOBAL = ("ld.global", "st.global", "cp.async", "atom.global")  # how opcodes begin
 SHARED = ("ld.shared", "st.shared", "cp.async", "ldmatrix", "stmatrix")
 FIELDS = {
@@ -37,6 +38,8 @@ FIELDS = {
     "wavefronts": "passes over the banks of shared memory",
     "wavefronts_over_best": "passes, by what they would be without conflicts",
     "barriers_per_block": "barriers of a block",
+    "instructions_before_copy": "instructions that a warp executes before its first copy of 16 bytes",
+    "waits_before_copy": "loads from global memory that it waits for before that, one after the other",
 }
 
 
@@ -56,6 +59,8 @@ class Step:
 STEPS = (
     Step("heavy, between refreshes", BUDGETED, 24, 130),
     Step("heavy, refresh", BUDGETED, 24, 143),
+    Step("heavy of 400, between refreshes", LARGE, 24, 540),
+    Step("heavy of 400, refresh", LARGE, 24, 551),
     Step("heavy, one loser", HeadSpec.heavy(115, recent=57), 0, 130),
     Step("window", HeadSpec.window(115), 0, 130),
     Step("full, 524 slots", HeadSpec.full(), 0, 500),
@@ -76,12 +81,17 @@ def launched(backend: str, step: Step) -> dict[str, Any]:
     for tensor in (state.keys, state.values, state.scores):
         tensor.copy_(torch.randn(tensor.shape, generator=random))
     state.scores.abs_()
-    state.positions.copy_(torch.randint(0, PROMPT + step.step, state.positions.shape, generator=random))
+    for head in state.layout.heads:
+        if head.score_offset >= 0:  # no two tokens have a position
+            state.positions[:, head.score_offset:head.score_offset + head.capacity] = torch.randperm(
+                max(PROMPT + step.step, head.capacity), generator=random)[:head.capacity]
     state.cursors.copy_(torch.tensor([[PROMPT, step.step]]))
+    before = [tensor.clone() for tensor in state.tensors]
     q, k, v = (torch.randn(1, heads, step.head_dim, generator=random).to(step.dtype)
                for heads in (HEADS * step.group, HEADS, HEADS))
     cache.decode(0, q, k, v)  # compiles, and makes what split heads need
-    state.cursors.copy_(torch.tensor([[PROMPT, step.step]]))
+    for tensor, old in zip(state.tensors, before, strict=True):
+        tensor.copy_(old)
     module = build.module()
     module.take()
     with schedules.scheduled(replace(schedules.SCHEDULES["lockstep"], races=False, counts=True)):
@@ -113,6 +123,8 @@ def measured(backend: str, step: Step) -> dict[str, float]:
         "wavefronts": wavefronts,
         "wavefronts_over_best": wavefronts / total(7, *SHARED),
         "barriers_per_block": counted["barriers"] / counted["blocks"],
+        "instructions_before_copy": counted["instructions_before_copy"] / counted["copying_warps"],
+        "waits_before_copy": counted["waits_before_copy"] / counted["copying_warps"],
     }
     return {name: round(number, 3) for name, number in numbers.items()}
 

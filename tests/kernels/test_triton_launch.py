@@ -40,9 +40,8 @@ def test_blocks_fit(head_dim: int, item_size: int, group: int, capability: int) 
 
 
 @pytest.mark.parametrize(("arguments", "variant"), [
-    ((128, 2, 1, 256, 90), (True, 32, 2, 3, 168)),  # six programs on a multiprocessor of 9.0 ..
-    ((128, 2, 1, 256, 80), (True, 32, 2, 3, 255)),  # .. four of 8.0, where shared memory has room for no more
-    ((128, 2, 1, 256, 86), (True, 32, 2, 2, 255)),
+    ((128, 2, 1, 256, 90), (True, 32, 2, 3, 255)),
+    ((128, 2, 1, 256, 86), (True, 32, 2, 2, 255)),  # shared memory for one block and four programs
     ((128, 2, 4, 256, 90), (True, 32, 2, 3, 255)),
     ((64, 2, 1, 256, 80), (True, 32, 2, 4, 128)),
     ((40, 2, 5, 256, 80), (True, 32, 2, 4, 128)),

@@ -25,6 +25,7 @@ class Context {
   const Options& options;
   int pc = 0;  // of the instruction that runs
   std::vector<Count> counts;
+  FirstCopy first_copy;
 
   size_t draw(size_t n) { return n < 2 ? 0 : random_() % n; }
   uint32_t draw_lanes() { return static_cast<uint32_t>(random_()) | static_cast<uint32_t>(random_()); }

@@ -40,4 +40,33 @@ void count_shared(Context& context, const uint64_t at[kLanes], uint32_t lanes, i
   count.bytes += static_cast<uint64_t>(bytes) * __builtin_popcount(lanes);
 }
 
+void count_issue(Context& context, Warp& warp, const Instruction& in) {
+  const bool is_load = in.op == Op::kLoad && in.space == Space::kGlobal;
+  const bool gives_nothing = in.op == Op::kAtomic && !in.returns;
+  const bool all_read = in.op == Op::kStore || in.op == Op::kCopy || in.op == Op::kBranch || gives_nothing;
+  const auto wait = [&](int row) {
+    if (row != kNoRow) warp.waits = std::max(warp.waits, warp.filled_by[row]);
+  };
+  wait(in.guard);
+  for (int i = all_read ? 0 : 1; i < in.count; ++i)
+    for (const int row : in.operands[i].rows) wait(row);
+  const bool fills = is_load || (in.op == Op::kAtomic && in.returns);
+  if (!all_read && in.count)
+    for (const int row : in.operands[0].rows)
+      if (row != kNoRow) warp.filled_by[row] = fills ? warp.waits + 1 : 0;
+  const bool is_wide = in.op == Op::kCopy && context.function.opcodes[context.pc].rfind("cp.async.cg", 0) == 0;
+  if (is_wide && !warp.copies) {
+    FirstCopy& first = context.first_copy;
+    ++first.warps, first.instructions += warp.instructions, first.waits += warp.waits;
+    warp.copies = true;
+  }
+  ++warp.instructions;
+}
+
+void count_barrier(Block& block) {
+  uint32_t waits = 0;
+  for (const Warp& warp : block.warps) waits = std::max(waits, warp.waits);
+  for (Warp& warp : block.warps) warp.waits = waits;
+}
+
 }  // namespace ptx

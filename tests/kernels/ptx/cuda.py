@@ -31,5 +31,8 @@ class PTXBackend(CUDABackend):
     def unavailable(self) -> str | None:
         return build.unsupported() or (None if build.nvcc() else "no nvcc, which makes the CUDA kernels' PTX")
 
+    def _capability(self, device: torch.device) -> int:
+        return 80
+
     def _place(self, device: torch.device) -> tuple[int, int]:
         return 0, 0

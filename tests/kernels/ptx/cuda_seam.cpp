@@ -31,13 +31,18 @@ std::vector<ptx::Buffer> layer_buffers(const CacheLayer& layer) {
   const LayerShape& s = layer.shape;
   const uint64_t slab = static_cast<uint64_t>(s.batch) * s.slots * s.head_dim * item_size(layer.dtype);
   const uint64_t scored = sizeof(float) * s.batch * s.scored_slots;
+  const uint64_t prompts =
+      static_cast<uint64_t>(s.shared_prompts) * s.heads * s.max_prompt * s.head_dim * item_size(layer.dtype);
   return {{address(layer.keys), slab, "keys"},
           {address(layer.values), slab, "values"},
           {address(layer.scores), scored, "scores"},
           {address(layer.positions), scored, "positions"},
           {address(layer.cursors), sizeof(Cursor) * s.batch, "cursors"},
           {address(layer.heads), sizeof(HeadRange) * s.heads, "head table", true, false},
-          {address(layer.pinned), sizeof(int32_t) * s.heads * pin_words(s), "pinned", true, false}};
+          {address(layer.pinned), sizeof(int32_t) * s.heads * pin_words(s), "pinned", true, false},
+          {address(layer.prompt_keys), prompts, "prompt_keys", true, false},
+          {address(layer.prompt_values), prompts, "prompt_values", true, false},
+          {address(layer.prompt_of), s.shared_prompts ? sizeof(int32_t) * s.batch : 0, "prompt_of", true, false}};
 }
 
 std::vector<ptx::Buffer> decode_buffers(const DecodeParams& params) {
@@ -59,14 +64,15 @@ std::vector<ptx::Buffer> decode_buffers(const DecodeParams& params) {
                   {address(step.out), item * s.batch * step.query_heads * s.head_dim, "out", false},
                   {address(w.partials), floats * s.batch * w.parts * group * (s.head_dim + 2), "partials", false},
                   {address(w.logits), floats * s.batch * group * s.scored_slots, "logits", false},
-                  {address(w.arrivals), sizeof(int32_t) * s.batch * s.heads, "arrivals"}});
+                  {address(w.arrivals), sizeof(int32_t) * s.batch * s.heads, "arrivals"},
+                  {address(w.items), sizeof(LaunchItem) * w.parts, "launch items", true, false}});
   return buffers;
 }
 
 int start(const std::string& module, const std::string& kernel, const Launch& l, std::vector<uint8_t> params,
           std::vector<ptx::Buffer> buffers) {
   try {
-    const ptx::Launch launch{{l.blocks, 1, 1}, {l.threads, 1, 1}, l.shared_bytes, std::move(params), false};
+    const ptx::Launch launch{{l.columns, l.rows, 1}, {l.threads, 1, 1}, l.shared_bytes, std::move(params), false};
     ptx::kernels().launch(ptx::kernels().find(module, kernel), launch, std::move(buffers));
     return 0;
   } catch (const std::runtime_error& error) {

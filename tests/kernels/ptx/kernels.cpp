@@ -60,6 +60,9 @@ void Kernels::add(const Function& function, const Result& result) {
   total_.thread_instructions += result.thread_instructions;
   total_.barriers += result.barriers;
   if (!options.counts) return;
+  total_.first_copy.warps += result.first_copy.warps;
+  total_.first_copy.instructions += result.first_copy.instructions;
+  total_.first_copy.waits += result.first_copy.waits;
   std::vector<Count>& counts = total_.counts[&function];
   counts.resize(result.counts.size());
   for (size_t i = 0; i < counts.size(); ++i) {

@@ -24,6 +24,7 @@ class Kernels {
   struct Total {
     uint64_t launches = 0, blocks = 0, warps = 0, warp_instructions = 0, thread_instructions = 0, barriers = 0;
     std::map<const Function*, std::vector<Count>> counts;
+    FirstCopy first_copy;
   };
   Total take() { return std::exchange(total_, {}); }
 

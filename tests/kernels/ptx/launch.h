@@ -45,6 +45,12 @@ struct Count {
   uint64_t warps = 0, lanes = 0, bytes = 0, sectors = 0, best_sectors = 0, wavefronts = 0, best_wavefronts = 0;
 };
 
+// What warps have done when they begin their first copy of 16 bytes, added up over those that copy.
+struct FirstCopy {
+  uint64_t warps = 0, instructions = 0;
+  uint64_t waits = 0;  // for loads from global memory, one after the other; an instruction waits for its operands
+};
+
 struct Issue {
   std::string kind, text;
   uint64_t count;
@@ -53,6 +59,7 @@ struct Issue {
 struct Result {
   std::vector<Issue> issues;
   std::vector<Count> counts;  // by instruction
+  FirstCopy first_copy;       // if counts are asked for
   uint64_t blocks = 0, warps = 0, warp_instructions = 0, thread_instructions = 0, barriers = 0;
 };
 

@@ -28,8 +28,8 @@ py::list counted(const ptx::Function& function, const std::vector<ptx::Count>& c
   return rows;
 }
 
-// What launches did since the last call. counts: by kernel, rows (opcode, warps, lanes, bytes, sectors, best sectors,
-// wavefronts, best wavefronts) of its instructions.
+// What launches did since the last call. *_before_copy: see ptx::FirstCopy. counts: by kernel, rows (opcode, warps,
+// lanes, bytes, sectors, best sectors, wavefronts, best wavefronts) of its instructions.
 py::dict take() {
   const ptx::Kernels::Total total = ptx::kernels().take();
   py::dict counts, result;
@@ -41,6 +41,9 @@ py::dict take() {
   result["thread_instructions"] = total.thread_instructions;
   result["barriers"] = total.barriers;
   result["counts"] = counts;
+  result["copying_warps"] = total.first_copy.warps;
+  result["instructions_before_copy"] = total.first_copy.instructions;
+  result["waits_before_copy"] = total.first_copy.waits;
   return result;
 }
 

@@ -161,14 +161,15 @@ CHANGES: dict[str, tuple[Change, ...]] = {
                                    "port::wait_copies<kStages - 1>();\n      fetch(tile +"),),
     "a shuffle of some lanes": (("attend.cuh", "const float logit = reduce(dot[g]);",
                                  "const float logit = j < count ? reduce(dot[g]) : 0.0f;"),),
-    "a barrier of some threads": (("evict.cuh", "if (lane == 0) *moves = leaving;",
-                                   "if (lane == 0) { *moves = leaving; port::sync_block(); }"),),
+    "a barrier of some threads": (("evict.cuh", "if (warp == 0 && lane == 0) *moves = length;",
+                                   "if (warp == 0 && lane == 0) { *moves = length; port::sync_block(); }"),),
     "copies from odd addresses": (("attend.cuh", "lane() * 16;", "lane() * 16 + 2;"),),
-    "absent tokens are copied": (("attend.cuh", "16, j < count);", "16, true);"),
-                                 ("attend.cuh", "smaller(j, count - 1);", "j;")),
-    "a slot outside the slab": (("item.cuh", "item.new_slot = next_slot(range, view);",
-                                 "item.new_slot = next_slot(range, view) + 100000;"),),
-    "a sum that nothing starts": (("attend.cuh", "      norm[g] = 0.0f;\n", ""),),
+    "absent tokens are copied": (("attend.cuh", "16, present);", "16, true);"),
+                                 ("attend.cuh", "present ? from + (j >= gap", "true ? from + (j >= gap")),
+    "a slot outside the slab": (("item.cuh", "(heavy ? view.evictable : at);",
+                                 "(heavy ? view.evictable : at) + 100000;"),),
+    "a sum that nothing starts": (("attend.cuh", "norm[g] = adds_new ? port::power_of_two("
+                                   "shared.logits[g][kNewToken] - highest[g]) : 0.0f;", ""),),
     "a wrong first bit": (("port.cuh", "__ffs(static_cast<int>(x)) - 1", "__ffs(static_cast<int>(x))"),),
     "a ring that wraps too early": (("item.cuh", "begin + view.evictable - view.ring, 0",
                                      "begin + view.evictable - view.ring - 1, 0"),),
@@ -196,15 +197,9 @@ def changed_sources(kernel: Kernel, changes: Iterable[Change], folder: Path) -> 
         path.write_text(text.replace(right, wrong))
     port = sources / "cuda" / "port.cuh"
     port.write_text(port.read_text() + WITHOUT.read_text())
-    (sources / "cuda" / f"{kernel.module}.cu").write_text(f"""\
-#include "cuda/decode.cuh"
-namespace ssd::cuda {{
-int start(const DecodeParams& params, const Launch& launch, void* stream) {{
-  return port::launch<decode_kernel<{kernel.arguments}>, DecodeParams>(launch.blocks, launch.threads,
-                                                                       launch.shared_bytes, stream, params);
-}}
-}}  // namespace ssd::cuda
-""")
+    (sources / "cuda" / f"{kernel.module}.cu").write_text(
+        '#include "cuda/decode.cuh"\nusing namespace ssd::cuda;\n'
+        f"auto* start = port::launch<decode_kernel<{kernel.arguments}>, DecodeParams>;\n")
     return sources
 
 

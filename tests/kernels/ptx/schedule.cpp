@@ -41,6 +41,7 @@ class Grid {
     for (auto& block : retired_) memory_.flush(*block);
     result_.issues = context_.issues();
     result_.counts = std::move(context_.counts);
+    result_.first_copy = context_.first_copy;
     return std::move(result_);
   }
 
@@ -63,6 +64,7 @@ class Grid {
       warp.live = static_cast<uint32_t>(ones(std::min(kLanes, threads_ - warp.index * kLanes)));
       warp.values.resize(static_cast<size_t>(f_.rows()) * kLanes);
       warp.defined.resize(f_.rows());
+      if (options_.counts) warp.filled_by.resize(f_.rows());
       for (const auto& [row, value] : f_.constants) {
         std::fill_n(&warp.values[row * kLanes], kLanes, value);
         warp.defined[row] = kAllLanes;
@@ -199,7 +201,7 @@ class Grid {
       const Instruction& in = f_.code[pc];
       context_.pc = static_cast<int>(pc);
       const uint32_t active = guarded(block, warp, in, mask);
-      count(active);
+      count(warp, in, active);
       if (in.op == Op::kBranch) {
         if (active && active != mask) {
           stand(warp, active, in.target);
@@ -220,12 +222,13 @@ class Grid {
     stand(warp, mask, pc);
   }
 
-  void count(uint32_t active) {
+  void count(Warp& warp, const Instruction& in, uint32_t active) {
     ++result_.warp_instructions;
     result_.thread_instructions += __builtin_popcount(active);
     if (!options_.counts) return;
     ++context_.count().warps;
     context_.count().lanes += __builtin_popcount(active);
+    count_issue(context_, warp, in);
   }
 
   void execute(Block& block, Warp& warp, const Instruction& in, uint32_t lanes) {
@@ -274,6 +277,7 @@ class Grid {
     }
     block.barred = 0;
     ++result_.barriers;
+    if (options_.counts) count_barrier(block);
     Races::barrier(block);
   }
 

@@ -56,6 +56,12 @@ struct Warp {
   std::array<uint32_t, kLanes> pc{};
   uint32_t live = 0, waiting = 0, barred = 0;  // waiting for lanes of the warp, or at the block's barrier
   uint16_t epoch = 0;
+  // For counts: instructions, waits for global memory one after the other, which of these fills a row, and whether a
+  // copy has begun.
+  uint64_t instructions = 0;
+  uint32_t waits = 0;
+  std::vector<uint32_t> filled_by;  // [rows]
+  bool copies = false;
 
   uint32_t runnable() const { return live & ~waiting & ~barred; }
   int thread(int lane) const { return index * kLanes + lane; }

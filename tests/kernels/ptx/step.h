@@ -71,5 +71,8 @@ void move_matrices(Step& step);      // matrices.cpp
 // Count one access of a warp by the addresses of its lanes: counts.cpp
 void count_global(Context& context, const uint64_t at[kLanes], uint32_t lanes, int bytes);
 void count_shared(Context& context, const uint64_t at[kLanes], uint32_t lanes, int bytes);
+// Counts an instruction of a warp that is issued in order; and a barrier, where all wait for the slowest.
+void count_issue(Context& context, Warp& warp, const Instruction& in);
+void count_barrier(Block& block);
 
 }  // namespace ptx
