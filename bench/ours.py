@@ -81,7 +81,8 @@ def filled_positions(layout: LayerLayout, prompt: int, step: int) -> torch.Tenso
         before = view.first + step - newest  # tokens to choose the older ones from
         tokens = [index * before // max(older, 1) for index in range(older)]
         tokens += range(view.first + step - newest, view.first + step)
-        held = torch.tensor([*range(view.base), *(view.base + token for token in tokens)], dtype=torch.int32)
+        held = torch.tensor([*range(view.unscored, view.base), *(view.base + token for token in tokens)],
+                            dtype=torch.int32)
         positions[span.score_offset:span.score_offset + len(held)] = held
     return positions
 

@@ -12,7 +12,7 @@ from .triton import launch
 
 __all__ = ["MAX_CODES", "sample_in_one_launch"]
 
-MAX_CODES = 2**16  # registers of one program
+MAX_CODES = 2**14  # a program holds them in registers
 
 
 def sample_in_one_launch(logits: torch.Tensor, scale: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor,
@@ -59,12 +59,13 @@ def launch_kernel(kernel: Any, tokens: torch.Tensor, logits: torch.Tensor, scale
     """`filters.sample` by `triton.sample.sample_kernel`, or what stands for it; ``tokens``: int64 ``[pictures]``."""
     codes = logits.shape[1]
     block = max(launch.power_of_two(codes), 64)
-    options = launch.compile_options(enable_fp_fusion=False, num_warps=max(4, min(32, block // 512)))
+    warps = max(4, min(32, block // 512))
+    options = launch.compile_options(enable_fp_fusion=False, num_warps=warps)
     if len(tokens):
         kernel[(len(tokens),)](tokens, logits, scale, seeds, seeds.stride(0), steps, steps.stride(0), len(tokens),
                                len(scale), codes, float(temperature), top_k, tail_share(top_p),
                                TOP_K=0 < top_k < codes, TOP_P=top_p < 1, BLOCK=block,
-                               **options)
+                               CHUNK=min(block, 128 * warps), **options)
 
 
 @cache

@@ -23,8 +23,7 @@ struct Geometry {
   int32_t dim_, lanes_;
 
   SSD_DEVICE explicit Geometry(int32_t head_dim) : dim_(head_dim), lanes_(1) {
-    if (kDim) return;
-    while (lanes_ * kCopies * kVector < head_dim) lanes_ *= 2;
+    while (!kDim && lanes_ * kCopies * kVector < head_dim) lanes_ *= 2;
   }
   SSD_DEVICE int32_t dim() const { return kDim ? kDim : dim_; }
   SSD_DEVICE int32_t lanes() const { return kDim ? kDim / kVector : lanes_; }

@@ -117,10 +117,10 @@ def enabled(model: JanusForConditionalGeneration, *args: Any, **kwargs: Any) -> 
     try:
         yield choice
     finally:
-        if before is None:
-            disable(model)
-        else:
-            with _lock:
+        with _lock:
+            if before is None or not is_enabled(model):
+                disable(model)
+            else:
                 before.coupling.route(model.model.language_model)
                 setattr(model, _ENABLED, before)
 
@@ -265,4 +265,5 @@ def _settle_guidance(model: JanusForConditionalGeneration, kwargs: dict[str, Any
 def _check_model(model: object) -> None:
     if not isinstance(model, JanusForConditionalGeneration):
         raise TypeError("model must be a MultiModalityCausalLM of deepseek-ai/Janus or a transformers "
-                        f"JanusForConditionalGeneration, got {type(model).__name__}")
+                        f"JanusForConditionalGeneration, got {type(model).__name__}; ssd_janus.attach takes other "
+                        "decoders of transformers")

@@ -34,50 +34,80 @@ def ordered(x):
     return tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["seed_stride", "step_stride", "pictures", "guided", "top_k", "share"])
-def sample_kernel(tokens, row_logits, scale, seeds, seed_stride, steps, step_stride, pictures, guided, codes,
-                  temperature, top_k, share, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr):
-    """One picture. ``row_logits`` float32 [pictures + guided, codes]; ``share``: `filters.tail_share`. ``BLOCK``: a
-    power of two, at least ``codes``; a thread holds its share of all codes in registers.
-
-    Thresholds are found bit by bit from the highest, by counts and sums that do not depend on the order of codes.
-    """
-    picture = tl.program_id(0).to(tl.int64)
-    code = tl.arange(0, BLOCK)
+@triton.jit
+def warm_logits(row_logits, scale, picture, pictures, guided, codes, temperature, code):
+    """Logits of codes, guided and divided by the temperature; -inf beyond the last."""
     inside = code < codes
     logit = tl.load(row_logits + picture * codes + code, mask=inside, other=-float("inf"))
     if picture < guided:
         plain = tl.load(row_logits + (pictures + picture) * codes + code, mask=inside, other=0.0)
         logit = tl.where(inside, plain + (logit - plain) * tl.load(scale + picture), logit)
-    logit = tl.div_rn(logit, tl.full(logit.shape, temperature, tl.float32))
+    return tl.div_rn(logit, tl.full(logit.shape, temperature, tl.float32))
+
+
+@triton.jit
+def thresholds(logit, inside, top_k, share, TOP_K: tl.constexpr, TOP_P: tl.constexpr):
+    """What keeps a code: the largest logit; the smallest key for top-k; the smallest for top-p, and how many codes of
+    just that key, the first ones, go all the same.
+
+    Keys are found bit by bit from the highest, by counts and sums that do not depend on the order of codes.
+    """
+    top = tl.max(logit, 0)
+    lowest = tl.full((), 0, tl.uint32)  # the largest key that at least top_k keys reach
+    border = tl.full((), 0, tl.uint32)  # the largest key below which there is no more mass than the limit
+    leaving = tl.full((), 0, tl.int32)
+    one = tl.full((), 1, tl.uint32)
     key = ordered(logit)
-    kept = inside
     if TOP_K:
-        lowest = tl.full((), 0, tl.uint32)  # the largest key that at least top_k keys reach
         for index in range(32):
-            candidate = lowest | (tl.full((), 1, tl.uint32) << (31 - index).to(tl.uint32))
+            candidate = lowest | (one << (31 - index).to(tl.uint32))
             reach = tl.sum((inside & (key >= candidate)).to(tl.int32), 0)
             lowest = tl.where(reach >= top_k, candidate, lowest)
-        kept = kept & (key >= lowest)
-    weight = tl.where(kept, exp(logit - tl.max(logit, 0)), 0.0)
     if TOP_P:
-        mass = (weight * UNIT + 0.5).to(tl.int32)
+        kept = inside & (key >= lowest)
+        mass = (tl.where(kept, exp(logit - top), 0.0) * UNIT + 0.5).to(tl.int32)
         total = tl.sum(mass.to(tl.int64), 0)
         wide = tl.full((), 0, tl.int64) + share
         limit = ((total >> 22) * wide + (((total & 0x3FFFFF) * wide) >> 22)) >> 8
-        border = tl.full((), 0, tl.uint32)  # the largest key below which there is no more than the limit
         for index in range(32):
-            candidate = border | (tl.full((), 1, tl.uint32) << (31 - index).to(tl.uint32))
+            candidate = border | (one << (31 - index).to(tl.uint32))
             below = tl.sum(tl.where(key < candidate, mass, 0).to(tl.int64), 0)
             border = tl.where(below <= limit, candidate, border)
         below = tl.sum(tl.where(key < border, mass, 0).to(tl.int64), 0)
-        equal = (key == border) & kept
-        # Equal ones have equal masses; the first of them go, as many as the limit has room for.
-        each = tl.max(tl.where(equal, mass, 0), 0).to(tl.int64)
+        each = tl.max(tl.where((key == border) & kept, mass, 0), 0).to(tl.int64)
         leaving = ((limit - below) // tl.maximum(each, 1)).to(tl.int32)
-        kept = kept & ((key > border) | (equal & (tl.cumsum(equal.to(tl.int32), 0) > leaving)))
-    noise = exponential(tl.load(seeds + picture * seed_stride), tl.load(steps + picture * step_stride),
-                        tl.arange(0, BLOCK // 4), BLOCK // 4)
-    race = tl.where(kept, tl.div_rn(weight, noise), -1.0)
-    winner = tl.min(tl.where(race == tl.max(race, 0), code, BLOCK), 0)
-    tl.store(tokens + picture, tl.where(winner < codes, winner, 0).to(tl.int64))  # no winner: nothing but NaN
+    return top, lowest, border, leaving
+
+
+@triton.jit(do_not_specialize=["seed_stride", "step_stride", "pictures", "guided", "top_k", "share"])
+def sample_kernel(tokens, row_logits, scale, seeds, seed_stride, steps, step_stride, pictures, guided, codes,
+                  temperature, top_k, share, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
+                  CHUNK: tl.constexpr):
+    """One picture. ``row_logits`` float32 [pictures + guided, codes]; ``share``: `filters.tail_share`. ``BLOCK``: a
+    power of two, at least ``codes``; ``CHUNK``: codes that get noise at once.
+
+    For `thresholds` the threads hold all codes in registers. Then these are read again, in chunks, and drawn from.
+    """
+    picture = tl.program_id(0).to(tl.int64)
+    all_codes = tl.arange(0, BLOCK)
+    all_logits = warm_logits(row_logits, scale, picture, pictures, guided, codes, temperature, all_codes)
+    top, lowest, border, leaving = thresholds(all_logits, all_codes < codes, top_k, share, TOP_K, TOP_P)
+    seed, step = tl.load(seeds + picture * seed_stride), tl.load(steps + picture * step_stride)
+    best = tl.full((), -1.0, tl.float32)
+    winner = tl.full((), 0, tl.int32)
+    equals = tl.full((), 0, tl.int32)
+    for first in range(0, codes, CHUNK):
+        code = first + tl.arange(0, CHUNK)
+        logit = warm_logits(row_logits, scale, picture, pictures, guided, codes, temperature, code)
+        key = ordered(logit)
+        kept = (code < codes) & (key >= lowest)
+        if TOP_P:
+            equal = kept & (key == border)
+            kept = kept & ((key > border) | (equal & (equals + tl.cumsum(equal.to(tl.int32), 0) > leaving)))
+            equals += tl.sum(equal.to(tl.int32), 0)
+        noise = exponential(seed, step, first // 4 + tl.arange(0, CHUNK // 4), CHUNK // 4)
+        race = tl.where(kept, tl.div_rn(exp(logit - top), noise), -1.0)
+        fastest = tl.max(race, 0)
+        winner = tl.where(fastest > best, tl.min(tl.where(race == fastest, code, BLOCK), 0), winner)
+        best = tl.where(fastest > best, fastest, best)
+    tl.store(tokens + picture, winner.to(tl.int64))

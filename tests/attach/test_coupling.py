@@ -20,6 +20,7 @@ import torch
 from decoders import BEGIN, IDS, plan_of, write
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
+import ssd_janus
 from ssd_attach import PictureForm, attach, attached, caches, detach
 from ssd_attach.internals import CACHE_NAME
 from ssd_attach.models import EndsWith
@@ -211,6 +212,10 @@ def test_one_call_may_fail_or_be_detached_alone(llama: PreTrainedModel) -> None:
     assert state(llama) == before and torch.equal(write(llama, TOKENS), expected)
     with pytest.raises(ValueError, match="while it is attached or enabled"):
         write(llama, TOKENS, logits_processor=[end])
+
+
+def test_names_of_ssd_janus() -> None:
+    assert (ssd_janus.attach, ssd_janus.attached, ssd_janus.detach) == (attach, attached, detach)
 
 
 def test_a_block(llama: PreTrainedModel) -> None:

@@ -14,7 +14,8 @@ from ssd_bench import contender, kernel, ours, rivals, rivals_gpu, tables
 from ssd_bench.cli import app
 from ssd_bench.point import Point
 from ssd_bench.timing import Stopwatch, Work
-from ssd_kernels import CachePlan, CompressedCache
+from ssd_kernels import CachePlan, CompressedCache, HeadSpec
+from ssd_kernels.layout import LayerLayout
 
 CPU = torch.device("cpu")
 SMALL = {"batch": 2, "heads": 3, "head_dim": 32, "mean": 6, "full": 20}
@@ -233,3 +234,15 @@ def test_table_compares_with_our_heavy_heads():
     title, columns, rows, _ = tables.describe(lines)
     assert "skewed, mean 6 of 20" in title and {len(row) for row in rows} == {len(columns)}
     assert [row[-1] for row in rows if row[0] == "ssd_kernels cpu: heavy"] == ["1.00"]
+
+
+def test_shared_prompts_have_no_place_among_scored_slots():
+    """Without them the same visual tokens are held, each head's first at the beginning of its slots."""
+    prompt, plan = 4, CachePlan([[HeadSpec.heavy(5, recent=2), HeadSpec.window(3), HeadSpec.heavy(7)]], row_buffer=3)
+    own, shared = (LayerLayout.build(plan.layers[0], plan, prompt, 40, shared_prompts=count) for count in (None, 2))
+    with_prompt, without = (ours.filled_positions(layout, prompt, 22) for layout in (own, shared))
+    for head in (0, 2):
+        kept = plan.layers[0][head].size + 1  # and one since the last refresh
+        first, second = (layout.heads[head].score_offset for layout in (own, shared))
+        assert without[second:second + kept].tolist() == with_prompt[first + prompt:first + prompt + kept].tolist()
+        assert min(without[second:second + kept]) >= prompt

@@ -406,11 +406,15 @@ def test_the_guide_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pipeline, "from_pretrained", lambda source: load(folder))
     text = (Path(__file__).parents[2] / "docs" / "official-janus.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     model = tiny_official.build()
-    names: dict[str, Any] = {"vl_gpt": model, "vl_chat_processor": official.load_processor(folder),
+    processor = official.load_processor(folder)
+    processor.pad_id = processor.tokenizer.pad_token_id  # as DeepSeek's has
+    names: dict[str, Any] = {"vl_gpt": model, "vl_chat_processor": processor,
+                             "input_ids": torch.tensor([tiny_official.prompt_ids(PROMPT)]),
+                             "attention_mask": torch.ones(1, len(tiny_official.prompt_ids(PROMPT)), dtype=torch.long),
                              "plan": tiny.plan_of(*[HeadSpec.window(4)] * 4),
                              "prompts": [tiny_official.prompt_ids(PROMPT)] * 2}
     for block in blocks:
         exec(block, names)
-    assert names["codes"].shape == (2, tiny.TOKENS)
+    assert names["codes"].shape == (2, tiny.TOKENS) and names["drawn"].tokens.shape == (8, tiny.TOKENS)

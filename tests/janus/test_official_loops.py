@@ -113,6 +113,69 @@ def test_training_code_draws_its_tokens_with_a_full_plan(model: Any) -> None:
     assert torch.equal(rollout(model, PROMPTS, seed=3), expected)
 
 
+def padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask as training code hands them to its generation."""
+    longest = max(map(len, prompts))
+    ids = [prompt + [PAD] * (longest - len(prompt)) + [BEGIN] for prompt in prompts]
+    return torch.tensor(ids), torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) + [1]
+                                            for prompt in prompts])
+
+
+@pytest.mark.parametrize("plan", [None, full, ragged])
+def test_the_rollout_for_training_code_is_its_loop(model: Any, plan: Any) -> None:
+    """Tokens of the loop, and log-probabilities of one pass over the same ids and mask where caches keep everything."""
+    ids, mask = padded(PROMPTS)
+    if plan is not None:
+        enable(model, plan(model))
+    expected = rollout(model, PROMPTS, seed=3)
+    torch.manual_seed(3)
+    found = official.rollout(model, ids, mask, pad_token_id=PAD)
+    assert torch.equal(found.tokens, expected) and (found.cache_bytes > 0) == (plan is not None)
+    assert found.plain is not None and torch.equal(found.plain, found.drawn)
+    disable(model)
+    dense, exact = (in_one_pass(each, ids, mask, found.tokens) for each in (model, copy.deepcopy(model).double()))
+    rounding = (dense - exact).abs().max()
+    assert ((found.plain - exact).abs().max() <= 2 * rounding + 1e-5) == (plan is not ragged)
+
+
+@torch.no_grad()
+def in_one_pass(model: Any, ids: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [N, steps] of tokens by a pass over whole sequences, as training code makes it."""
+    rows = []
+    for guide in (False, True):
+        own = ids.clone()
+        own[:, 1:-1] = PAD if guide else own[:, 1:-1]
+        text = model.language_model.get_input_embeddings()(own)
+        states = model.language_model.model(
+            inputs_embeds=torch.cat([text, model.prepare_gen_img_embeds(tokens[:, :-1])], 1), use_cache=False,
+            attention_mask=functional.pad(torch.ones_like(mask) if guide else mask, (0, tiny.TOKENS - 1), value=1))
+        rows.append(model.gen_head(states.last_hidden_state[:, ids.shape[1] - 1:]))
+    logits = rows[1] + 5.0 * (rows[0] - rows[1])
+    return logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+
+
+def test_samples_and_sampling_of_the_rollout(gqa: Any) -> None:
+    ids, mask = padded(PROMPTS[:2])
+    enable(gqa, ragged(gqa))
+    greedy = official.rollout(gqa, ids, mask, 2, pad_token_id=PAD, sampling=Sampling(greedy=True))
+    assert torch.equal(greedy.tokens[0::2], greedy.tokens[1::2])
+    assert torch.equal(greedy.tokens[0::2], rollout(gqa, PROMPTS[:2], greedy=True))
+    restricted = official.rollout(gqa, ids, mask, 2, pad_token_id=PAD, sampling=Sampling.make(0.5, top_k=3), steps=9)
+    assert restricted.tokens.shape == (4, 9) and restricted.drawn is not None and restricted.plain is not None
+    assert restricted.drawn.isfinite().all() and (restricted.drawn != restricted.plain).any()
+    plain = official.rollout(gqa, ids, mask, pad_token_id=PAD, guidance=1.0, sampling=Sampling(greedy=True), steps=4)
+    assert plain.cache_bytes < greedy.cache_bytes
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"attention_mask": torch.ones(2, 3)}, "must both be"), ({"samples": 0}, "samples must be an int within 1"),
+    ({"steps": tiny.TOKENS + 1}, f"steps must be an int within 1 .. {tiny.TOKENS}"), ({"steps": 2.0}, "steps must be")])
+def test_bad_arguments_of_the_rollout(gqa: Any, arguments: dict[str, Any], message: str) -> None:
+    ids, mask = padded(PROMPTS)
+    with pytest.raises(ValueError, match=message):
+        official.rollout(gqa, **{"input_ids": ids, "attention_mask": mask, "pad_token_id": PAD, **arguments})
+
+
 def test_padding_is_not_stored(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands there changes nothing, and caches hold real tokens alone; unconditional rows see all of them."""
     lengths: list[list[int]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -174,6 +175,21 @@ def test_transformers_loop_draws_the_same_samples(fresh: Any, machine: pretend.M
     ([TopPLogitsWarper(0.9, filter_value=-5.0)], None), ([MinPLogitsWarper(0.1)], None)])
 def test_filters_that_a_launch_knows(warpers: list[Any], numbers: Any) -> None:
     assert Sampling(warpers=warpers).numbers == numbers and Sampling(greedy=True, warpers=warpers).numbers is None
+
+
+IN_A_LAYER = {"_fused_rms_norm": 2, "mm": 4, "decode_kernel (triton)": 1, "silu": 1, "mul": 1, "add": 2}
+IN_A_STEP = {"_fused_rms_norm": 1, "addmm": 2, "gelu": 1, "index_copy_": 1, "add_": 1, "index_select": 2, "copy_": 1}
+CHOICES = {"greedy": {"sub": 1, "mul": 1, "add": 1, "argmax": 1}, "sampled": {"sample_kernel (triton)": 1}}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_launches_of_a_step(fresh: Any, machine: pretend.Machine, choice: str) -> None:
+    """The record of docs/engine.md: what a graph of a step holds, as far as an operation of torch is one launch."""
+    sampling = GREEDY if choice == "greedy" else Sampling.make(0.9, 50, 0.9)
+    Engine(fresh.to("cuda"), PLAN, backend="triton").generate(prompts(), guidance=2.0, sampling=sampling, steps=8)
+    (graph,) = machine.graphs
+    layers = Counter({name: tiny.LAYERS * count for name, count in IN_A_LAYER.items()})
+    assert Counter(event.name for event in graph.operations) == layers + Counter(IN_A_STEP) + Counter(CHOICES[choice])
 
 
 def test_without_triton_every_picture_has_a_generator(fresh: Any, machine: pretend.Machine,

@@ -17,9 +17,11 @@ from transformers import (
     LogitsProcessorList,
 )
 
+from ssd_attach import attached, caches
 from ssd_janus import ModelShape, Pipeline, disable, enable
 from ssd_janus.checkpoints import included_model
 from ssd_kernels import CachePlan, HeadSpec
+from ssd_kernels.policies import Raster
 
 STEPS = 24
 CALLS = {
@@ -121,6 +123,18 @@ def test_text_stays_stock(model: Any, inputs: Any) -> None:
     options = {**inputs, "max_new_tokens": 3, "do_sample": False, "generation_mode": "text"}
     before = model.generate(**options)
     enable(model, full(model))
+    assert torch.equal(model.generate(**options), before)
+
+
+def test_an_attached_decoder(model: Any, inputs: Any) -> None:
+    """Text of the same model, its decoder attached as any other: equal with a full plan."""
+    options = {**inputs, "max_new_tokens": 6, "do_sample": False, "generation_mode": "text"}
+    before = model.generate(**options)
+    with attached(model, "full", pictures=Raster(1, 6)) as choice:
+        assert torch.equal(model.generate(**options), before)
+        output = model.generate(**options, return_dict_in_generate=True)
+        assert {cache.nbytes for cache in caches(model)} and torch.equal(output.sequences, before)
+        assert choice.nbytes() == choice.full_nbytes()
     assert torch.equal(model.generate(**options), before)
 
 

@@ -110,6 +110,23 @@ def test_none_for_scales(compilations: Count, scale: float) -> None:
     assert compilations(lambda: step(made, scale=scale)) == 0
 
 
+def test_one_for_the_draws_of_a_model(compilations: Count) -> None:
+    """Not for another batch, share of guided pictures or number; to leave a filter out is another kernel."""
+    from ssd_kernels import sampling
+
+    def draw(pictures: int, guided: int, temperature: float, top_k: int, top_p: float) -> None:
+        seeds = torch.arange(pictures)
+        sampling.launch_kernel(sampling._kernel(), torch.empty_like(seeds), torch.zeros(pictures + guided, 64),
+                               torch.ones(guided), seeds, torch.zeros(1, dtype=torch.long).expand(pictures),
+                               temperature, top_k, top_p)
+
+    assert compilations(lambda: draw(4, 4, 0.9, 50, 0.9)) == 1
+    for others in ((1, 1, 1, 1, 0.5), (2, 0, 1.5, 63, 1e-6), (16, 3, 2, 16, 0.999)):
+        assert compilations(lambda: draw(*others)) == 0  # noqa: B023
+    assert compilations(lambda: draw(4, 4, 0.9, 0, 0.9)) == 1
+    assert compilations(lambda: draw(4, 4, 0.9, 64, 0.8)) == 0, "as many as there are"
+
+
 def test_others_are_counted(compilations: Count) -> None:
     """The counts above can fail: what is a constant of the kernel, compiles another one."""
     assert compilations(lambda: step(cache(), layers=1)) == 1

@@ -149,6 +149,37 @@ def test_no_token_is_out_of_range(value: float) -> None:
             assert int(_by_kernel(logits, torch.zeros(3, dtype=torch.long), numbers).max()) < 70
 
 
+@on_ptx
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_nothing_spills_with_the_codes_of_janus(architecture: int) -> None:
+    """Two programs' worth of threads in one: 64 registers each."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from ssd_kernels.triton.compiled import resources
+
+    launched: dict[str, Any] = {}
+
+    class Seen:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *arguments, **named: launched.update(named, arguments=arguments)
+
+    sampling.launch_kernel(Seen(), torch.empty(3, dtype=torch.long), torch.zeros(5, sampling.MAX_CODES), SCALE, SEEDS,
+                           SEEDS, 0.9, 50, 0.9)
+    from ssd_kernels.triton.sample import sample_kernel
+
+    names, types = sample_kernel.arg_names, {torch.float32: "*fp32", torch.int64: "*i64"}
+    constants = {name: launched.pop(name) for name in names if name in launched}
+    given = dict(zip(names, launched.pop("arguments"), strict=False))
+    signature = {name: "constexpr" if name in constants else types[given[name].dtype]
+                 if isinstance(given[name], torch.Tensor) else "fp32" if isinstance(given[name], float) else "i32"
+                 for name in names}
+    kernel = compile(ASTSource(fn=sample_kernel, signature=signature, constexprs=constants),
+                     target=GPUTarget("cuda", architecture, 32), options=launched)
+    found = resources(kernel)
+    assert (found.local_accesses, found.stack, found.warps) == (0, 0, 32) and found.registers <= 64
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"logits": torch.zeros(4, 7)}, r"logits must be \[5, 7\]"),
     ({"logits": torch.zeros(5, 7, dtype=torch.float64)}, "logits must be torch.float32"),

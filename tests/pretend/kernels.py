@@ -118,7 +118,7 @@ class Launcher:
         here.launch(f"{self.function.__name__} (triton)", device, lambda: self.run(values))
 
 
-def _layer(given: SimpleNamespace, batch: int, row_buffer: int) -> Layer:
+def _layer(given: SimpleNamespace, batch: int, row_buffer: int, *shared: int) -> Layer:
     dtype = DTYPE_CODES[given.held["keys"].dtype]
     shared = (given.prompt_keys, given.prompt_values, given.prompt_of, given.shared_prompts, given.PROMPT_SCORES
               ) if getattr(given, "SHARED", False) else (0, 0, 0, 0, True)
@@ -130,8 +130,9 @@ def _decode(given: SimpleNamespace) -> None:
     assert isinstance(given.scale, float), f"a scale of {type(given.scale).__name__} compiles another kernel"
     strides = [getattr(given, f"{name}_{of}") for name in "qkv" for of in ("row", "head")]
     tables = (given.cos, given.sin) if given.ROTARY else (0, 0)
-    _layer(given, given.batch, given.period).step(given.q, given.k, given.v, given.out, given.heads * given.GROUP,
-                                                  strides, given.scale, *tables)
+    prompts = (given.prompt_keys, given.prompt_values, given.prompt_of) if given.SHARED else (0, 0, 0)
+    layer = _layer(given, given.batch, given.period, *prompts, given.shared_prompts, given.PROMPT_SCORES)
+    layer.step(given.q, given.k, given.v, given.out, given.heads * given.GROUP, strides, given.scale, *tables)
 
 
 def _prefill(given: SimpleNamespace) -> None:

@@ -24,6 +24,7 @@ from .batch import PACKED_ROW_MULTIPLE, ROW_MULTIPLE, Batch, LogitsProcessor
 from .capture import CapturedStep, can_capture
 from .decoding import DECODE_CHUNK, decode
 from .memory import MemoryReport
+from .rollout import Rollout, rollout
 from .sampling import Sampling, noise_for
 from .timing import StepTiming
 from .weights import Weights
@@ -202,6 +203,11 @@ class Engine:
             else torch.cuda.max_memory_allocated(self.device))
         return torch.cat(tokens)
 
+    def rollout(self, prompts: Sequence[Sequence[int] | torch.Tensor], samples: int = 1,
+                seeds: int | Sequence[int] | None = 0, **options: Any) -> Rollout:
+        """Samples of prompts with the log-probabilities of their tokens, for training; see `rollout.rollout`."""
+        return rollout(self, prompts, samples, seeds, **options)
+
     def decode(self, tokens: torch.Tensor, chunk: int | None = None) -> Iterator[torch.Tensor]:
         """Pixels of visual tokens, chunk by chunk; see `decoding.decode`."""
         return decode(self.model, tokens, chunk)
@@ -311,20 +317,24 @@ class Engine:
         order = sorted(numbers, key=lambda index: request.guidance[index] <= 1)
         back = torch.tensor(order).argsort()
         batch = self._started(request, order)
-        request.step_done()
-        self._report_row(request, batch, numbers, back)
-        step: Callable[[], None] = batch.step
-        if self.device.type == "cpu":
-            step = waiting.watched(step)
-        while batch.done < request.steps:
-            if self.capture and not isinstance(step, CapturedStep) and can_capture(batch):
-                step = CapturedStep(batch)
-            step()
+        for _ in self._steps(batch, request.steps):
             request.step_done()
             self._report_row(request, batch, numbers, back)
         run = EngineRun(len(numbers), request.steps, batch.rows, (len(numbers),), 0.0, batch.cache.max_prompt,
                         batch.cache.nbytes, batch.cache.backend, None)
         return batch.tokens.cpu()[back], run
+
+    def _steps(self, batch: Batch, count: int) -> Iterator[None]:
+        """Draw a started batch, whose first tokens are there, up to ``count`` tokens a picture."""
+        yield
+        step: Callable[[], None] = batch.step
+        if self.device.type == "cpu":
+            step = waiting.watched(step)
+        while batch.done < count:
+            if self.capture and not isinstance(step, CapturedStep) and can_capture(batch):
+                step = CapturedStep(batch)
+            step()
+            yield
 
     def _started(self, request: _Request, order: Sequence[int]) -> Batch:
         """A batch of the pictures ``order``, guided ones first, after its prompts."""

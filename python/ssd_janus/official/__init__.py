@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from .checkpoint import MODEL_TYPE, download, is_official_config, load
 from .live import as_transformers, is_official
+from .loops import rollout
 from .processor import chat_template, load_processor
 
 __all__ = ["MODEL_TYPE", "as_transformers", "chat_template", "download", "is_official", "is_official_config", "load",
-           "load_processor"]
+           "load_processor", "rollout"]

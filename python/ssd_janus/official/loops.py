@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 import ssd_attach
 from ssd_attach import Choice, PictureForm
+from ssd_attach.cache import generation_of
+from ssd_attach.internals import CACHE_NAME
 from ssd_kernels import CachePlan
 from ssd_kernels.policies import Raster
 
+from ..engine.rollout import Recording, Rollout
+from ..engine.sampling import GeneratorNoise, Sampling
 from .live import check_official, image_size
 from .weights import token_pixels
 
@@ -26,8 +32,7 @@ def enable(model: Any, plan: CachePlan | str | None = None, backend: str = "auto
     Args, Returns, Raises: as `ssd_attach.attach`, for a model of which `is_official` is true.
     """
     check_official(model)
-    grid = image_size(model) // token_pixels(name for name, _ in model.named_parameters())
-    return ssd_attach.attach(model.language_model, plan, backend, pictures=PictureForm(Raster(grid, grid), _never),
+    return ssd_attach.attach(model.language_model, plan, backend, pictures=PictureForm(_raster(model), _never),
                              **options)
 
 
@@ -39,6 +44,72 @@ def disable(model: Any) -> None:
     """
     check_official(model)
     ssd_attach.detach(model.language_model)
+
+
+@torch.no_grad()
+def rollout(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, samples: int = 1, *, pad_token_id: int,
+            guidance: float = 5.0, sampling: Sampling | None = None, steps: int | None = None) -> Rollout:
+    """What the generation block of public training code does (T2I-R1's and those made from it), and how likely the
+    tokens were: samples of prompts that are padded, with begin-of-image after the padding.
+
+    Their prompts have positions in which padding counts, also within a prompt, so that tokens and log-probabilities are
+    those of the training pass over the same ids and mask. The unconditional row of a picture has padding tokens for all
+    but its prompt's first and last token and attends to all of them. Noise is drawn from torch's own generator as
+    `torch.multinomial` draws it. Caches are compressed if the model is enabled (`enable`), and the model's own if not.
+
+    Args:
+        model: an official model, as it is unwrapped to generate with.
+        input_ids: long [prompts, P], begin-of-image in the last column.
+        attention_mask: [prompts, P], 0 or False where there is padding.
+        samples: pictures of each prompt.
+        pad_token_id: of the unconditional rows.
+        guidance: scale of classifier-free guidance; up to 1 there are no unconditional rows.
+        sampling: None for the full distribution.
+        steps: tokens per picture; None for whole pictures.
+
+    Raises:
+        TypeError: another kind of model.
+        ValueError: ids and mask are not of one shape, or ``samples`` or ``steps`` is no int within its limits.
+    """
+    check_official(model)
+    if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+        raise ValueError(f"input_ids and attention_mask must both be [prompts, P], got {list(input_ids.shape)} and "
+                         f"{list(attention_mask.shape)}")
+    whole = _raster(model).tokens
+    for name, value, most in (("samples", samples, 2**31), ("steps", whole if steps is None else steps, whole)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"{name} must be an int within 1 .. {most}, got {value!r}")
+    steps = whole if steps is None else steps
+    ids, mask = (tensor.repeat_interleave(samples, 0) for tensor in (input_ids, attention_mask))
+    rows = 2 if guidance > 1 else 1
+    ids, mask = ids.repeat_interleave(rows, 0), mask.repeat_interleave(rows, 0)
+    if rows == 2:
+        ids[1::2, 1:-1] = pad_token_id
+        mask[1::2] = 1
+    pictures, device = len(ids) // rows, input_ids.device
+    record = Recording.of_pictures(sampling or Sampling(), pictures, steps, device)
+    noise = GeneratorNoise(pictures, model.gen_head.vision_head.out_features, None, device)
+    tokens = torch.empty(pictures, steps, dtype=torch.long, device=device)
+    inputs, cache = model.language_model.get_input_embeddings()(ids), None
+    for step in range(steps):
+        outputs = model.language_model.model(inputs_embeds=inputs, attention_mask=mask, use_cache=True,
+                                             **{CACHE_NAME: cache})
+        cache = getattr(outputs, CACHE_NAME)
+        logits = model.gen_head(outputs.last_hidden_state[:, -1]).float()
+        if rows == 2:
+            logits = logits[1::2] + guidance * (logits[0::2] - logits[1::2])
+        noise.prepare()
+        tokens[:, step] = record.choose(logits, noise.values(record.column))
+        inputs = model.prepare_gen_img_embeds(tokens[:, step].repeat_interleave(rows)).unsqueeze(1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    generation = generation_of(cache)
+    compressed = None if generation is None else generation.compressed
+    return Rollout(tokens, record.drawn, record.plain, (pictures,), 0 if compressed is None else compressed.nbytes)
+
+
+def _raster(model: Any) -> Raster:
+    grid = image_size(model) // token_pixels(name for name, _ in model.named_parameters())
+    return Raster(grid, grid)
 
 
 def _never(call: Mapping[str, Any]) -> bool:

@@ -197,15 +197,9 @@ def changed_sources(kernel: Kernel, changes: Iterable[Change], folder: Path) -> 
         path.write_text(text.replace(right, wrong))
     port = sources / "cuda" / "port.cuh"
     port.write_text(port.read_text() + WITHOUT.read_text())
-    (sources / "cuda" / f"{kernel.module}.cu").write_text(f"""\
-#include "cuda/decode.cuh"
-namespace ssd::cuda {{
-int start(const DecodeParams& params, const Launch& launch, void* stream) {{
-  return port::launch<decode_kernel<{kernel.arguments}>, DecodeParams>(launch.blocks, launch.threads,
-                                                                       launch.shared_bytes, stream, params);
-}}
-}}  // namespace ssd::cuda
-""")
+    (sources / "cuda" / f"{kernel.module}.cu").write_text(
+        '#include "cuda/decode.cuh"\nusing namespace ssd::cuda;\n'
+        f"auto* start = port::launch<decode_kernel<{kernel.arguments}>, DecodeParams>;\n")
     return sources
 
 
