@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pretend
 import pytest
+import step_traffic
 import tiny
 import torch
 from pretend import guard
@@ -17,10 +19,10 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 import ssd_janus
 from ssd_attach.online import OnlinePlan
 from ssd_janus import Pipeline
-from ssd_janus.engine import Engine, Sampling, StepTiming, capture, saying
+from ssd_janus.engine import Engine, Sampling, StepTiming, capture, saying, weights
 from ssd_janus.engine.capture import WARM_STEPS
 from ssd_janus.shape import ModelShape
-from ssd_kernels import HeadSpec, backends, philox
+from ssd_kernels import CachePlan, HeadSpec, backends, philox
 
 pytestmark = pytest.mark.skipif(guard.unsupported() is not None, reason=f"no machine to pretend: {guard.unsupported()}")
 
@@ -177,19 +179,42 @@ def test_filters_that_a_launch_knows(warpers: list[Any], numbers: Any) -> None:
     assert Sampling(warpers=warpers).numbers == numbers and Sampling(greedy=True, warpers=warpers).numbers is None
 
 
-IN_A_LAYER = {"_fused_rms_norm": 2, "mm": 4, "decode_kernel (triton)": 1, "silu": 1, "mul": 1, "add": 2}
-IN_A_STEP = {"_fused_rms_norm": 1, "addmm": 2, "gelu": 1, "index_copy_": 1, "add_": 1, "index_select": 2, "copy_": 1}
-CHOICES = {"greedy": {"sub": 1, "mul": 1, "add": 1, "argmax": 1}, "sampled": {"sample_kernel (triton)": 1}}
-
-
-@pytest.mark.parametrize("choice", CHOICES)
-def test_launches_of_a_step(fresh: Any, machine: pretend.Machine, choice: str) -> None:
+@pytest.mark.parametrize(("choice", "dtype", "table"), [
+    ("greedy", torch.float32, True), ("sampled", torch.float32, True), ("sampled", torch.bfloat16, False)], ids=str)
+def test_what_a_step_launches_and_moves(fresh: Any, machine: pretend.Machine, monkeypatch: pytest.MonkeyPatch,
+                                        choice: str, dtype: torch.dtype, table: bool) -> None:
     """The record of docs/engine.md: what a graph of a step holds, as far as an operation of torch is one launch."""
-    sampling = GREEDY if choice == "greedy" else Sampling.make(0.9, 50, 0.9)
-    Engine(fresh.to("cuda"), PLAN, backend="triton").generate(prompts(), guidance=2.0, sampling=sampling, steps=8)
+    if not table:
+        monkeypatch.setattr(weights, "TABLE_CODES", 0)
+    sampling, text = GREEDY if choice == "greedy" else Sampling.make(0.9, 50, 0.9), fresh.config.text_config
+    Engine(fresh.to(dtype).to("cuda"), PLAN, backend="triton").generate(prompts(), guidance=2.0, sampling=sampling,
+                                                                      steps=8)
     (graph,) = machine.graphs
-    layers = Counter({name: tiny.LAYERS * count for name, count in IN_A_LAYER.items()})
-    assert Counter(event.name for event in graph.operations) == layers + Counter(IN_A_STEP) + Counter(CHOICES[choice])
+    step = step_traffic.Step(
+        len(prompts()), text.hidden_size, text.intermediate_size, tiny.LAYERS, text.num_key_value_heads,
+        text.num_attention_heads, tiny.HEAD_DIM, 64, 8, dtype.itemsize, PLAN, 10, 20, tiny.TOKENS, table,
+        choice == "greedy")
+    launches, moved = Counter[str](), Counter[str]()
+    for part in step.parts():
+        for name, nbytes in part.operations * (tiny.LAYERS if part.in_layer else 1):
+            launches[name] += 1
+            moved[name] += nbytes
+        assert part.launches <= len(part.operations)
+        assert part.nbytes <= sum(nbytes for _, nbytes in part.operations)
+    assert Counter(event.name for event in graph.operations) == launches
+    assert sum(moved.pop(f"decode_kernel ({backend})", 0) for backend in ("triton", "cuda")) > 0, "depends on cursors"
+    counted = Counter[str]()
+    for event in graph.operations:
+        counted[event.name] += event.nbytes
+    assert +counted == moved
+
+
+def test_the_table_of_a_step_is_that_of_the_pages_shape() -> None:
+    """docs/engine.md says what the arithmetic gives for Janus-Pro-1B."""
+    plan = CachePlan.uniform(HeadSpec.heavy(115), 24, 16, row_buffer=24)
+    step = step_traffic.Step(8, 2048, 5632, 24, 16, 16, 128, 16384, 8, 2, plan, 24, 480, 576, table=False)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "engine.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in step_traffic.lines(step) if line not in page] == []
 
 
 def test_without_triton_every_picture_has_a_generator(fresh: Any, machine: pretend.Machine,

@@ -81,6 +81,9 @@ class CUDALayer(Layer):
         self._launch("prefill (cuda)", device, number,
                      lambda: self.start(k, v, scores, prompt_stride, count, lengths, rows))
 
+    def list_items(self, table: int, alternating: bool, items: int) -> None:
+        """Nothing: the CPU's kernels have no blocks that look up what they serve."""
+
     @staticmethod
     def _launch(name: str, device: int, number: int, operation: Callable[[], None]) -> None:
         stream = machine().stream(device)

@@ -19,6 +19,7 @@ MASKS = {"index", "index_put_", "index_put", "_index_put_impl_"}
 COPIES = {"copy_", "_to_copy", "copy", "set_", "lift", "lift_fresh", "lift_fresh_copy"}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "dot", "mv", "addmv"}
+PICKS, PUTS = {"index_select", "embedding"}, {"copy_", "index_copy_"}
 FUSED = {"_fused_rms_norm"}  # one kernel on CUDA, several operations elsewhere
 HOST_ONLY = "can't convert cuda device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
 
@@ -278,12 +279,22 @@ def _note(here: Machine, function: Any, name: str, args: Any, kwargs: Any, out: 
     if name in ALLOCATIONS or not (writes or fresh):  # the rest are views
         return
     stream = here.stream(device)
-    event = here.note("launch", name, device, stream, sum(map(_touched, (*inputs, *outputs))))
+    event = here.note("launch", name, device, stream, _moved(name, inputs, outputs))
     if stream.graph is not None:
         stream.graph.record(event, _again(function, args, kwargs, out))
 
 
-def _touched(tensor: torch.Tensor) -> int:
+def _moved(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
+    """Bytes that an operation reads and writes: of a table what it picks, of a target what it puts there."""
+    if name in PICKS:
+        return sum(map(touched, (*inputs[1:], outputs[0], outputs[0])))
+    if name in PUTS:
+        written = inputs[0] if name == "copy_" else inputs[-1]
+        return sum(map(touched, (*inputs[1:], written)))
+    return sum(map(touched, (*inputs, *outputs)))
+
+
+def touched(tensor: torch.Tensor) -> int:
     """Bytes of a tensor's different elements."""
     numbers = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
     return int(torch.Size(numbers).numel()) * tensor.element_size() if tensor.numel() else 0
