@@ -32,7 +32,7 @@ BIN         := $(VENV)/bin
 PIP         := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13,<4' ninja 'cmake>=3.24'
 SOURCES     := $(shell find csrc -type f)
-CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard $(addprefix tests/kernels/*/*.,cpp h cuh))
+CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/*/*.cpp $(addprefix tests/kernels/*/*.,cpp h cuh))
 
 .PHONY: demo test simulation gpu bench quality policies lint format pins compat newest clean
 

@@ -81,7 +81,6 @@ class CompressedCache:
         layouts = [LayerLayout.build(heads, plan, max_prompt, num_visual_tokens, track_scores, shared_prompts)
                    for heads in plan.layers]
         self._backend = backends.resolve(backend, self.device, dtype, head_dim)
-        self._backend.check_shared(shared_prompts is not None)
         self._layers = self._allocate(layouts)
         self._q_shape = (batch_size, num_query_heads, head_dim)
         self._kv_shape = (batch_size, plan.num_heads, head_dim)

@@ -149,7 +149,6 @@ def _state(keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, posit
                              f"{tensor.stride()}")
     if reason := backends.get(backend).unsupported(keys.device, keys.dtype, keys.shape[2]):
         raise ValueError(f"backend={backend!r} cannot be used: {reason}")
-    backends.get(backend).check_shared(bool(shared))
     return LayerState(layout, keys, values, scores, positions, cursors, table, pinned, *shared)
 
 

@@ -107,11 +107,14 @@ struct Attention {
     const int32_t first = tile * tile_tokens(), step = shape.groups() * shape.slot_bytes();
     const char* from = (index < tiles ? lane_keys : lane_values) + static_cast<int64_t>(tile) * kDepth * step;
     const int64_t skip = static_cast<int64_t>(item.skip) * shape.slot_bytes();
-    const int32_t end = first + tile_tokens();
-    const int64_t prompt = first < apart ? to_prompt(index < tiles) : 0;
-    const bool is_whole = end <= count && (first >= gap || end <= gap) && (first >= apart || end <= apart);
+    if (first < apart) {
+      const int64_t prompt = to_prompt(index < tiles);
+      copy_slots(index, from, [&](int32_t j) { return j < apart ? prompt : j < gap ? 0 : skip; });
+      return;
+    }
+    const bool is_whole = first + tile_tokens() <= count && (first >= gap || first + tile_tokens() <= gap);
     if (is_whole) {
-      from += first >= gap ? skip : prompt;
+      if (first >= gap) from += skip;
 #pragma unroll
       for (int depth = 0; depth < kDepth; ++depth, from += step)
 #pragma unroll
@@ -119,11 +122,19 @@ struct Attention {
           if (has_chunk(copy)) port::copy16_async(&staged(index, depth, copy), from + copy * shape.lanes() * 16);
       return;
     }
+    copy_slots(index, from, [&](int32_t j) { return j < gap ? 0 : skip; });
+  }
+
+  // Tokens of a tile that do not lie side by side, or not all of which are there: token j lies `offset(j)` bytes
+  // further than its place after `from` says.
+  template <class Offset>
+  SSD_DEVICE void copy_slots(int32_t index, const char* from, Offset offset) const {
+    const int32_t tile = index < tiles ? index : index - tiles, step = shape.groups() * shape.slot_bytes();
 #pragma unroll
     for (int depth = 0; depth < kDepth; ++depth, from += step) {
       const int32_t j = token(tile, depth);
       const bool present = j < count;
-      const char* slot = present ? from + (j >= gap ? skip : j < apart ? prompt : 0) : lane_keys;
+      const char* slot = present ? from + offset(j) : lane_keys;
 #pragma unroll
       for (int copy = 0; copy < kCopies; ++copy)
         if (has_chunk(copy)) port::copy16_async(&staged(index, depth, copy), slot + copy * shape.lanes() * 16, present);

@@ -21,7 +21,6 @@ class Backend(ABC):
 
     name: ClassVar[str]
     reads_table: ClassVar[bool] = True  # on the host; if False, ``state.layout.heads`` may be empty
-    shares_prompts: ClassVar[bool] = True
 
     @abstractmethod
     def unavailable(self) -> str | None:
@@ -39,12 +38,6 @@ class Backend(ABC):
         if head_dim % 8 or not 32 <= head_dim <= 256:
             return f"it needs head_dim to be a multiple of 8 within 32 .. 256, got {head_dim}"
         return None
-
-    def check_shared(self, shared: bool) -> None:
-        """Raise ValueError if rows are to share prompts and cannot."""
-        if shared and not self.shares_prompts:
-            raise ValueError(f"shared_prompts must be None with backend={self.name!r}, whose kernels read prompts from "
-                             "their own rows only")
 
     @abstractmethod
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,

@@ -145,10 +145,13 @@ def test_models_may_share_a_configuration(llama: PreTrainedModel) -> None:
     attach(other, "full", pictures=RASTER)
     narrow = write(llama, TOKENS)
     assert torch.equal(write(other, TOKENS), usual) and not torch.equal(narrow, usual)
-    detach(other)
+
+    def end(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        detach(other)
+        return scores
+
+    assert torch.equal(write(llama, TOKENS, logits_processor=[end]), narrow), "the other's end is no one else's"
     assert torch.equal(write(other, TOKENS), usual) and torch.equal(write(llama, TOKENS), narrow)
-    del other
-    gc.collect()
     detach(llama)
     assert llama.config._attn_implementation == "sdpa" and torch.equal(write(llama, TOKENS), usual)
 
@@ -194,6 +197,21 @@ def test_threads_two_plans_two_models_and_text(llama: PreTrainedModel) -> None:
     assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
     gc.collect()
     assert not caches(llama) and not caches(other)
+
+
+def test_calls_that_are_under_way_at_once_are_told_apart(llama: PreTrainedModel) -> None:
+    """Both threads are in the model before either comes to the decoder."""
+    attach(llama, NARROW, pictures=PictureForm(RASTER, EndsWith(BEGIN)))
+    barrier = threading.Barrier(2)
+    llama.register_forward_pre_hook(lambda module, args: (barrier.wait(WAIT), None)[1])
+
+    def compressed(ids: torch.Tensor) -> bool:
+        with torch.no_grad():
+            return hasattr(llama(input_ids=ids, use_cache=True)[CACHE_NAME].layers[0], "generation")
+
+    with ThreadPoolExecutor(2) as pool:
+        for calls in ([IDS, IDS[:, :-1]], [IDS[:, :-1], IDS]):
+            assert list(pool.map(compressed, calls)) == [ids is IDS for ids in calls]
 
 
 def test_one_call_may_fail_or_be_detached_alone(llama: PreTrainedModel) -> None:

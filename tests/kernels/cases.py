@@ -66,11 +66,6 @@ each_on_the_host = pytest.mark.parametrize("case", [
     _param(case, id=case.name) for case in CASES if case.device == "cpu"])
 each_without_table = pytest.mark.parametrize("case", [  # that can do without reading the table on the host
     _param(case, id=case.name) for case in CASES if not backends.get(case.name).reads_table])
-each_sharing = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES
-                                                if backends.get(case.name).shares_prompts])
-each_sharing_dtype = pytest.mark.parametrize(("case", "dtype"), [
-    _param(case, dtype, id=f"{case.name}-{short(dtype)}") for case in CASES for dtype in case.dtypes
-    if backends.get(case.name).shares_prompts])
 each_dtype = pytest.mark.parametrize(("case", "dtype"), [
     _param(case, dtype, id=f"{case.name}-{short(dtype)}") for case in CASES for dtype in case.dtypes])
 

@@ -1,4 +1,5 @@
-"""What a decode step executes and moves, counted in the PTX of both GPU backends: nothing more than recorded.
+"""What a decode step executes and moves, counted in the PTX of both GPU backends: nothing more than recorded. What
+docs/cuda.md says of it is what is recorded.
 
 `python -m tests.kernels.test_ptx_counts` writes the record anew, for the compilers it names.
 """
@@ -19,11 +20,15 @@ from ssd_kernels.files import write_atomically
 from ssd_kernels.layout import RowView
 from ssd_kernels.triton.launch import step_bytes
 
-from . import cases
+from . import cases, test_cuda_resources, test_triton_resources
 from .ptx import build, schedules
 
 RECORD = Path(__file__).with_name("ptx_counts.json")
 COMMAND = "python -m tests.kernels.test_ptx_counts"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "cuda.md"
+# Columns of its table between the backend and the blocks per multiprocessor, and their decimals.
+COLUMNS = {"instructions_per_warp": 0, "instructions_per_slot": 0, "instructions_before_copy": 0,
+           "waits_before_copy": 0, "barriers_per_block": 1, "bytes_over_useful": 2}
 HEADS, PROMPT, TOKENS = 4, 24, 576
 BUDGETED = HeadSpec.heavy(96, recent=48, score="mean")
 LARGE = HeadSpec.heavy(376, recent=188, score="mean")
@@ -151,6 +156,34 @@ def test_counts(backend: str, step: Step) -> None:
     worse = [f"{now[field]} {meaning}, recorded {before[field]}" for field, meaning in FIELDS.items()
              if now[field] > before[field]]
     assert not worse, "\n".join(worse)
+
+
+def blocks(backend: str, step: Step, architecture: int) -> str:
+    """Blocks per multiprocessor as docs/cuda.md gives them: by the records of machine code, "-" if in neither."""
+    if backend == "ptx":
+        kernels = json.loads(test_cuda_resources.RECORD.read_text())["kernels"]
+        dtype = "f32" if step.dtype == torch.float32 else "bf16"
+        name = f"decode {dtype} D{step.head_dim} G{step.group} sm_{architecture}"
+        return str(kernels[name][f"blocks_{architecture}"])
+    kernels = json.loads(test_triton_resources.RECORD.read_text())["kernels"]
+    shape = (architecture, "fp32" if step.dtype == torch.float32 else "bf16", step.head_dim, step.group,
+             step.row_buffer, 1024 if step.spec is LARGE else 256)
+    return str(kernels.get(test_triton_resources.name(shape), {}).get("programs", "-"))
+
+
+def test_the_documented_counts_are_the_recorded_ones() -> None:
+    """Of every step, by both backends: what docs/cuda.md gives behind the slashes."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in DOCUMENT.read_text().splitlines()
+            if re.match(r"\|[^|]*\| (CUDA|Triton) \|", line)]
+    documented = {(backend, step): [cell.split(" / ")[-1] for cell in cells] for step, backend, *cells in rows}
+    record = json.loads(RECORD.read_text())
+    expected = {}
+    for backend, step in RUNS:
+        counts = record[backend]["steps"][step.name]
+        expected["CUDA" if backend == "ptx" else "Triton", step.name] = [
+            *(f"{counts[field]:.{decimals}f}" for field, decimals in COLUMNS.items()),
+            *(blocks(backend, step, architecture) for architecture in (80, 90))]
+    assert documented == expected and len(rows) == len(expected)
 
 
 def write() -> None:

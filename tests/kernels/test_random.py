@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_kernels import CachePlan, HeadSpec, backends
+from ssd_kernels import CachePlan, HeadSpec
 
 from .cases import Case, each_backend
 from .pair import Pair
@@ -34,7 +34,7 @@ def pairs(draw: st.DrawFn, case: Case) -> Pair:
     layers = draw(st.lists(st.lists(head_specs(), min_size=heads, max_size=heads), min_size=1, max_size=2))
     plan = CachePlan(layers, draw(st.sampled_from([0, 0, 1, 2, 3, 5, 8, 24, 50])), draw(st.booleans()))
     batch = draw(st.integers(1, 4))
-    shares = plan.keep_prompt and backends.get(case.name).shares_prompts and draw(st.booleans())
+    shares = plan.keep_prompt and draw(st.booleans())
     return Pair(plan, case, batch=batch, shared_prompts=batch if shares else None,
                 group=draw(st.sampled_from([1, 1, 2, 3])), head_dim=8 * draw(st.integers(4, 12)),
                 max_prompt=draw(st.integers(0, 16)),

@@ -12,7 +12,7 @@ import torch
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec, ops
 
-from .cases import BF16, F32, PART, Case, each_sharing, each_sharing_dtype, mixed, uniform
+from .cases import BF16, F32, PART, Case, each_backend, each_dtype, mixed, uniform
 from .pair import Pair, assert_untouched, bits, poison, snapshot
 from .test_memory import INT32, Guarded
 
@@ -20,9 +20,10 @@ B, H, D, P, N = 4, 8, 40, 9, 16
 STEPS = 14
 
 
-@each_sharing_dtype
+@each_dtype
 @pytest.mark.parametrize(("row_buffer", "track_scores"), [(0, True), (4, False)], ids=["R0-track_scores", "R4-plain"])
-def test_every_kind_of_head(case: Case, dtype: torch.dtype, row_buffer: int, track_scores: bool) -> None:
+def test_kinds_of_heads_behind_shared_prompts(case: Case, dtype: torch.dtype, row_buffer: int,
+                                              track_scores: bool) -> None:
     """All rules over shared prompts, one of them empty, while single rows restart with others."""
     pair = Pair(mixed(H, row_buffer), case, batch=B, group=2, max_prompt=P, steps=STEPS, dtype=dtype, shared_prompts=3,
                 track_scores=track_scores)
@@ -34,7 +35,7 @@ def test_every_kind_of_head(case: Case, dtype: torch.dtype, row_buffer: int, tra
     pair.run(5)
 
 
-@each_sharing
+@each_backend
 def test_large_heads(case: Case) -> None:
     """Windows and sets that wrap around and refresh, behind a prompt of its own for each row: nothing is shared."""
     plan = CachePlan([[HeadSpec.window(13), HeadSpec.heavy(17, recent=3), HeadSpec.full()]], row_buffer=6)
@@ -68,7 +69,7 @@ def _assert_equal_bits(shared: CompressedCache, copies: CompressedCache, prompts
                 assert torch.equal(bits(one[first:]), bits(other[first:])) and not one[first:].isnan().any()
 
 
-@each_sharing_dtype
+@each_dtype
 @pytest.mark.parametrize(("group", "head_dim", "row_buffer", "rotary"), [
     (1, 40, 0, True), (2, 72, 4, False), (1, 128, 4, True), (3, 64, 0, True), (1, 64, 4, False), (1, 104, 0, False)],
     ids=["G1-D40-R0-rotary", "G2-D72-R4", "G1-D128-R4-rotary", "G3-D64-R0-rotary", "G1-D64-R4", "G1-D104-R0"])
@@ -97,7 +98,7 @@ def test_bits_are_those_of_copies(case: Case, dtype: torch.dtype, group: int, he
             _assert_equal_bits(shared, copies, held)
 
 
-@each_sharing
+@each_backend
 @pytest.mark.parametrize("group", [1, 2], ids="G{}".format)
 @pytest.mark.parametrize("length", [PART - 1, PART, 2 * PART + 1], ids="P{}".format)
 def test_prompts_longer_than_a_block(case: Case, length: int, group: int) -> None:
@@ -133,7 +134,7 @@ def _start(cache: CompressedCache, case: Case, rows: Sequence[int] | None, share
     cache.prefill(layer, *[_ones(case, count, H, P, D)] * 2, [P] * count, rows=rows, share=share)
 
 
-@each_sharing
+@each_backend
 def test_rows_let_go_of_their_prompts(case: Case) -> None:
     """Who restarts or is reset holds a prompt no longer; the last to do so makes room, in every layer for itself."""
     cache = _cache(case)
@@ -159,7 +160,7 @@ def test_rows_let_go_of_their_prompts(case: Case) -> None:
     _start(cache, case, None, [1, 0, 1, 0])
 
 
-@each_sharing
+@each_backend
 def test_a_restart_leaves_other_rows_their_prompt(case: Case) -> None:
     """A prompt that another row still reads is not overwritten, whatever restarts in what order."""
     pair = Pair(mixed(H, 3), case, batch=B, max_prompt=P, steps=30, shared_prompts=4)
@@ -171,7 +172,7 @@ def test_a_restart_leaves_other_rows_their_prompt(case: Case) -> None:
     pair.run(3)
 
 
-@each_sharing
+@each_backend
 def test_rows_without_share_have_a_prompt_each(case: Case) -> None:
     """`share=None`: "each its own"; a prompt that nobody takes is not stored and takes no room."""
     pair = Pair(mixed(H), case, batch=3, max_prompt=5, shared_prompts=3)
@@ -215,7 +216,7 @@ BAD_CALLS: dict[str, tuple[Call, type[Exception], str]] = {
 }
 
 
-@each_sharing
+@each_backend
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_calls_are_refused_untouched(case: Case, name: str) -> None:
     """By name, and nothing is written; nobody has lost a prompt."""
@@ -246,7 +247,7 @@ def test_caches_that_cannot_share() -> None:
         _start(cache, Case("reference"), None, [0, 0, 0, 0])
 
 
-@each_sharing
+@each_backend
 @pytest.mark.parametrize("track_scores", [False, True])
 def test_prompts_take_their_memory_once(case: Case, track_scores: bool) -> None:
     """`nbytes` is what is allocated, and what a formula says: each different prompt once per layer."""
@@ -273,7 +274,7 @@ def test_eight_samples_of_a_long_prompt() -> None:
     assert plan.nbytes(**sizes) / plan.nbytes(**sizes, shared_prompts=2) > 3.4
 
 
-@each_sharing
+@each_backend
 @pytest.mark.parametrize("row_buffer", [0, 4], ids="R{}".format)
 def test_guards_stay_whole(case: Case, row_buffer: int) -> None:
     """Nothing outside the tensors is written, and what lies there does not reach any result."""
@@ -286,7 +287,7 @@ def test_guards_stay_whole(case: Case, row_buffer: int) -> None:
     guarded.check()
 
 
-@each_sharing
+@each_backend
 def test_damaged_prompt_numbers(case: Case) -> None:
     """A row that reads none of the prompts: refused with everything untouched, or left as it is."""
     pair = Pair(mixed(H, 3), case, batch=3, max_prompt=5, steps=12, shared_prompts=2)
@@ -313,7 +314,7 @@ def test_damaged_prompt_numbers(case: Case) -> None:
     state.prompt_of[1] = whole
 
 
-@each_sharing
+@each_backend
 def test_a_row_does_not_depend_on_who_shares(case: Case) -> None:
     """A row's bits are the same alone and among others, whoever reads the same prompt."""
     random = torch.Generator().manual_seed(2)
@@ -329,7 +330,7 @@ def test_a_row_does_not_depend_on_who_shares(case: Case) -> None:
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
-@each_sharing
+@each_backend
 @pytest.mark.parametrize("engine", ["eager", "aot_eager"])
 def test_compiled_decode(case: Case, engine: str) -> None:
     """`torch.compile(fullgraph=True)`, which goes through the operator, gives the same bits."""
@@ -356,7 +357,7 @@ def _operator(cache: CompressedCache, case: Case, shared: Sequence[Any]) -> torc
     return out
 
 
-@each_sharing
+@each_backend
 def test_opcheck(case: Case) -> None:
     """Mutation annotations and fakes hold for the operator's last arguments too."""
     state = _cache(case)._layers[0]
@@ -382,7 +383,7 @@ BAD_SHARED: dict[str, tuple[int, Change, str]] = {
 }
 
 
-@each_sharing
+@each_backend
 @pytest.mark.parametrize("name", BAD_SHARED)
 def test_operators_refuse_what_does_not_fit(case: Case, name: str) -> None:
     """By name, before anything is written; also a layer with room for its own prompts, and one without."""

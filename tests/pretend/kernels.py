@@ -82,7 +82,7 @@ class CUDALayer(Layer):
                      lambda: self.start(k, v, scores, prompt_stride, count, lengths, rows))
 
     def list_items(self, table: int, alternating: bool, items: int) -> None:
-        """Nothing: the CPU's kernels find what they serve by themselves."""
+        """Nothing: the CPU's kernels have no blocks that look up what they serve."""
 
     @staticmethod
     def _launch(name: str, device: int, number: int, operation: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from ssd_attach.cache import Observer
 from ssd_attach.online import OnlinePlan, check_observer
-from ssd_kernels import CachePlan, CompressedCache, backends
+from ssd_kernels import CachePlan, CompressedCache
 
 from .. import waiting
 from ..progress import ProgressCallback
@@ -242,11 +242,7 @@ class Engine:
             free = memory.available_memory(self.device)
             memory_bytes = int(free * memory.USABLE_SHARE) + memory.weight_bytes(self.model)
         return memory.max_batch(self.plan, self.model, memory_bytes, guided=guided, max_prompt=max_prompt,
-                                packed=self.packed, different=different if self._shares() else None)
-
-    def _shares(self) -> bool:
-        """Whether the backend's kernels read prompts that rows share."""
-        return backends.resolve(self.backend, self.device, self.dtype, self.shape.head_dim).shares_prompts
+                                packed=self.packed, different=different)
 
     def batch(self, prompts: Sequence[Sequence[int] | torch.Tensor], *, guidance: float | Sequence[float] = 5.0,
               seeds: int | Sequence[int] | None = 0, sampling: Sampling | None = None, steps: int | None = None,
@@ -350,8 +346,7 @@ class Engine:
         different = len({tuple(prompt) for prompt in prompts})
         cache = CompressedCache(self.plan, len(prompts), self.shape.num_query_heads, self.shape.head_dim, longest,
                                 self.shape.num_visual_tokens, self.dtype, weights.device, self.backend,
-                                shared_prompts=memory.shared_prompts(self.plan, len(prompts), different)
-                                if self._shares() else None)
+                                shared_prompts=memory.shared_prompts(self.plan, len(prompts), different))
         cache.warmup(rotary=True)
         seeds = None if request.seeds is None else [request.seeds[i] for i in order]
         noise = None if request.sampling.greedy else noise_for(len(order), weights.codes, seeds, weights.device)
