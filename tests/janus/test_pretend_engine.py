@@ -255,6 +255,14 @@ def test_other_prompts_compute_in_the_same_shapes(fresh: Any, machine: pretend.M
     assert new[1:] == [shared, [], [], wider, [], []]
 
 
+def test_prompts_are_padded_beyond_the_rotary_table(fresh: Any, machine: pretend.Machine,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "SHORTEST_WIDTH", 128)  # the table has as many positions as prompt and picture
+    given = prompts_of_lengths((5, 9, 12))
+    expected = Engine(fresh, PLAN).generate(given, sampling=GREEDY, steps=4)
+    assert torch.equal(Engine(fresh.to("cuda"), PLAN).generate(given, sampling=GREEDY, steps=4), expected)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_is_compiled_sees_two_shapes(fresh: Any, machine: pretend.Machine, monkeypatch: pytest.MonkeyPatch,
                                           device: str) -> None:
