@@ -94,7 +94,8 @@ def cpu_stopwatch(work: Work, clock: Callable[[], float] = time.perf_counter) ->
 
 
 def cuda_stopwatch(work: Work) -> Stopwatch:
-    """Times repetitions of ``work`` by CUDA events, replayed as one CUDA graph where it may be captured.
+    """Times repetitions of ``work`` on the current device by CUDA events, replayed as one CUDA graph where it may be
+    captured.
 
     Work that needs no preparing is repeated until there are `GRAPH_CALLS`; other work has to bring so many itself.
     """
@@ -115,7 +116,7 @@ def cuda_stopwatch(work: Work) -> Stopwatch:
         graph = torch.cuda.CUDAGraph()
         work.prepare()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):  # torch's own is of the device that captures first
             run()
         replay = graph.replay
 
@@ -137,7 +138,16 @@ def cuda_stopwatch(work: Work) -> Stopwatch:
 
 def stopwatch(work: Work, device: torch.device) -> Stopwatch:
     """The stopwatch for work on ``device``."""
-    return cuda_stopwatch(work) if device.type == "cuda" else cpu_stopwatch(work)
+    if device.type != "cuda":
+        return cpu_stopwatch(work)
+    with torch.cuda.device(device):
+        watch = cuda_stopwatch(work)
+
+    def times(repetitions: int) -> list[float]:
+        with torch.cuda.device(device):
+            return watch(repetitions)
+
+    return times
 
 
 def time_in_turn(watches: Mapping[str, tuple[Stopwatch, Work]], repetitions: int = REPETITIONS, trials: int = TRIALS,

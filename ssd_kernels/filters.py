@@ -53,7 +53,8 @@ def warped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -
     Returns:
         bool ``[pictures, codes]``, and float32 weights with 1 for the likeliest, 0 where removed.
     """
-    logits = logits / torch.tensor(temperature, dtype=torch.float32)
+    # On the device: torch multiplies by the reciprocal of a number that a GPU gets from the host.
+    logits = logits / torch.full((), temperature, dtype=torch.float32, device=logits.device)
     keys, codes = ordered(logits), logits.shape[1]
     kept = torch.ones_like(keys, dtype=torch.bool)
     if 0 < top_k < codes:
@@ -70,8 +71,8 @@ def warped(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -
 
 
 def tail_share(top_p: float) -> int:
-    """What top-p may remove, in units of 2^-30."""
-    return round((1 - top_p) * 2**30)
+    """What top-p may remove, in units of 2^-30: never all of them, so that the likeliest code stays."""
+    return min(round((1 - top_p) * 2**30), 2**30 - 1)
 
 
 def tail(total: Any, share: Any) -> Any:

@@ -49,7 +49,7 @@ def check(logits: torch.Tensor, scale: torch.Tensor, seeds: torch.Tensor, steps:
                          f"strides {logits.stride()}")
     for name, value, fits, allowed in (("temperature", temperature, temperature > 0, "above 0"),
                                        ("top_k", top_k, top_k >= 0, "at least 0"),
-                                       ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")):
+                                       ("top_p", top_p, 0 <= top_p <= 1, "within 0 .. 1")):
         if not fits:
             raise ValueError(f"{name} must be {allowed}, got {value}")
 

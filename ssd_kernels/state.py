@@ -54,7 +54,7 @@ class LayerState:
     prompt_keys: torch.Tensor | None = None
     prompt_values: torch.Tensor | None = None
     prompt_of: torch.Tensor | None = None
-    native: Any = field(default=None, repr=False, compare=False)
+    native: Any = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def allocate(cls, layout: LayerLayout, specs: Sequence[HeadSpec], batch_size: int, head_dim: int,

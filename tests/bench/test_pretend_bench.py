@@ -39,6 +39,20 @@ def test_contenders_run_and_are_counted(machine: pretend.Machine) -> None:
     assert not [event for event in machine.of_kind("to_host") if event.captured]
 
 
+def test_a_device_that_is_not_the_current_one_is_timed() -> None:
+    """Where torch's own stream for captures would record nothing."""
+    with pretend.pretended(devices=2) as machine:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # which is of cuda:0 from now on
+            torch.ones(1, device="cuda:0")
+        machine.graphs.clear()
+        machine.events.clear()
+        there = torch.zeros(4, device="cuda:1")
+        timing.stopwatch(timing.Work([lambda: there.add_(1)]), there.device)(2)
+        (graph,) = machine.graphs
+        assert len(graph.operations) == timing.GRAPH_CALLS and graph.replays == 2
+        assert machine.empty_graphs == 0 and machine.events == {1} and torch.cuda.current_device() == 0
+
+
 @pytest.mark.parametrize("row_buffer", [0, 3])
 def test_ours_start_over_before_every_repetition(machine: pretend.Machine, row_buffer: int) -> None:
     """A graph holds many calls, and yet the caches hardly grow while they are timed."""

@@ -98,7 +98,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             order.append(f"wait for {other}")
 
     @contextmanager
-    def capturing(graph: Graph):
+    def capturing(graph: Graph, stream: Stream):
         before = order.count("call")
         yield
         graph.calls = order.count("call") - before

@@ -318,6 +318,8 @@ def test_replaced_modules_are_left_to_transformers(fresh: Any, place: str, kind:
     ({"guidance": [1.0, 2.0]}, "guidance must be one number or 1, got 2"),
     ({"guidance": float("nan")}, "guidance must be finite"),
     ({"seeds": [1, 2]}, "seeds must be one number or 1, got 2"),
+    ({"seeds": 2**64}, "seeds must be within -2.63 .. 2.64 - 1, got 18446744073709551616"),
+    ({"seeds": [-2**63 - 1]}, "seeds must be within -2.63 .. 2.64 - 1, got -9223372036854775809"),
     ({"steps": 0}, "steps must be within 1 .. 36"),
     ({"batch_size": 0}, "batch_size must be at least 1"),
 ])

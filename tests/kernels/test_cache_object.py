@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -57,6 +58,22 @@ def test_copies_go_their_own_way(name: str) -> None:
         assert_untouched(cache, before)
         assert torch.equal(out, _step(copy.deepcopy(cache), seed=1))
         assert other.positions(0, 0)[0].tolist() == [0, 1]
+
+
+@each_backend
+def test_a_layer_with_other_tensors_is_another(case: Case) -> None:
+    """What a backend remembers of a layer's addresses does not go along."""
+    cache = _cache(case)
+    expected = _step(cache)
+    cache.reset()
+    other = copy.copy(cache)
+    other._layers = [dataclasses.replace(state, **{field.name: value.clone() for field in dataclasses.fields(state)
+                                                   if isinstance(value := getattr(state, field.name), torch.Tensor)})
+                     for state in cache._layers]
+    before = snapshot(cache)
+    assert torch.equal(_step(other), expected)
+    assert_untouched(cache, before)
+    assert other.positions(0, 0)[0].tolist() == [0]
 
 
 @each_backend

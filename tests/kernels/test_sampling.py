@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ssd_kernels import backends, filters, sampling
@@ -21,7 +22,8 @@ ARCHITECTURE = int(os.environ.get("SSD_PTX_ARCHITECTURE", "80"))
 on_ptx = pytest.mark.skipif(backends.available().get("ptx_triton") is not None,
                             reason=str(backends.available().get("ptx_triton")))
 SEEDS, SCALE = torch.tensor([3, -5, 2**40 + 1]), torch.tensor([5.0, 2.0])
-FILTERS = [(1.0, 0, 1.0), (0.7, 50, 1.0), (1.3, 0, 0.9), (0.9, 50, 0.8), (1.0, 1, 1.0), (1.0, 0, 1e-6)]
+FILTERS = [(1.0, 0, 1.0), (0.7, 50, 1.0), (1.3, 0, 0.9), (0.9, 50, 0.8), (1.0, 1, 1.0), (1.0, 0, 1e-6),
+           (1.0, 0, 0.0)]
 
 
 def by_transformers(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
@@ -83,6 +85,31 @@ def test_the_border_of_masses_does_not_overflow() -> None:
         for top_p in (1e-9, 0.3, 0.9, 1 - 1e-9):
             share = filters.tail_share(top_p)
             assert int(filters.tail(torch.tensor(total), share)) == total * share >> 30
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-12, 1e-9])
+def test_the_likeliest_code_stays_however_small_top_p_is(top_p: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(8, sampling.MAX_CODES) * torch.tensor([0.01, 3.0]).repeat(4)[:, None]
+    kept, _ = filters.warped(logits, 1.0, 0, top_p)
+    assert torch.equal(kept, by_transformers(logits, 1.0, 0, top_p))
+    assert torch.equal(kept.int().argmax(1), logits.argmax(1))
+
+
+def test_no_number_comes_from_the_host() -> None:
+    """By such a one torch divides on a GPU with a product, which rounds otherwise than the kernel's division."""
+    divisors = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "div" in str(func):
+                divisors.append(args[1])
+            return func(*args, **(kwargs or {}))
+
+    with Watching():
+        filters.sample(torch.zeros(5, 64, device="meta"), torch.zeros(2, device="meta"),
+                       *torch.zeros(2, 3, dtype=torch.long, device="meta"), 0.7, 5, 0.9)
+    assert len(divisors) == 3 and {divisor.device.type for divisor in divisors} == {"meta"}
 
 
 def test_codes_are_drawn_as_often_as_they_are_likely() -> None:
@@ -188,7 +215,7 @@ def test_nothing_spills_with_the_codes_of_janus(architecture: int) -> None:
     ({"seeds": SEEDS.int()}, "seeds must be torch.int64"),
     ({"steps": torch.zeros(2, dtype=torch.long)}, r"steps must be \[3\]"),
     ({"temperature": 0.0}, "temperature must be above 0"), ({"top_k": -1}, "top_k must be at least 0"),
-    ({"top_p": 0.0}, "top_p must be above 0"), ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
+    ({"top_p": -0.1}, "top_p must be within 0 .. 1"), ({"top_p": 1.5}, "top_p must be within 0 .. 1"),
 ])
 def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
     arguments = {"logits": torch.zeros(5, 7), "scale": SCALE, "seeds": SEEDS,

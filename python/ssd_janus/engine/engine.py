@@ -281,6 +281,9 @@ class Engine:
         numbers = [seeds + index for index in range(len(texts))] if isinstance(seeds, int) else seeds
         if numbers is not None and len(numbers) != len(texts):
             raise ValueError(f"seeds must be one number or {len(texts)}, got {len(numbers)}")
+        for seed in () if numbers is None else numbers:
+            if not -2**63 <= seed < 2**64:  # as torch's generators take them
+                raise ValueError(f"seeds must be within -2^63 .. 2^64 - 1, got {seed}")
         whole = self.shape.num_visual_tokens
         if steps is not None and not 1 <= steps <= whole:
             raise ValueError(f"steps must be within 1 .. {whole}, got {steps}")
