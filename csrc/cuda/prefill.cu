@@ -22,7 +22,7 @@ SSD_DEVICE void place(const CacheLayer& layer, const HeadRange& range, const flo
   const PinMask nothing{nullptr, 0};
   for (int32_t i = port::thread_index(); i < prompt_len; i += kThreads)
     ranks[i] = token_rank(range.rule, range.recent, scores ? scores[i] : 0.0f, i, prompt_len, 0, nothing);
-  port::sync_block();
+  port::sync_block();  // the ranks are there
   const LastLoser last = last_loser(ranks, prompt_len, losers, counts);
   if (port::thread_index() < port::kWarp) {
     int32_t kept = 0;

@@ -103,10 +103,11 @@ def test_a_broken_device_or_a_hanging_kernel_ends_one_test(tmp_path: Path) -> No
     (tmp_path / "test_it.py").write_text(BREAKS)
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     path = os.pathsep.join((str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")))
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # a worker's
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-n", "1", "--timeout=5", "--timeout-method=thread", "-p",
+        [sys.executable, "-m", "pytest", "-v", "-n", "1", "--timeout=10", "--timeout-method=thread", "-p",
          "no:cacheprovider", "--rootdir", tmp_path, tmp_path], capture_output=True, text=True, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path, "SSD_TEST_RECORD": str(tmp_path / "tests.jsonl")})
+        env={**inherited, "PYTHONPATH": path, "SSD_TEST_RECORD": str(tmp_path / "tests.jsonl")})
     found = [json.loads(line) for line in (tmp_path / "tests.jsonl").read_text().splitlines()]
     assert {line["test"].rpartition("::")[2]: line["outcome"] for line in found} == {
         "test_before": "passed", "test_breaks": "failed", "test_after": "passed", "test_hangs": "failed",

@@ -28,7 +28,7 @@ struct Options {
   Copies copies = Copies::kWhenAwaited;
   bool races = true;                      // report accesses that nothing orders
   bool counts = false;                    // fill Result::counts
-  uint64_t patience = uint64_t{1} << 28;  // instructions of warps; a launch of more hangs
+  uint64_t patience = uint64_t{1} << 24;  // instructions of warps; a launch of more hangs
 };
 
 struct Launch {
