@@ -209,7 +209,23 @@ NORM = "language_model.model.norm.weight"
      r"pytorch_model.bin: holds the weight language_model.model.layers.2\.\S+, for which config.json leaves no place"),
     (config_with(language_config__intermediate_size=95), ValueError,
      r"pytorch_model.bin: the weight language_model.model.layers.0.mlp.\S+ must be \[.*95.*\] .*got \[.*96"),
-    (config_with(language_config__hidden_size="big"), ValueError, "config.json: language_config .*hidden_size"),
+    (config_with(language_config__hidden_size="big"), ValueError, "config.json: language_config.hidden_size must be"),
+    *((config_with(**{f"language_config__{size}": value}), ValueError,
+       f"config.json: language_config.{size} must be an int within 1 .. [0-9]+, got {value}")
+      for size, value in (("hidden_size", 0), ("intermediate_size", -1), ("num_attention_heads", 0), ("head_dim", -2),
+                          ("num_key_value_heads", 0), ("max_position_embeddings", -1), ("num_hidden_layers", 0),
+                          ("num_hidden_layers", 10**9))),
+    (config_with(language_config__hidden_act="nope"), ValueError, "copy: config.json must describe a model .*nope"),
+    (config_with(language_config__rope_scaling={"rope_type": "nope"}), ValueError, "copy: config.json must .*nope"),
+    (config_with(language_config__rope_theta="x"), ValueError, "copy: config.json must describe a model .*TypeError"),
+    *((weights_with(lambda weights, name=name, shape=shape: weights.update({name: torch.ones(shape)})), ValueError,
+       f"copy: the weight {name} must have a size above 0 in dimension [01], got the shape \\[")
+      for name in ("gen_vision_model.quantize.embedding.weight", "gen_vision_model.encoder.conv_in.weight")
+      for shape in ([], [5], [0, 0, 0, 0])),
+    *((weights_with(lambda weights, name=name, dtype=dtype: weights.update({name: weights[name].to(dtype)})),
+       ValueError, f"pytorch_model.bin: the weight {name} must be float32, .*got {str(dtype)[6:]}")
+      for name, dtype in ((NORM, torch.int8), ("gen_embed.weight", torch.float8_e4m3fn),
+                          ("language_model.model.embed_tokens.weight", torch.complex64))),
     (config_with(language_config__num_attention_heads=7), ValueError, "config.json: language_config .*heads"),
     (config_with(language_config__vocab_size=3), ValueError, "vocab_size must be above .* up to 3, got 3"),
     (weights_with(lambda weights: weights.pop(NORM)), ValueError, f"copy: the weight {NORM} is missing"),

@@ -29,6 +29,10 @@ MODEL_TYPE = "multi_modality"
 MAX_CONFIG, MAX_INDEX = 1 << 20, 64 << 20  # bytes
 FILES = ("model.safetensors", "pytorch_model.bin")
 PARTS = ("language", "vision", "gen_vision", "gen_aligner", "gen_head")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+         "max_position_embeddings")
+MOST_LAYERS, LARGEST_SIZE = 1 << 10, 1 << 24
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Settings of a language model that are no sizes: what made it, and what others would do with it.
 NOT_TAKEN = {"model_type", "torch_dtype", "dtype", "architectures", "bos_token_id", "eos_token_id", "pad_token_id",
              "transformers_version"}
@@ -84,6 +88,9 @@ def load(folder: str | Path, dtype: torch.dtype | str = "auto", name: str | None
     weights = _read_weights(folder)
     with naming(config_file):
         sizes = {key: value for key, value in sections["language"].items() if key not in NOT_TAKEN and key[:1] != "_"}
+        for key, most in (*((key, LARGEST_SIZE) for key in SIZES), ("num_hidden_layers", MOST_LAYERS)):
+            if sizes.get(key) is not None:
+                Field(sizes[key], f"language_config.{key}").integer(1, most)
         try:
             text = LlamaConfig(**sizes, bos_token_id=tokens.bos, eos_token_id=tokens.eos, pad_token_id=tokens.pad)
         except StrictDataclassError as error:
@@ -178,8 +185,12 @@ def _pickled_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _check_weights(config: JanusConfig, weights: Mapping[str, _Weight]) -> None:
     """Every weight of the model is there, in its shape, and no layer too many."""
-    with torch.device("meta"):
-        wanted = PictureJanus(config).state_dict()
+    try:
+        with torch.device("meta"):
+            wanted = PictureJanus(config).state_dict()
+    except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError("config.json must describe a model that transformers can make, got "
+                         f"{type(error).__name__}: {error}") from None
     for name in sorted(wanted.keys() - {renamed(name) for name in weights}):
         raise ValueError(f"the weight {official_name(name)} is missing")
     for name, weight in weights.items():
@@ -190,3 +201,6 @@ def _check_weights(config: JanusConfig, weights: Mapping[str, _Weight]) -> None:
             if tensor.shape != weight.tensor.shape:
                 raise ValueError(f"the weight {name} must be {list(tensor.shape)} as config.json says, got "
                                  f"{list(weight.tensor.shape)}")
+            if weight.tensor.dtype not in DTYPES:
+                raise ValueError(f"the weight {name} must be float32, bfloat16, float16 or float64, got "
+                                 f"{str(weight.tensor.dtype).removeprefix('torch.')}: quantized weights are not read")

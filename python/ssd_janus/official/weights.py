@@ -55,13 +55,17 @@ def janus_config(text: LlamaConfig, shapes: Mapping[str, Sequence[int]], image_s
         image_size: pixels of a picture's side.
 
     Raises:
-        ValueError: a weight is missing, or the side is no whole number of tokens.
+        ValueError: a weight is missing or lacks a dimension, or the side is no whole number of tokens.
     """
 
     def size(name: str, dimension: int = 0) -> int:
         if name not in shapes:
             raise ValueError(f"the weight {name} is missing")
-        return int(shapes[name][dimension])
+        shape = list(shapes[name])
+        if len(shape) <= dimension or not shape[dimension]:
+            raise ValueError(f"the weight {name} must have a size above 0 in dimension {dimension}, got the shape "
+                             f"{shape}")
+        return int(shape[dimension])
 
     def count(pattern: str) -> int:
         """Of the numbers that stand in the names of weights."""
