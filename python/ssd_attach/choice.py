@@ -77,7 +77,8 @@ def choose(shape: ModelShape, plan: CachePlan | str | None, dtype: torch.dtype, 
         parameters: of the policy's own.
 
     Raises:
-        TypeError: ``plan`` is neither, or a parameter that the policy does not have.
+        TypeError: ``plan`` is neither, ``profile`` is neither a profile nor a path, or a parameter that the policy does
+            not have.
         ValueError: the plan does not fit the model, no such policy, a policy without the profile that it needs, a
             bad budget, or any of the other arguments beside a plan.
     """
@@ -95,6 +96,8 @@ def choose(shape: ModelShape, plan: CachePlan | str | None, dtype: torch.dtype, 
     if plan not in POLICIES and plan != "online":
         raise ValueError("plan must be a CachePlan or the name of a policy, one of "
                          f"{', '.join([*POLICIES, 'online'])}, got {plan!r}")
+    if profile is not None and not isinstance(profile, (HeadProfile, str, os.PathLike)):
+        raise TypeError(f"profile must be a HeadProfile or the path of one, got {type(profile).__name__}")
     asked = (1.0 if plan == "full" else DEFAULT_BUDGET) if budget is None else budget
     if plan == "online":
         made: CachePlan = OnlinePlan(shape, asked, row_buffer, **own)

@@ -196,8 +196,7 @@ def attach(model: PreTrainedModel, plan: CachePlan | str | None = None, backend:
         ValueError: as `choose`, the backend is unknown or cannot run here, or the decoder is attached as part of
             another model.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a model or decoder of transformers, got {type(model).__name__}")
+    _check_model(model)
     form = PictureForm(pictures) if isinstance(pictures, Raster) else pictures
     if not isinstance(form, PictureForm):
         raise TypeError(f"pictures must be a Raster or a PictureForm, got {type(pictures).__name__}")
@@ -230,8 +229,10 @@ def detach(model: PreTrainedModel) -> None:
     A generation that is under way in another thread ends with a `ValueError`.
 
     Raises:
+        TypeError: another kind of model.
         ValueError: the decoder of this model was attached as part of another.
     """
+    _check_model(model)
     decoder = model.get_decoder()
     with _lock:
         coupling: Coupling | None = vars(decoder).get(_ATTACHED)
@@ -259,9 +260,20 @@ def attached(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Iterator[Choi
 
 def caches(model: PreTrainedModel) -> list[CompressedCache]:
     """The compressed caches of an attached model that are alive: those of generations under way, or that a caller still
-    holds. Their ``nbytes`` is what they take."""
+    holds. Their ``nbytes`` is what they take. None of a model that is not attached.
+
+    Raises:
+        TypeError: no model.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a model or decoder, got {type(model).__name__}")
     coupling: Coupling | None = vars(model).get(_ATTACHED)
     return [] if coupling is None else coupling.caches()
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a model or decoder of transformers, got {type(model).__name__}")
 
 
 def check_backend(backend: object) -> None:
@@ -270,7 +282,7 @@ def check_backend(backend: object) -> None:
         ValueError: unknown, or cannot run here.
     """
     backends = ssd_kernels.info()["backends"]
-    if backend != "auto" and backend not in backends:
+    if not isinstance(backend, str) or backend not in ("auto", *backends):
         raise ValueError(f"backend must be one of {', '.join(['auto', *backends])}, got {backend!r}")
     if backend != "auto" and not backends[backend]["available"]:
         raise ValueError(f"backend={backend!r} cannot be used: {backends[backend]['reason']}")

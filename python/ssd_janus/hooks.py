@@ -111,7 +111,12 @@ def enable(model: JanusForConditionalGeneration, plan: CachePlan | str | None = 
 @contextmanager
 def enabled(model: JanusForConditionalGeneration, *args: Any, **kwargs: Any) -> Iterator[Choice]:
     """`enable` for a block, with the same arguments; gives what was chosen. What was in force before is so again; on a
-    model of DeepSeek's code nothing is."""
+    model of DeepSeek's code nothing is.
+
+    Raises: as `enable`.
+    """
+    if not is_official(model):
+        _check_model(model)
     before = vars(model).get(_ENABLED)
     choice = enable(model, *args, **kwargs)
     try:

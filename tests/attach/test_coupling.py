@@ -254,7 +254,8 @@ def test_misuse_is_refused(llama: PreTrainedModel) -> None:
              (llama, CachePlan.uniform(HeadSpec.full(), 2, 2))),
             (ValueError, "one of full, .*online, got 'ssd2'", (llama, "ssd2")),
             (ValueError, "policy adaptive needs a profile", (llama, "adaptive")),
-            (ValueError, "backend must be one of auto, .*got 'cudnn'", (llama, NARROW, "cudnn"))):
+            (ValueError, "backend must be one of auto, .*got 'cudnn'", (llama, NARROW, "cudnn")),
+            (ValueError, r"backend must be one of auto, .*got \['cpu'\]", (llama, NARROW, ["cpu"]))):
         with pytest.raises(error, match=match):
             attach(*arguments, pictures=RASTER)
     with pytest.raises(TypeError, match="pictures must be a Raster or a PictureForm, got int"):
@@ -264,6 +265,13 @@ def test_misuse_is_refused(llama: PreTrainedModel) -> None:
     for beside in ({"budget": 0.2}, {"row_buffer": 0}, {"recent": 0.1}):
         with pytest.raises(ValueError, match=f"{next(iter(beside))} must be left out beside a plan"):
             attach(llama, NARROW, pictures=RASTER, **beside)
+    with pytest.raises(TypeError, match="profile must be a HeadProfile or the path of one, got int"):
+        attach(llama, "decayed", pictures=RASTER, profile=5)
+    for wrong in ("x", None, torch.nn.Linear(1, 1)):
+        with pytest.raises(TypeError, match=f"model must be a model or decoder of .*, got {type(wrong).__name__}"):
+            detach(wrong)
+    with pytest.raises(TypeError, match="model must be a model or decoder, got str"):
+        caches("x")
     with pytest.raises(TypeError, match="colour"):
         attach(llama, "decayed", budget=0.5, pictures=RASTER, colour=1)
     assert state(llama) == before

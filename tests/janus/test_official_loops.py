@@ -167,12 +167,26 @@ def test_samples_and_sampling_of_the_rollout(gqa: Any) -> None:
     assert plain.cache_bytes < greedy.cache_bytes
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"attention_mask": torch.ones(2, 3)}, "must both be"), ({"samples": 0}, "samples must be an int within 1"),
-    ({"steps": tiny.TOKENS + 1}, f"steps must be an int within 1 .. {tiny.TOKENS}"), ({"steps": 2.0}, "steps must be")])
-def test_bad_arguments_of_the_rollout(gqa: Any, arguments: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("arguments, error, message", [
+    ({"attention_mask": torch.ones(2, 3)}, ValueError, "must both be"),
+    ({"attention_mask": None}, ValueError, "must both be"),
+    ({"input_ids": torch.empty(0, 4, dtype=torch.long)}, ValueError, "not empty"),
+    ({"input_ids": torch.ones(3, 4)}, TypeError, "input_ids must be a tensor of int64, got torch.float32"),
+    ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor"),
+    ({"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4)}, ValueError,
+     "attention_mask must leave at least one token in every row"),
+    ({"samples": 0}, ValueError, "samples must be an int within 1"),
+    ({"steps": tiny.TOKENS + 1}, ValueError, f"steps must be an int within 1 .. {tiny.TOKENS}"),
+    ({"steps": 2.0}, ValueError, "steps must be"),
+    *(({"pad_token_id": wrong}, ValueError, "pad_token_id must be an int within 0 .. 319")
+      for wrong in (-1, 320, True)),
+    *(({"guidance": wrong}, ValueError, "guidance must be finite") for wrong in (float("nan"), float("inf"))),
+    *(({"guidance": wrong}, TypeError, "guidance must be a number") for wrong in (None, "5", [5.0], True)),
+    ({"sampling": 1.0}, TypeError, "sampling must be a Sampling or None, got float")])
+def test_bad_arguments_of_the_rollout(gqa: Any, arguments: dict[str, Any], error: type[Exception], message: str
+                                      ) -> None:
     ids, mask = padded(PROMPTS)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         official.rollout(gqa, **{"input_ids": ids, "attention_mask": mask, "pad_token_id": PAD, **arguments})
 
 
@@ -327,3 +341,6 @@ def test_bad_arguments_change_nothing(gqa: Any, arguments: dict[str, Any], error
 def test_other_models_are_named() -> None:
     with pytest.raises(TypeError, match="a MultiModalityCausalLM of deepseek-ai/Janus or a .*, got Linear"):
         enable(torch.nn.Linear(1, 1), "decayed")  # type: ignore[arg-type]
+    for wrong in ("x", None):
+        with pytest.raises(TypeError, match=f"got {type(wrong).__name__}"), enabled(wrong, "decayed"):
+            pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,18 +69,30 @@ def rollout(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, s
         steps: tokens per picture; None for whole pictures.
 
     Raises:
-        TypeError: another kind of model.
-        ValueError: ids and mask are not of one shape, or ``samples`` or ``steps`` is no int within its limits.
+        TypeError: another kind of model, ids that are no long tensor, or ``guidance`` or ``sampling`` is none.
+        ValueError: ids and mask are empty or not of one shape, a row of the mask is all padding, ``guidance`` is not
+            finite, or ``samples``, ``steps`` or ``pad_token_id`` is no int within its limits.
     """
     check_official(model)
-    if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
-        raise ValueError(f"input_ids and attention_mask must both be [prompts, P], got {list(input_ids.shape)} and "
-                         f"{list(attention_mask.shape)}")
-    whole = _raster(model).tokens
-    for name, value, most in (("samples", samples, 2**31), ("steps", whole if steps is None else steps, whole)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise ValueError(f"{name} must be an int within 1 .. {most}, got {value!r}")
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype != torch.long:
+        raise TypeError(f"input_ids must be a tensor of int64, got {getattr(input_ids, 'dtype', type(input_ids))}")
+    if input_ids.dim() != 2 or not input_ids.numel() or getattr(attention_mask, "shape", None) != input_ids.shape:
+        raise ValueError(f"input_ids and attention_mask must both be [prompts, P] and not empty, got "
+                         f"{list(input_ids.shape)} and {list(getattr(attention_mask, 'shape', []))}")
+    if not bool(attention_mask.bool().any(1).all()):
+        raise ValueError("attention_mask must leave at least one token in every row")
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
+        raise TypeError(f"guidance must be a number, got {guidance!r}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be finite, got {guidance}")
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling must be a Sampling or None, got {type(sampling).__name__}")
+    whole, vocabulary = _raster(model).tokens, len(model.language_model.get_input_embeddings().weight)
     steps = whole if steps is None else steps
+    for name, value, least, most in (("samples", samples, 1, 2**31), ("steps", steps, 1, whole),
+                                     ("pad_token_id", pad_token_id, 0, vocabulary - 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ValueError(f"{name} must be an int within {least} .. {most}, got {value!r}")
     ids, mask = (tensor.repeat_interleave(samples, 0) for tensor in (input_ids, attention_mask))
     rows = 2 if guidance > 1 else 1
     ids, mask = ids.repeat_interleave(rows, 0), mask.repeat_interleave(rows, 0)
