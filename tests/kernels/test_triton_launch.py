@@ -43,8 +43,8 @@ def test_blocks_fit(head_dim: int, item_size: int, group: int, capability: int) 
     ((128, 2, 1, 256, 90), (True, 32, 2, 3, 255)),
     ((128, 2, 1, 256, 86), (True, 32, 2, 2, 255)),  # shared memory for one block and four programs
     ((128, 2, 4, 256, 90), (True, 32, 2, 3, 255)),
-    ((64, 2, 1, 256, 80), (True, 32, 2, 4, 128)),
-    ((40, 2, 5, 256, 80), (True, 32, 2, 4, 128)),
+    ((64, 2, 1, 256, 80), (True, 32, 2, 4, 168)),
+    ((40, 2, 5, 256, 80), (True, 32, 2, 4, 168)),
     ((128, 2, 1, 1024, 90), (True, 32, 2, 3, 255)),
     ((128, 2, 1, 2048, 90), (True, 64, 4, 2, 255)),  # more ranks than two warps hold in registers
     ((256, 2, 1, 256, 80), (True, 32, 4, 2, 255)),  # two warps share their slots and halve the dimension
