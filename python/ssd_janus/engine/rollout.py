@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ssd_kernels.arguments import check_int
+
 from ..progress import ProgressCallback
 from .sampling import Sampling
 
@@ -97,10 +99,7 @@ def rollout(engine: Engine, prompts: Sequence[Sequence[int] | torch.Tensor], sam
         TypeError, ValueError: an argument is wrong; nothing has been drawn then.
         MemoryError: a batch did not fit after all.
     """
-    if isinstance(samples, bool) or not isinstance(samples, int):
-        raise TypeError(f"samples must be an int, got {samples!r}")
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    check_int("samples", samples, 1)
     if isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
         raise TypeError(f"guidance must be one number for all pictures, got {guidance!r}")
     repeated = [prompt for prompt in prompts for _ in range(samples)]

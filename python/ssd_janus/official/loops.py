@@ -14,6 +14,7 @@ from ssd_attach.cache import generation_of
 from ssd_attach.internals import CACHE_NAME
 from ssd_kernels import CachePlan
 from ssd_kernels.policies import Raster
+from ssd_kernels.reading import Field
 
 from ..engine.rollout import Recording, Rollout
 from ..engine.sampling import GeneratorNoise, Sampling
@@ -91,8 +92,7 @@ def rollout(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, s
     steps = whole if steps is None else steps
     for name, value, least, most in (("samples", samples, 1, 2**31), ("steps", steps, 1, whole),
                                      ("pad_token_id", pad_token_id, 0, vocabulary - 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"{name} must be an int within {least} .. {most}, got {value!r}")
+        Field(value, name).integer(least, most)
     ids, mask = (tensor.repeat_interleave(samples, 0) for tensor in (input_ids, attention_mask))
     rows = 2 if guidance > 1 else 1
     ids, mask = ids.repeat_interleave(rows, 0), mask.repeat_interleave(rows, 0)
