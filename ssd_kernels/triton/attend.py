@@ -9,34 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import launch
+from .int8 import LANES, words_as_numbers
 from .slots import origin_of, scales_of, slot_of
 
 LEAST_FLOAT = tl.constexpr(-3.4028234663852886e38)
-def _bf16(at):
-    return f"""{{
-        .reg .b32 low, high, one;
-        mov.b32 one, 0x3F803F80;
-        prmt.b32 low, $1, $2, {0x4400 + 0x1111 * at:#x};
-        lop3.b32 high, low, 0x00800080, 0xC300C300, 0xEA;
-        lop3.b32 low, low, 0x007F007F, 0x43004300, 0xEA;
-        fma.rn.bf16x2 $0, low, one, high;
-    }}"""
-
-
-def _f16(at):
-    return f"""{{
-        .reg .b32 both, one, bias;
-        mov.b32 one, 0x3C003C00;
-        mov.b32 bias, 0xE480E480;
-        prmt.b32 both, $1, $2, {0x4400 + 0x1111 * at:#x};
-        lop3.b32 both, both, 0x00FF00FF, 0x64806480, 0x6A;
-        fma.rn.f16x2 $0, both, one, bias;
-    }}"""
-
-
-BF16_ASM = tl.constexpr(tuple(_bf16(at) for at in range(4)))
-F16_ASM = tl.constexpr(tuple(_f16(at) for at in range(4)))
-PART_SLOTS = tl.constexpr(16)  # that a warp multiplies at once: the depth of a product of 16-bit matrices
+PART_SLOTS = tl.constexpr(launch.PART_SLOTS)
+INT8_PART_SLOTS = tl.constexpr(launch.INT8_PART_SLOTS)
 PART_DIM = tl.constexpr(128)  # of the head dimension at most: a warp's registers hold no wider sums
 
 
@@ -54,29 +33,6 @@ def product(x, y):
 def raised(highest, logit):
     """The new maximum, never -inf: logits of -inf then weigh 0 and not NaN, even where there are no others."""
     return tl.maximum(tl.maximum(highest, logit), LEAST_FLOAT)
-
-
-@triton.jit
-def byte_of(words, dtype: tl.constexpr, AT: tl.constexpr):
-    if dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(BF16_ASM[AT], "=r,r,r", [words], tl.bfloat16, True, 2)
-    else:
-        return tl.inline_asm_elementwise(F16_ASM[AT], "=r,r,r", [words], tl.float16, True, 2)
-
-
-@triton.jit
-def bytes_of(words, dtype: tl.constexpr, LANES: tl.constexpr):
-    """The signed bytes of words [L, M, N] as numbers [L, M, 4 * N].
-
-    In order of: place in the word, place in one of LANES equal runs of words, run.
-    """
-    L: tl.constexpr = words.shape[0]
-    M: tl.constexpr = words.shape[1]
-    N: tl.constexpr = words.shape[2]
-    even = tl.join(byte_of(words, dtype, 0), byte_of(words, dtype, 2))
-    odd = tl.join(byte_of(words, dtype, 1), byte_of(words, dtype, 3))
-    every = tl.reshape(tl.join(even, odd), [L, M, LANES, N // LANES, 4])
-    return tl.reshape(tl.permute(every, (0, 1, 4, 3, 2)), [L, M, 4 * N])
 
 
 @triton.jit
@@ -98,15 +54,17 @@ def attend_matrices(q, keys, values, prompt_keys, prompt_values, key_scales, val
     DIM: tl.constexpr = D_PAD // HALVES
     PARTS: tl.constexpr = WARPS // HALVES
     member, warp = tl.arange(0, GROUP_PAD), tl.arange(0, WARPS)
-    WORD: tl.constexpr = 4 if INT8 else 1  # elements of a slab that are loaded as one
+    SLOTS: tl.constexpr = INT8_PART_SLOTS if INT8 else PART_SLOTS
+    WORD: tl.constexpr = 4 if INT8 else 1  # elements of a slab that are read as one
     WORDS: tl.constexpr = DIM // WORD
     word = (warp % HALVES * WORDS)[:, None, None] + tl.arange(0, WORDS)[None, None, :]  # [WARPS, 1, WORDS]
-    own = (warp // HALVES * PART_SLOTS)[:, None] + tl.arange(0, PART_SLOTS)[None, :]  # [WARPS, PART_SLOTS]
+    own = (warp // HALVES * SLOTS)[:, None] + tl.arange(0, SLOTS)[None, :]  # [WARPS, SLOTS]
     stores = (warp % HALVES == 0)[:, None]
     q = tl.permute(tl.reshape(q, [GROUP_PAD, HALVES, DIM]), (1, 0, 2))
     q = tl.reshape(tl.broadcast_to(q[None], [PARTS, HALVES, GROUP_PAD, DIM]), [WARPS, GROUP_PAD, DIM])
     if INT8:
-        q = tl.reshape(tl.permute(tl.reshape(q, [WARPS, GROUP_PAD, DIM // 4, 4]), (0, 1, 3, 2)), [WARPS, GROUP_PAD, DIM])
+        q = tl.permute(tl.reshape(q, [WARPS, GROUP_PAD, WORDS, 4]), (0, 1, 3, 2))  # as the keys' words are taken apart
+        q = tl.reshape(q, [WARPS, GROUP_PAD, DIM])
         keys, values = keys.to(tl.pointer_type(tl.int32)), values.to(tl.pointer_type(tl.int32))
         if SHARED:
             prompt_keys = prompt_keys.to(tl.pointer_type(tl.int32))
@@ -114,11 +72,11 @@ def attend_matrices(q, keys, values, prompt_keys, prompt_values, key_scales, val
     highest = tl.full([WARPS, GROUP_PAD], LEAST_FLOAT, tl.float32)
     norm = tl.zeros([WARPS, GROUP_PAD], tl.float32)
     acc = tl.zeros([WARPS, GROUP_PAD, DIM], tl.float32)
-    for start in tl.range(0, total, PARTS * PART_SLOTS, num_stages=STAGES):
+    for start in tl.range(0, total, PARTS * SLOTS, num_stages=STAGES):
         index = start + own
         live = index < total
         slot = slot_of(index, cut, skip)
-        where = slot[:, :, None] * (D // WORD) + word  # [WARPS, PART_SLOTS, WORDS]
+        where = slot[:, :, None] * (D // WORD) + word  # [WARPS, SLOTS, WORDS]
         mask = live[:, :, None] & (word < D // WORD)
         if SHARED:
             k_from = origin_of(slot, keys, prompt_keys, apart)[:, :, None]
@@ -130,13 +88,13 @@ def attend_matrices(q, keys, values, prompt_keys, prompt_values, key_scales, val
         if INT8:
             key_scale, value_scale = scales_of(slot, key_scales, value_scales, prompt_key_scales, prompt_value_scales,
                                                apart, live, SHARED)
-            # Bytes are exact in both types; float16 cannot hold weights times the scales of small values.
-            k, v = bytes_of(k, q.dtype, WORDS), bytes_of(v, tl.bfloat16, 8)
-        logit = tl.dot(q, tl.permute(k, (0, 2, 1)))  # [WARPS, GROUP_PAD, PART_SLOTS]
+            # Exact in either type. float16 could not hold weights times the scales of small values.
+            k, v = words_as_numbers(k, q.dtype, WORDS), words_as_numbers(v, tl.bfloat16, LANES)
+        logit = tl.dot(q, tl.permute(k, (0, 2, 1)))  # [WARPS, GROUP_PAD, SLOTS]
         if HALVES > 1:
-            both = tl.sum(tl.reshape(logit, [PARTS, HALVES, GROUP_PAD, PART_SLOTS]), 1)
-            logit = tl.broadcast_to(both[:, None], [PARTS, HALVES, GROUP_PAD, PART_SLOTS])
-            logit = tl.reshape(logit, [WARPS, GROUP_PAD, PART_SLOTS])
+            both = tl.sum(tl.reshape(logit, [PARTS, HALVES, GROUP_PAD, SLOTS]), 1)
+            logit = tl.broadcast_to(both[:, None], [PARTS, HALVES, GROUP_PAD, SLOTS])
+            logit = tl.reshape(logit, [WARPS, GROUP_PAD, SLOTS])
         if INT8:
             logit *= key_scale[:, None, :]
         logit *= scale
@@ -157,7 +115,8 @@ def attend_matrices(q, keys, values, prompt_keys, prompt_values, key_scales, val
         acc = tl.dot(low, v, tl.dot(high, v, acc * fade[:, :, None]))
         highest = new_highest
     if INT8:
-        acc = tl.reshape(tl.permute(tl.reshape(acc, [WARPS, GROUP_PAD, 4, WORDS // 8, 8]), (0, 1, 4, 3, 2)), [WARPS, GROUP_PAD, DIM])
+        acc = tl.permute(tl.reshape(acc, [WARPS, GROUP_PAD, 4, WORDS // LANES, LANES]), (0, 1, 4, 3, 2))
+        acc = tl.reshape(acc, [WARPS, GROUP_PAD, DIM])
     if HALVES > 1:
         highest = tl.max(tl.reshape(highest, [PARTS, HALVES, GROUP_PAD]), 1)
         norm = tl.max(tl.reshape(norm, [PARTS, HALVES, GROUP_PAD]), 1)
