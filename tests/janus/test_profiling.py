@@ -144,6 +144,18 @@ def test_errors_fall_with_size_and_match_fidelity(pipe: Pipeline, profile: HeadP
         0, 1] > 0.5
 
 
+def test_8_bits_cost_what_a_cache_in_8_bits_loses(pipe: Pipeline, profile: HeadProfile, tmp_path: Path) -> None:
+    """The relative output error of every head, through its own projection, as `fidelity` measures it."""
+    plan = profiling.everything_in_8_bits(pipe.shape)
+    found = torch.tensor(fidelity.evaluate(pipe, {"a": plan}, tmp_path, prompts=TEXTS[:2])["a"].head_error)
+    error = profile.int8_error
+    assert error is not None and error.shape == found.shape and (error > 0).all()
+    # 8 bits: a step is 1/254 of a vector's range, far less than what the least eviction loses.
+    assert (found < 0.02).all() and (error < 1e-2 * profile.error.amin((2, 3, 4))).all()
+    own = torch.stack([found.flatten(), error.sqrt().flatten()])
+    assert torch.corrcoef(own)[0, 1] > 0.5
+
+
 def test_batches_that_do_not_fit_are_refused(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for the full cache, which the engine counts, and not for what is measured beside it."""
     plans = profiling.plans_beside(pipe.shape, profiling.measured_sizes(pipe.shape))
