@@ -5,9 +5,10 @@ from typing import Any
 # What both layers share; no class of the module.
 class _BoundLayer:
     def __init__(self, keys: int, values: int, scores: int, positions: int, cursors: int, table: int, pinned: int,
-                 dtype: int,
-                 batch: int, heads: int, head_dim: int, slots: int, scored_slots: int, max_prompt: int,
-                 num_visual_tokens: int, row_buffer: int, keep_prompt: bool) -> None: ...
+                 dtype: int, batch: int, heads: int, head_dim: int, slots: int, scored_slots: int, max_prompt: int,
+                 num_visual_tokens: int, row_buffer: int, keep_prompt: bool, prompt_keys: int, prompt_values: int,
+                 prompt_of: int, shared_prompts: int, prompt_scores: bool, key_scales: int, value_scales: int,
+                 prompt_key_scales: int, prompt_value_scales: int) -> None: ...
 
 class Layer(_BoundLayer):
     def decode(self, q: int, k: int, v: int, out: int, query_heads: int, q_row_stride: int, q_head_stride: int,

@@ -14,7 +14,7 @@ from .arguments import SUSPECT, check_int, integers, plain
 from .layout import KEEP_ALL, RECENT, LayerLayout, RowView
 from .plan import CachePlan
 from .reading import shown
-from .sharing import PromptShares, checked_share, store
+from .sharing import PromptShares, checked_share
 from .state import LayerState, Rotary, physical_memory
 
 __all__ = ["CompressedCache"]
@@ -43,7 +43,8 @@ class CompressedCache:
             head_dim: D.
             max_prompt: longest prompt of any row, in tokens.
             num_visual_tokens: decode steps of a whole picture.
-            dtype: of slabs, q, k, v and output: float32, bfloat16, float16 (float64 on the reference backend).
+            dtype: of q, k, v, output, and of slabs unless the plan's ``kv_format`` says otherwise: float32, bfloat16,
+                float16 (float64 on the reference backend).
             device: where the cache lives.
             backend: ``"auto"`` or one of `ssd_kernels.info()`'s backends.
             track_scores: keep scores of every head, not only of heavy ones, and of shared prompts too.
@@ -80,7 +81,7 @@ class CompressedCache:
             raise ValueError(f"device {device!r} cannot be used: {error}") from error
         layouts = [LayerLayout.build(heads, plan, max_prompt, num_visual_tokens, track_scores, shared_prompts)
                    for heads in plan.layers]
-        self._backend = backends.resolve(backend, self.device, dtype, head_dim)
+        self._backend = backends.resolve(backend, self.device, dtype, head_dim, plan.kv_format)
         self._layers = self._allocate(layouts)
         self._q_shape = (batch_size, num_query_heads, head_dim)
         self._kv_shape = (batch_size, plan.num_heads, head_dim)
@@ -117,7 +118,7 @@ class CompressedCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: slabs, scores, positions, cursors, head tables and pin masks of all layers."""
+        """Bytes allocated: slabs, their scales, scores, positions, cursors, head tables and pin masks of all layers."""
         return sum(state.nbytes for state in self._layers)
 
     def prefill(self, layer: int, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int] | torch.Tensor,
@@ -169,7 +170,7 @@ class CompressedCache:
                                  f"track_scores=True, got {list(scores.shape)}")
         if state.shared:
             places = self._shares[layer].place(indices, entries)
-            store(state, k, v, lengths, scores, indices, entries, places)
+            self._backend.prefill_shared(state, k, v, lengths, scores, indices, entries, places)
             self._shares[layer].assign(indices, entries, places)
         else:
             if share is not None:
@@ -224,7 +225,7 @@ class CompressedCache:
         if compiling:
             out: torch.Tensor = torch.ops.ssd_kernels.decode(
                 q, k, v, *state.tensors, *ops.layout_arguments(state.layout), scale, self._backend.name,
-                *(rotary or (None, None)), *ops.shared_arguments(state))
+                *(rotary or (None, None)), *ops.shared_arguments(state), **ops.scale_arguments(state))
             return out
         if self._calls[layer] >= self._last_call[layer]:
             raise ValueError(f"layer {layer} has taken all num_visual_tokens = {self.num_visual_tokens} steps of a "

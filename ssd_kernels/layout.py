@@ -13,6 +13,7 @@ import torch
 
 from .arguments import check_int
 from .heads import SCORE_RULES, HeadSpec
+from .kv_format import vector_bytes
 from .reading import shown
 
 KEEP_ALL = 2**31 - 1
@@ -22,13 +23,15 @@ WORD_BITS = 32
 KIND_CODES = {"full": 0, "window": 1, "heavy": 2}
 
 
-class Eviction(Protocol):
-    """When a plan evicts, and what; `CachePlan` is one."""
+class Rules(Protocol):
+    """What a plan says for all heads alike; `CachePlan` says it."""
 
     @property
     def row_buffer(self) -> int: ...
     @property
     def keep_prompt(self) -> bool: ...
+    @property
+    def kv_format(self) -> str: ...
 
 
 def peak_tokens(keep: int | None, first: int, num_visual_tokens: int, row_buffer: int) -> int:
@@ -98,6 +101,7 @@ class LayerLayout:
         shared_prompts: prompts in a slab of their own, which rows share; 0: every row has its own prompt.
         prompt_scores: scored heads have scores of prompt tokens that are kept. Only with ``shared_prompts`` it may be
             False.
+        kv_format: how slots hold keys and values, see `ssd_kernels.kv_format`.
     """
 
     heads: tuple[HeadRange, ...]
@@ -111,9 +115,10 @@ class LayerLayout:
     longest: int
     shared_prompts: int = 0
     prompt_scores: bool = True
+    kv_format: str = "auto"
 
     @classmethod
-    def build(cls, specs: Sequence[HeadSpec], plan: Eviction, max_prompt: int, num_visual_tokens: int,
+    def build(cls, specs: Sequence[HeadSpec], plan: Rules, max_prompt: int, num_visual_tokens: int,
               track_scores: bool = False, shared_prompts: int | None = None) -> LayerLayout:
         """Lay out one layer's heads one after the other.
 
@@ -152,7 +157,7 @@ class LayerLayout:
                              f"a layer {together} slots together, more than {KEEP_ALL}")
         return cls(tuple(heads), offset, score_offset, max_prompt, num_visual_tokens, min(plan.row_buffer, KEEP_ALL),
                    plan.keep_prompt, max((head.ring for head in heads if head.kind == "heavy"), default=0),
-                   max(head.capacity for head in heads), shared_prompts or 0, not unscored)
+                   max(head.capacity for head in heads), shared_prompts or 0, not unscored, plan.kv_format)
 
     def table(self) -> torch.Tensor:
         """Head table int32 [num_heads, 8]: kind, offset, capacity, keep, recent, rule, score_offset, launch order.
@@ -167,7 +172,7 @@ class LayerLayout:
     @classmethod
     def from_table(cls, table: torch.Tensor, slots: int, scored_slots: int, max_prompt: int, num_visual_tokens: int,
                    row_buffer: int, keep_prompt: bool, largest: int, longest: int, shared_prompts: int = 0,
-                   prompt_scores: bool = True, read: bool = True) -> LayerLayout:
+                   prompt_scores: bool = True, kv_format: str = "auto", read: bool = True) -> LayerLayout:
         """The layout whose `table` this is.
 
         Args:
@@ -189,7 +194,7 @@ class LayerLayout:
         if shared_prompts:
             check_shared_prompts(shared_prompts, keep_prompt)
         layout = cls((), slots, scored_slots, max_prompt, num_visual_tokens, row_buffer, keep_prompt, largest, longest,
-                     shared_prompts, prompt_scores or not shared_prompts)
+                     shared_prompts, prompt_scores or not shared_prompts, kv_format)
         if not read:
             return layout
         evictable_prompt = 0 if keep_prompt else max_prompt
@@ -234,14 +239,15 @@ class LayerLayout:
         return torch.tensor(rows, dtype=torch.uint32).view(torch.int32)
 
     def nbytes(self, batch_size: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes of one layer: K and V slabs, scores (float32), positions, cursors, head table, pin mask (int32).
+        """Bytes of one layer: K and V slabs, scales and scores (float32), positions, cursors, table, pin mask (int32).
 
-        Where prompts are shared: their K and V slabs and the rows' numbers of prompts (int32), too.
+        Where prompts are shared: their K and V slabs and scales and the rows' numbers of prompts (int32), too.
         """
         slots = batch_size * self.slots + self.shared_prompts * len(self.heads) * self.apart
         per_row = 8 * self.scored_slots + 8 + (4 if self.shared_prompts else 0)
         per_head = 4 * (TABLE_COLUMNS + self.pin_words)
-        return 2 * slots * head_dim * dtype.itemsize + batch_size * per_row + per_head * len(self.heads)
+        stored = 2 * slots * vector_bytes(self.kv_format, head_dim, dtype)
+        return stored + batch_size * per_row + per_head * len(self.heads)
 
 
 def check_shared_prompts(shared_prompts: int, keep_prompt: bool) -> None:

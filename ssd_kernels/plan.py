@@ -1,8 +1,8 @@
 """`CachePlan`: what every head of a model keeps, as plain data.
 
-Plan files (`CachePlan.save`) carry a version. Fields and values that came later, ``pinned``, ``score="position"`` and
-``score="decayed"``, are written only where a plan uses them, and readers refuse what they do not know. So a file of
-the same version either means the same to an older reader or is refused by it, and the version stays.
+Plan files (`CachePlan.save`) carry a version. Fields and values that came later, ``pinned``, ``score="position"``,
+``score="decayed"`` and ``kv_format``, are written only where a plan uses them, and readers refuse what they do not
+know. So a file of the same version either means the same to an older reader or is refused by it, and the version stays.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from .arguments import check_int
 from .files import write_atomically
 from .heads import MAX_PINNED_OF_ALL, HeadSpec
+from .kv_format import KV_FORMATS, vector_bytes
 from .layout import LayerLayout, peak_tokens
 from .reading import Field, naming, read_json, shown
 
@@ -32,24 +33,28 @@ MAX_HEADS = 2**16  # of all layers
 
 @dataclass(frozen=True, init=False)
 class CachePlan:
-    """Head specs for every layer and KV head, plus when to evict and whether the prompt is protected.
+    """Head specs for every layer and KV head, when to evict, whether the prompt is protected, and how all is stored.
 
     Attributes:
         layers: ``[num_layers][num_heads]`` head specs; every layer has the same number of KV heads.
         row_buffer: R in steps; 0 evicts at every step, 24 is the paper's row buffer for a 24 x 24 picture.
         keep_prompt: prompt tokens are never evicted and not counted in W or M.
+        kv_format: how keys and values are stored: ``"auto"``, in the cache's dtype, or ``"int8"``, as signed bytes with
+            a scale per token and head (docs/specification.md, section 3.13).
     """
 
     layers: tuple[tuple[HeadSpec, ...], ...]
     row_buffer: int
     keep_prompt: bool
+    kv_format: str
 
-    def __init__(self, layers: Sequence[Sequence[HeadSpec]], row_buffer: int = 0, keep_prompt: bool = True) -> None:
+    def __init__(self, layers: Sequence[Sequence[HeadSpec]], row_buffer: int = 0, keep_prompt: bool = True,
+                 kv_format: str = "auto") -> None:
         """
         Raises:
             TypeError: an entry is not a `HeadSpec`, or ``row_buffer`` / ``keep_prompt`` has another type.
-            ValueError: no layer, no head, layers of different lengths, a negative ``row_buffer``, more than 65,536
-                heads or more than 4,194,304 pinned tokens in all.
+            ValueError: no layer, no head, layers of different lengths, a negative ``row_buffer``, an unknown
+                ``kv_format``, more than 65,536 heads or more than 4,194,304 pinned tokens in all.
         """
         try:
             frozen = tuple(tuple(heads) for heads in layers)
@@ -71,18 +76,21 @@ class CachePlan:
         check_int("row_buffer", row_buffer, 0)
         if not isinstance(keep_prompt, bool):
             raise TypeError(f"keep_prompt must be a bool, got {shown(keep_prompt)}")
+        if not isinstance(kv_format, str) or kv_format not in KV_FORMATS:
+            raise ValueError(f"kv_format must be one of {', '.join(map(repr, KV_FORMATS))}, got {shown(kv_format)}")
         object.__setattr__(self, "layers", frozen)
         object.__setattr__(self, "row_buffer", row_buffer)
         object.__setattr__(self, "keep_prompt", keep_prompt)
+        object.__setattr__(self, "kv_format", kv_format)
 
     @classmethod
     def uniform(cls, spec: HeadSpec, num_layers: int, num_heads: int, row_buffer: int = 0,
-                keep_prompt: bool = True) -> CachePlan:
+                keep_prompt: bool = True, kv_format: str = "auto") -> CachePlan:
         """The same head spec for every one of ``num_layers`` x ``num_heads`` KV heads."""
         check_int("num_layers", num_layers, 1)
         check_int("num_heads", num_heads, 1)
         _check_heads(num_layers * num_heads)
-        return cls([[spec] * num_heads] * num_layers, row_buffer, keep_prompt)
+        return cls([[spec] * num_heads] * num_layers, row_buffer, keep_prompt, kv_format)
 
     @property
     def num_layers(self) -> int:
@@ -104,9 +112,20 @@ class CachePlan:
                  for heads in self.layers for spec in heads]
         return sum(peaks) / len(peaks) / num_visual_tokens
 
+    def byte_budget(self, num_visual_tokens: int = 576, *, head_dim: int, dtype: torch.dtype) -> float:
+        """`budget` in bytes: of keys, values and their scales, over those of a full plan that stores them in ``dtype``.
+
+        Args:
+            num_visual_tokens, head_dim, dtype: as of `CompressedCache`.
+        """
+        check_int("head_dim", head_dim, 1)
+        return (self.budget(num_visual_tokens) * vector_bytes(self.kv_format, head_dim, dtype)
+                / vector_bytes("auto", head_dim, dtype))
+
     def nbytes(self, *, batch_size: int, head_dim: int, max_prompt: int, dtype: torch.dtype,
                num_visual_tokens: int = 576, shared_prompts: int | None = None) -> int:
-        """Bytes a `CompressedCache` of this plan allocates: slabs, scores, positions, cursors, tables and masks.
+        """Bytes a `CompressedCache` of this plan allocates: slabs, their scales, scores, positions, cursors, tables and
+        masks.
 
         Args: as of `CompressedCache`.
         """
@@ -117,8 +136,9 @@ class CachePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values, as `save` writes them."""
+        stored = {} if self.kv_format == "auto" else {"kv_format": self.kv_format}
         return {"format": PLAN_FORMAT, "version": PLAN_VERSION, "row_buffer": self.row_buffer,
-                "keep_prompt": self.keep_prompt,
+                "keep_prompt": self.keep_prompt, **stored,
                 "layers": [[spec.to_dict() for spec in heads] for heads in self.layers]}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -146,10 +166,11 @@ class CachePlan:
         Raises:
             ValueError: as `load`, without the file's name.
         """
-        fields = Field(data).members(["format", "version", "row_buffer", "keep_prompt", "layers"])
+        fields = Field(data).members(["format", "version", "row_buffer", "keep_prompt", "layers"], ["kv_format"])
         fields["format"].choice([PLAN_FORMAT])
         fields["version"].choice([PLAN_VERSION])
         row_buffer, keep_prompt = fields["row_buffer"].integer(0), fields["keep_prompt"].boolean()
+        kv_format = fields["kv_format"].choice(KV_FORMATS) if "kv_format" in fields else "auto"
         layers = [heads.items(1) for heads in fields["layers"].items(1, MAX_HEADS)]
         _check_heads(sum(map(len, layers)))
         left = MAX_PINNED_OF_ALL
@@ -158,7 +179,7 @@ class CachePlan:
             for head in heads:
                 row.append(HeadSpec.from_field(head, left))
                 left -= len(row[-1].pinned)
-        return cls(specs, row_buffer, keep_prompt)
+        return cls(specs, row_buffer, keep_prompt, kv_format)
 
 
 def _check_heads(count: int) -> None:

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 
 from .heads import DECAY, SCORE_RULES
+from .kv_format import decoded, encoded
 from .layout import KEEP_ALL, RECENT, LayerLayout, RowView, pinned_tokens
 from .state import LayerState, Rotary
 
@@ -33,7 +34,7 @@ def decode(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         ``[B, Hq, D]`` in q's dtype.
 
     Raises:
-        ValueError: a row has no step left; nothing is written then.
+        ValueError: a row has no step left, or k or v holds what 8 bits cannot; nothing is written then.
     """
     layout = state.layout
     cursors, recent = state.cursors.tolist(), state.table[:, RECENT].tolist()
@@ -43,12 +44,14 @@ def decode(state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     if rotary is not None:
         positions = [prompt_len + step for prompt_len, step in cursors]
         q, k = rotate(q, rotary, positions), rotate(k, rotary, positions)
+    check_finite(layout, k, v)
+    held = encoded(layout.kv_format, k, v)
     group = q.shape[1] // len(layout.heads)
     out = torch.empty_like(q)
     for row, (prompt_len, step) in enumerate(cursors):
         for head in range(len(layout.heads)):
             view = RowView.of(layout, head, prompt_len, step)
-            append(state, row, view, k[row, head], v[row, head])
+            append(state, row, view, [given[row, head] for given in held])
             queries = slice(head * group, (head + 1) * group)
             out[row, queries], probabilities = attend(state, row, head, view, q[row, queries], scale)
             if view.head.score_offset >= 0:
@@ -78,11 +81,11 @@ def rotate(x: torch.Tensor, rotary: Rotary, positions: Sequence[int] | torch.Ten
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-def append(state: LayerState, row: int, view: RowView, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Rule 1: store the new token's key and value ``[D]`` in the head's next slot, with score 0."""
+def append(state: LayerState, row: int, view: RowView, held: Sequence[torch.Tensor]) -> None:
+    """Rule 1: store the new token in the head's next slot, with score 0. ``held``: of `kv_format.encoded`."""
     slot = view.next_slot
-    state.keys[row, view.origin + slot] = k
-    state.values[row, view.origin + slot] = v
+    for slab, given in zip(state.slabs, held, strict=True):
+        slab[row, view.origin + slot] = given
     if view.head.score_offset >= 0:
         state.scores[row, view.score_origin + slot] = 0.0
         state.positions[row, view.score_origin + slot] = view.base + view.first + view.step
@@ -96,22 +99,22 @@ def attend(state: LayerState, row: int, head: int, view: RowView, q: torch.Tenso
         output ``[G, D]`` in q's dtype, and the probabilities ``[G, C]`` in the order of ``view.slots(appended=1)``.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    keys, values = (tensor.to(wide) for tensor in stored(state, row, head, view, view.slots(appended=1)))
+    keys, values = decoded(stored(state, row, head, view, view.slots(appended=1)), wide)
     probabilities = torch.softmax(scale * (q.to(wide) @ keys.T), dim=-1)
     return (probabilities @ values).to(q.dtype), probabilities
 
 
-def stored(state: LayerState, row: int, head: int, view: RowView, slots: Sequence[int]) -> list[torch.Tensor]:
-    """Keys and values ``[len(slots), D]`` of a head's slots, in their order, from the row's slab and its prompt's."""
+def stored(state: LayerState, row: int, head: int, view: RowView, slots: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """What a head's slots hold, ``[len(slots), ...]`` in their order, from the row's slabs and its prompt's."""
     device = state.keys.device
     own = torch.tensor([slot for slot in slots if slot >= view.apart], dtype=torch.long, device=device) + view.origin
-    found = [slab[row, own] for slab in (state.keys, state.values)]
-    if view.apart == 0:
+    found = tuple(slab[row, own] for slab in state.slabs)
+    if view.apart == 0 or state.prompt_of is None:
         return found
-    *slabs, prompt_of = state.shared
     apart = torch.tensor([slot for slot in slots if slot < view.apart], dtype=torch.long, device=device)
     apart = apart + head * state.layout.max_prompt
-    return [torch.cat([slab[prompt_of[row], apart], tail]) for slab, tail in zip(slabs, found, strict=True)]
+    return tuple(torch.cat([slab[state.prompt_of[row], apart], tail])
+                 for slab, tail in zip(state.prompt_slabs, found, strict=True))
 
 
 def add_scores(state: LayerState, row: int, view: RowView, probabilities: torch.Tensor) -> None:
@@ -143,7 +146,7 @@ def evict(state: LayerState, row: int, view: RowView, recent: int, pinned: Abstr
     losers = [index for index in range(head.keep) if index not in kept]
     winners = [index for index in sorted(kept) if index >= head.keep]
     for loser, winner in zip(losers, winners, strict=True):
-        for slab, offset in ((state.keys, view.origin), (state.values, view.origin),
+        for slab, offset in (*((slab, view.origin) for slab in state.slabs),
                              (state.scores, view.score_origin), (state.positions, view.score_origin)):
             slab[row, offset + view.base + loser] = slab[row, offset + view.base + winner]
 
@@ -201,8 +204,14 @@ def prefill(state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Se
         prompt_lens: prompt length of each of ``rows``.
         scores: float32 ``[len(rows), H, P]`` to start from, or None for zeros.
         rows: batch rows, each at most once.
+
+    Raises:
+        ValueError: k or v holds what 8 bits cannot; nothing is written then.
     """
     layout = state.layout
+    for entry, prompt_len in enumerate(prompt_lens):
+        check_finite(layout, k[entry, :, :prompt_len], v[entry, :, :prompt_len])
+    held = encoded(layout.kv_format, k, v)
     for entry, (row, prompt_len) in enumerate(zip(rows, prompt_lens, strict=True)):
         state.cursors[row, 0] = prompt_len
         state.cursors[row, 1] = 0
@@ -211,8 +220,8 @@ def prefill(state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Se
             given = torch.zeros(prompt_len) if scores is None else scores[entry, head, :prompt_len]
             kept = torch.tensor(_prompt_survivors(view, given), dtype=torch.long, device=k.device)
             slots = torch.tensor(view.slots(), dtype=torch.long, device=k.device)
-            state.keys[row, view.head.offset + slots] = k[entry, head, kept]
-            state.values[row, view.head.offset + slots] = v[entry, head, kept]
+            for slab, given_vectors in zip(state.slabs, held, strict=True):
+                slab[row, view.head.offset + slots] = given_vectors[entry, head, kept]
             if view.head.score_offset >= 0:
                 scored = view.head.score_offset + slots
                 state.scores[row, scored] = given.to(state.scores)[kept]
@@ -228,6 +237,14 @@ def _prompt_survivors(view: RowView, scores: torch.Tensor) -> list[int]:
         return everything[max(view.first - view.head.keep, 0):]
     keys = eviction_keys(scores, everything, view.first, 0, SCORE_RULES[view.head.rule])
     return sorted(survivors(keys, everything, view.head.keep, view.head.recent))
+
+
+def check_finite(layout: LayerLayout, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise ValueError if the layout stores keys and values in 8 bits and one is not finite in float32."""
+    for name, tensor in (("k", k), ("v", v)):
+        if layout.kv_format == "int8" and not torch.isfinite(given := tensor.to(torch.float32)).all():
+            raise ValueError(f"{name} must be finite with kv_format='int8', got "
+                             f"{given[~torch.isfinite(given)][0].item()}")
 
 
 def check_cursors(cursors: Sequence[Sequence[int]], layout: LayerLayout) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from .arguments import integers
-from .layout import Eviction, LayerLayout
+from .kv_format import encoded
+from .layout import LayerLayout, Rules
 from .reading import shown
 from .state import LayerState
 
@@ -59,7 +60,7 @@ class PromptShares:
 
 
 def checked_share(share: Sequence[int] | torch.Tensor, prompts: int, rows: Sequence[int],
-                  plan: Eviction) -> list[int]:
+                  plan: Rules) -> list[int]:
     """Which of the given ``prompts`` each of the rows takes.
 
     Raises:
@@ -90,17 +91,18 @@ def store(state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequ
         rows: batch rows, each at most once. share: the entry that each of them takes.
         places: where to store each entry that is taken, see `PromptShares.place`.
     """
-    if state.prompt_keys is None or state.prompt_values is None or state.prompt_of is None:
+    if state.prompt_of is None:
         raise ValueError("state must have been allocated with shared prompts")
     if not rows:
         return
-    layout, heads, head_dim = state.layout, state.table.shape[0], k.shape[3]
+    layout, heads = state.layout, state.table.shape[0]
     for length in {prompt_lens[entry] for entry in places}:
         entries = [entry for entry in places if prompt_lens[entry] == length]
         source, target = _indices(entries, k.device), _indices([places[entry] for entry in entries], k.device)
-        for slab, given in ((state.prompt_keys, k), (state.prompt_values, v)):
-            prompts = slab.view(layout.shared_prompts, heads, layout.max_prompt, head_dim)
-            prompts[:, :, :length].index_copy_(0, target, given[:, :, :length].index_select(0, source))
+        held = encoded(layout.kv_format, *(given[:, :, :length].index_select(0, source) for given in (k, v)))
+        for slab, given in zip(state.prompt_slabs, held, strict=True):
+            prompts = slab.view(layout.shared_prompts, heads, layout.max_prompt, *slab.shape[2:])
+            prompts[:, :, :length].index_copy_(0, target, given)
     if layout.prompt_scores:
         _start_scores(state, layout, prompt_lens, scores, rows, share)
     at = _indices(rows, k.device)

@@ -8,11 +8,14 @@
 namespace ssd {
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+// How slots hold keys and values: in the layer's dtype, or as signed bytes with a scale per slot.
+enum KVFormat : int32_t { kAuto = 0, kInt8 = 1 };
 
-// One layer's cache. Slabs are contiguous.
+// One layer's cache. Slabs and scales are contiguous.
 struct CacheLayer {
   LayerShape shape;
-  DType dtype;
+  DType dtype;  // of q, k, v and the output
+  KVFormat kv_format;
   void* keys;          // [batch, slots, head_dim]
   void* values;        // [batch, slots, head_dim]
   float* scores;       // [batch, scored_slots]
@@ -24,6 +27,11 @@ struct CacheLayer {
   const void* prompt_keys;    // [shared_prompts, heads, max_prompt, head_dim]
   const void* prompt_values;  // [shared_prompts, heads, max_prompt, head_dim]
   const int32_t* prompt_of;   // [batch]
+  // Where kv_format is kInt8, else null.
+  float* key_scales;                 // [batch, slots]
+  float* value_scales;               // [batch, slots]
+  const float* prompt_key_scales;    // [shared_prompts, heads, max_prompt], or null
+  const float* prompt_value_scales;  // [shared_prompts, heads, max_prompt], or null
 };
 
 // One decode step. Strides are in elements; the last dimension of q, k and v has unit stride.
@@ -54,5 +62,9 @@ struct Prefill {
 };
 
 SSD_INLINE int64_t item_size(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+// Bytes of one element of a stored key or value.
+SSD_INLINE int64_t stored_size(const CacheLayer& layer) {
+  return layer.kv_format == kInt8 ? 1 : item_size(layer.dtype);
+}
 
 }  // namespace ssd

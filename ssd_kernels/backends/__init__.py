@@ -50,25 +50,25 @@ def available() -> dict[str, str | None]:
     return {name: backend.unavailable() for name, backend in _REGISTRY.items()}
 
 
-def resolve(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+def resolve(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, kv_format: str = "auto") -> Backend:
     """The backend a cache will use.
 
     Args:
         name: a backend's name, or ``"auto"``: the first that can serve the request.
-        device, dtype, head_dim: what the cache asks for.
+        device, dtype, head_dim, kv_format: what the cache asks for.
 
     Raises:
         ValueError: unknown name, or the named backend cannot serve the request; the message says why.
     """
     if name != "auto":
         backend = get(name)
-        reason = backend.unavailable() or backend.unsupported(device, dtype, head_dim)
+        reason = backend.unavailable() or backend.unsupported(device, dtype, head_dim, kv_format)
         if reason:
             raise ValueError(f"backend={name!r} cannot be used: {reason}")
         return backend
     reasons: list[str] = []
     for backend in _REGISTRY.values():
-        reason = backend.unavailable() or backend.unsupported(device, dtype, head_dim)
+        reason = backend.unavailable() or backend.unsupported(device, dtype, head_dim, kv_format)
         if reason is None:
             if isinstance(backend, ReferenceBackend):
                 _warn_slow("; ".join(reasons))
@@ -76,7 +76,8 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
                 _warn_without_cuda("; ".join(reasons))
             return backend
         reasons.append(f"{backend.name}: {reason}")
-    raise ValueError(f"backend='auto' found no backend for device={device}, dtype={dtype}, head_dim={head_dim}: "
+    raise ValueError(f"backend='auto' found no backend for device={device}, dtype={dtype}, head_dim={head_dim}, "
+                     f"kv_format={kv_format!r}: "
                      + "; ".join(reasons))
 
 

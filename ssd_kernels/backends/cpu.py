@@ -18,14 +18,16 @@ class CPUBackend(Backend):
     """Parallel over (row, head) on torch's OpenMP threads; AVX-512, AVX2 or portable code, chosen at run time."""
 
     name = "cpu"
+    kv_formats = ("auto",)
 
     def unavailable(self) -> str | None:
         return native.missing()
 
-    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int,
+                    kv_format: str = "auto") -> str | None:
         if device.type != "cpu":
             return f"it needs device cpu, got {device}"
-        return self.unsupported_by_kernels(dtype, head_dim)
+        return self.unsupported_by_kernels(dtype, head_dim, kv_format)
 
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                scale: float, rotary: Rotary | None = None) -> torch.Tensor:
@@ -47,11 +49,17 @@ class CPUBackend(Backend):
 def layer_arguments(state: LayerState) -> tuple[int | bool, ...]:
     """What the extension's views of a layer are made with."""
     layout = state.layout
-    return (*(tensor.data_ptr() for tensor in state.tensors), DTYPE_CODES[state.keys.dtype], state.keys.shape[0],
+    return (*(tensor.data_ptr() for tensor in state.tensors), DTYPE_CODES[state.dtype], state.keys.shape[0],
             state.table.shape[0], state.keys.shape[2], layout.slots, layout.scored_slots, layout.max_prompt,
             layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt,
             *([tensor.data_ptr() for tensor in state.shared] or (0, 0, 0)), layout.shared_prompts,
-            layout.prompt_scores)
+            layout.prompt_scores, *_scale_addresses(state))
+
+
+def _scale_addresses(state: LayerState) -> list[int]:
+    """Of the scales of keys, of values, and of the shared prompts' keys and values; 0: there are none."""
+    every = state.key_scales, state.value_scales, state.prompt_key_scales, state.prompt_value_scales
+    return [0 if tensor is None else tensor.data_ptr() for tensor in every]
 
 
 def _layer(state: LayerState) -> Any:

@@ -68,6 +68,7 @@ class CUDABackend(Backend):
     """Blocks over (row, head), or parts of a long head; everything a step needs to know is read on the device."""
 
     name = "cuda"
+    kv_formats = ("auto",)
     reads_table = False
     device_type = "cuda"
 
@@ -83,12 +84,13 @@ class CUDABackend(Backend):
         reason = self.extension().cuda_unavailable()
         return None if reason is None else str(reason)
 
-    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int,
+                    kv_format: str = "auto") -> str | None:
         if device.type != self.device_type:
             return f"it needs device {self.device_type}, got {device}"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
             return f"it needs compute capability 8.0 or newer, got {torch.cuda.get_device_capability(device)}"
-        return self.unsupported_by_kernels(dtype, head_dim)
+        return self.unsupported_by_kernels(dtype, head_dim, kv_format)
 
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                scale: float, rotary: Rotary | None = None) -> torch.Tensor:

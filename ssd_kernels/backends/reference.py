@@ -19,7 +19,8 @@ class ReferenceBackend(Backend):
     def unavailable(self) -> str | None:
         return None
 
-    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int,
+                    kv_format: str = "auto") -> str | None:
         return None
 
     @torch.no_grad()
@@ -31,3 +32,11 @@ class ReferenceBackend(Backend):
     def prefill(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
                 scores: torch.Tensor | None, rows: Sequence[int]) -> None:
         reference.prefill(state, k, v, prompt_lens, scores, rows)
+
+    @torch.no_grad()
+    def prefill_shared(self, state: LayerState, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int],
+                       scores: torch.Tensor | None, rows: Sequence[int], share: Sequence[int],
+                       places: dict[int, int]) -> None:
+        for entry in places:
+            reference.check_finite(state.layout, k[entry, :, :prompt_lens[entry]], v[entry, :, :prompt_lens[entry]])
+        super().prefill_shared(state, k, v, prompt_lens, scores, rows, share, places)

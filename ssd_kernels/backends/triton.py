@@ -22,6 +22,7 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
+    kv_formats = ("auto",)
     reads_table = False
 
     def unavailable(self) -> str | None:
@@ -29,10 +30,11 @@ class TritonBackend(Backend):
             return "triton is not installed: pip install '.[triton]' in a checkout of ssd_kernels"
         return None if torch.cuda.is_available() else "no CUDA device"
 
-    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int,
+                    kv_format: str = "auto") -> str | None:
         if device.type != "cuda":
             return f"it needs device cuda, got {device}"
-        return self.unsupported_by_kernels(dtype, head_dim)
+        return self.unsupported_by_kernels(dtype, head_dim, kv_format)
 
     def kernels(self) -> Any:
         """The kernels; the tests put others here."""

@@ -54,7 +54,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Count:
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(TritonBackend, "unavailable", lambda self: None)
-    monkeypatch.setattr(TritonBackend, "unsupported", lambda self, device, dtype, head_dim: None)
+    monkeypatch.setattr(TritonBackend, "unsupported", lambda *arguments: None)
     monkeypatch.setattr(TritonBackend, "capability", lambda self, device: 90)
     return count
 

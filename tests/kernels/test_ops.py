@@ -142,11 +142,11 @@ def test_fakes_tell_shape_dtype_and_strides(case: Case) -> None:
 
 
 def test_schemas_name_what_is_changed() -> None:
-    """Mutation annotations: keys, values, scores, positions and cursors change, nothing else does."""
+    """Mutation annotations: keys, values, scores, positions, cursors and scales change, nothing else does."""
     for op in (OPS.decode.default, OPS.prefill.default):
         written = [argument.name for argument in op._schema.arguments
                    if argument.alias_info and argument.alias_info.is_write]
-        assert written == ["keys", "values", "scores", "positions", "cursors"]
+        assert written == ["keys", "values", "scores", "positions", "cursors", "key_scales", "value_scales"]
 
 
 BAD_ARGUMENTS: dict[str, tuple[int, Any, str]] = {

@@ -117,10 +117,11 @@ class PTXTritonBackend(TritonBackend):
             return "triton is not installed"
         return build.unsupported()
 
-    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int,
+                    kv_format: str = "auto") -> str | None:
         if device.type != "cpu":
             return f"it needs device cpu, got {device}"
-        return self.unsupported_by_kernels(dtype, head_dim)
+        return self.unsupported_by_kernels(dtype, head_dim, kv_format)
 
     def kernels(self) -> SimpleNamespace:
         kernels = self.planted or super().kernels()
