@@ -62,7 +62,8 @@ def test_memory_of_a_profile() -> None:
     shape = ModelShape(num_layers=24, num_heads=16, num_query_heads=16, head_dim=128, num_visual_tokens=576, columns=24)
     options = {"batch_size": 8, "head_dim": 128, "max_prompt": 32, "dtype": torch.bfloat16}
     full = shape.full_plan().nbytes(**options)
-    beside = sum(plan.nbytes(**options) for plan in profiling.plans_beside(shape, profiling.measured_sizes(shape)))
+    plans = [*profiling.plans_beside(shape, profiling.measured_sizes(shape)), profiling.everything_in_8_bits(shape)]
+    beside = sum(plan.nbytes(**options) for plan in plans)
     projections = 24 * 4 * (2048 * 2048 + 16 * 128 * 128)
     text = (DOCS / "engine.md").read_text()
     assert f"These caches take {beside / full:.0f} times the" in text
