@@ -23,13 +23,23 @@ DOCS = ROOT / "docs"
 def test_write_your_own_policy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssd_kernels.policies.POLICIES", dict(POLICIES))
     pipe = Pipeline.from_pretrained(folder)
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "policies.md").read_text(), re.DOTALL)
+    _, code = re.findall(r"```python\n(.*?)```", (DOCS / "policies.md").read_text(), re.DOTALL)
     names: dict = {"pipe": pipe}
     exec(code.replace("0.2", "0.4"), names)
     assert len(names["pictures"]) == 1
     sizes = [heads[0].size for heads in names["plan"].layers]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
     assert 0.4 - 1 / 36 < names["plan"].budget(36) <= 0.4
+
+
+def test_budgets_in_bytes_as_the_guide_has_them(folder: Path) -> None:
+    code, _ = re.findall(r"```python\n(.*?)```", (DOCS / "policies.md").read_text(), re.DOTALL)
+    names: dict = {"pipe": Pipeline.from_pretrained(folder)}
+    exec(code.replace("0.1", "0.3"), names)
+    assert names["plan"].kv_format == "int8"
+    *_, tokens, share = code.splitlines()
+    tokens, share = (eval(line, names) for line in (tokens, share))
+    assert 0.3 - 1 / 36 < share <= 0.3 and tokens == pytest.approx(share * 4 * tiny.HEAD_DIM / (tiny.HEAD_DIM + 4))
 
 
 @pytest.mark.parametrize("number", range(3))
