@@ -68,7 +68,7 @@ def test_generate_repeats_and_plans_from_files_equal_policies(folder: Path, tmp_
 
 @pytest.mark.parametrize("arguments, message", [
     (("--policy", "window", "--budget", 0.1), "budget must be at least 0.1945"),
-    (("--policy", "full", "--budget", 0.5), "budget of policy full must be 1"),
+    (("--policy", "full", "--budget", 0.5), "budget must be at least 1 for policy full"),
     (("--budget", 0.5), "--budget needs --policy"),
     (("--plan", "missing.json"), "missing.json"),
     (("--plan", "p.json", "--policy", "window"), "--plan already says what to keep"),
