@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,14 @@ from .units import show_bytes
 DEFAULT_BUDGET = 0.2
 WITHOUT_PROFILE, WITH_PROFILE = "decayed", "adaptive"  # the default policies; docs/models.md says what chose them
 PROMPT = 64  # tokens, of the picture whose bytes are told
+NAMES = (*POLICIES, "online")
+
+
+def parameters_of(policy: str) -> dict[str, Any]:
+    """The parameters of a policy's own and their defaults; ``policy`` is one of `NAMES`."""
+    function: Callable[..., CachePlan] = OnlinePlan if policy == "online" else POLICIES[policy]
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name != "profile"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ def choose(shape: ModelShape, plan: CachePlan | str | None, dtype: torch.dtype, 
 
     Raises:
         TypeError: ``plan`` is neither, ``profile`` is neither a profile nor a path, or a parameter that the policy does
-            not have.
+            not have; the message names those that it has.
         ValueError: the plan does not fit the model, no such policy, a policy without the profile that it needs, a
             bad budget, or any of the other arguments beside a plan.
     """
@@ -88,14 +97,20 @@ def choose(shape: ModelShape, plan: CachePlan | str | None, dtype: torch.dtype, 
     if not isinstance(plan, str):
         given = {"budget": budget, "row_buffer": row_buffer, "profile": profile, **own}
         beside = [name for name, value in given.items() if value is not None]
+        if not isinstance(plan, CachePlan):
+            raise TypeError(f"plan must be a CachePlan or the name of a policy, one of {', '.join(NAMES)}, got "
+                            f"{type(plan).__name__}")
         shape.check(plan)
         if beside:
             raise ValueError(f"{', '.join(beside)} must be left out beside a plan, which says what to keep; a policy's "
                              "name in its place takes them")
         return Choice(None, None, plan, shape, dtype)
-    if plan not in POLICIES and plan != "online":
-        raise ValueError("plan must be a CachePlan or the name of a policy, one of "
-                         f"{', '.join([*POLICIES, 'online'])}, got {plan!r}")
+    if plan not in NAMES:
+        raise ValueError(f"plan must be a CachePlan or the name of a policy, one of {', '.join(NAMES)}, got {plan!r}")
+    known = parameters_of(plan)
+    for name in own.keys() - known.keys():
+        allowed = f"must be one of {', '.join(known)}" if known else "must be none, it has none"
+        raise TypeError(f"parameters of policy {plan} {allowed}, besides budget, row_buffer and profile, got {name!r}")
     if profile is not None and not isinstance(profile, (HeadProfile, str, os.PathLike)):
         raise TypeError(f"profile must be a HeadProfile or the path of one, got {type(profile).__name__}")
     asked = (1.0 if plan == "full" else DEFAULT_BUDGET) if budget is None else budget

@@ -20,7 +20,7 @@ from ssd_kernels.policies import HeadProfile, Raster
 
 from .cache import DecoderCache, Generation, Observer, Watch, generation_of, take_over
 from .choice import Choice, choose
-from .internals import CACHE_NAME, checkpoints_layers, register_routed, remove_hooks, route, unroute
+from .internals import CACHE_NAME, cache_advice, checkpoints_layers, register_routed, remove_hooks, route, unroute
 from .models import PictureForm
 from .online import OnlinePlan
 from .shape import ModelShape
@@ -40,9 +40,11 @@ class Coupling:
         plan, num_visual_tokens, backend: what caches are made from.
         answers: put a cache in the place of an absent or empty one; else only `generation` makes them.
         through_model: what was attached is a model around the decoder.
+        advice: what to do about calls with a cache that can be no compressed one.
     """
 
     through_model = False
+    advice = "leave cache_implementation out"
 
     def __init__(self, plan: CachePlan, num_visual_tokens: int, backend: str = "auto", *, answers: bool = False,
                  begins: Callable[[Mapping[str, Any]], bool] | None = None) -> None:
@@ -121,7 +123,7 @@ class Coupling:
             return False
         if cache is not None and not isinstance(cache, DynamicCache):
             raise ValueError(f"{CACHE_NAME} must be left out or an empty DynamicCache on an attached decoder, whose "
-                             f"plan says what is cached, got {type(cache).__name__}; leave cache_implementation out")
+                             f"plan says what is cached, got {type(cache).__name__}; {self.advice}")
         return True
 
     def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -216,6 +218,7 @@ def attach(model: PreTrainedModel, plan: CachePlan | str | None = None, backend:
         for module in {model, decoder}:
             vars(module)[_ATTACHED] = coupling
         coupling.through_model = model is not decoder
+        coupling.advice = cache_advice(model) or coupling.advice
         if form.begins is not None:
             model.register_forward_pre_hook(coupling.enter, with_kwargs=True)
             model.register_forward_hook(coupling.leave, always_call=True)

@@ -206,7 +206,10 @@ def _generate(self: JanusForConditionalGeneration, *args: Any, **kwargs: Any) ->
     coupling = enabled.fresh()
     cache = DecoderCache(coupling.generation(guided=guided, watch=StepWatch()))
     with drawing(self, coupling, cache):
-        return inner(*args, **{**kwargs, CACHE_NAME: cache})
+        output = inner(*args, **{**kwargs, CACHE_NAME: cache})
+    if isinstance(output, torch.Tensor):  # anything else may hold the cache for the caller
+        cache.release()
+    return output
 
 
 def _through_engine(model: JanusForConditionalGeneration, enabled: _Enabled, args: tuple[Any, ...],

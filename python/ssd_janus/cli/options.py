@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from enum import Enum
 from pathlib import Path
@@ -106,12 +105,9 @@ def policy_parameters(policy: PolicyName | None, given: Sequence[str] | None) ->
     """
     if policy is None or not given:
         return {}
-    from ssd_attach.online import OnlinePlan
-    from ssd_kernels.policies import POLICIES
+    from ssd_attach.choice import parameters_of
 
-    function: Callable[..., CachePlan] = OnlinePlan if policy is PolicyName.online else POLICIES[policy.value]
-    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()
-                if parameter.kind is parameter.KEYWORD_ONLY and name != "profile"}
+    defaults = parameters_of(policy.value)
     found: dict[str, float | str] = {}
     for text in given:
         name, equals, value = text.partition("=")
