@@ -283,7 +283,7 @@ def measure(pipe: Pipeline, prompts: Sequence[str], *, guidance_scale: float | N
         guidance_scale: None for the model's default.
         seed: of the sampling.
         radius: of the neighbourhood that the sparsity score leaves out, tokens; at least 0.
-        batch_size: pictures drawn at once. The measurement takes 24 times the memory of a full cache besides
+        batch_size: pictures drawn at once. The measurement takes 25 times the memory of a full cache besides
             (docs/engine.md, "Memory").
         progress: ``progress(done_steps, all_steps)``.
 

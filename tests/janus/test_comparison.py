@@ -208,7 +208,8 @@ def test_formats_have_folders_of_their_own_and_equal_bytes() -> None:
         assert plan.kv_format == case.kv_format
         share = plan.byte_budget(576, head_dim=28, dtype=torch.bfloat16)
         # 32 bytes for 56: all tokens in 8 bits take 57%.
-        assert share == pytest.approx(32 / 56) if case.policy == "full" else case.budget - 1 / 576 < share <= case.budget
+        least, most = (0.57, 0.58) if case.policy == "full" else (case.budget - 1 / 576, case.budget)
+        assert least < share <= most
     competing = comparison.compete(plan, 7)
     assert competing.kv_format == "int8" and not competing.keep_prompt
 
@@ -322,7 +323,7 @@ def test_compare_mixes_formats_at_equal_bytes(common: list[Any], tmp_path: Path)
     assert run(*command).exit_code == 0
     page, before = tmp_path / "page.md", {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.json")
                                           if file.parent.name == "batches"}
-    assert f"<!-- int8 -->\nnot measured yet\n<!-- /int8 -->" in page.read_text(), "left alone without such plans"
+    assert "<!-- int8 -->\nnot measured yet\n<!-- /int8 -->" in page.read_text(), "left alone without such plans"
     result = run(*command, "--kv", "auto", "--kv", "int8", "--section", "int8", "--part", "fidelity")
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -343,8 +344,8 @@ def test_compare_mixes_formats_at_equal_bytes(common: list[Any], tmp_path: Path)
     assert "- Not decided (quality, row buffer 0): adaptive int8 at 5%" in text
     assert "<!-- quality -->\nOverall" in text and "| adaptive int8 | 0 | " not in text.partition("<!-- int8 -->")[0]
     # A plan's folder says in its settings how it stores.
-    plan = json.loads((tmp_path / "out/quality/guidance-1/h2o-0.4-r0-int8/settings.json").read_text())["plan"]
-    assert plan["kv_format"] == "int8"
+    (settings,) = tmp_path.glob("out/quality/*/h2o-0.4-r0-int8/settings.json")
+    assert json.loads(settings.read_text())["plan"]["kv_format"] == "int8"
 
 
 def test_a_stopped_comparison_goes_on(common: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +377,7 @@ def test_a_stopped_comparison_goes_on(common: list[Any], tmp_path: Path, monkeyp
     assert result.exit_code == 0 and len(calls) == 10
     # Not even a second line about how it was measured.
     assert (tmp_path / "out" / "results.json").read_bytes() == before
-    assert "not measured yet" not in (tmp_path / "page.md").read_text()
+    assert (tmp_path / "page.md").read_text().count("not measured yet") == 1, "of plans in 8 bits, not asked for"
 
     result = run(*command, "--fidelity-prompts", 2)
     assert result.exit_code == 2 and "another prompts" in " ".join(result.stderr.split())

@@ -144,7 +144,7 @@ def test_the_best_format_is_the_one_predicted_to_cost_less() -> None:
 
 
 @pytest.mark.parametrize("changes, error, message", [
-    ({"budget": 0.2}, ValueError, "budget.* or byte_budget must be given, and not both, got budget=0.2 and byte_budget"),
+    ({"budget": 0.2}, ValueError, "must be given, and not both, got budget=0.2 and byte_budget=0.2"),
     ({"byte_budget": None}, ValueError, "must be given, and not both, got budget=None and byte_budget=None"),
     ({"byte_budget": 1.2}, ValueError, r"byte_budget must be within \(0, 1\], got 1.2"),
     ({"byte_budget": "5%"}, TypeError, "byte_budget must be a number, got '5%'"),
@@ -153,7 +153,7 @@ def test_the_best_format_is_the_one_predicted_to_cost_less() -> None:
     ({"kv_format": "int4"}, ValueError, "kv_format must be one of 'auto', 'int8', 'best', got 'int4'"),
     ({"kv_format": 8}, ValueError, "kv_format must be one of 'auto', 'int8', 'best', got 8"),
     ({"kv_format": "best"}, ValueError, "kv_format='best' needs a profile of the model's heads, got None"),
-    ({"kv_format": "best", "byte_budget": None, "budget": 0.2}, ValueError, "kv_format='best' needs byte_budget, got a"),
+    ({"kv_format": "best", "byte_budget": None, "budget": 0.2}, ValueError, "kv_format='best' needs byte_budget"),
     ({"kv_format": "best", "profile": PROFILES[SMALL]}, ValueError, "profile must be of a model with"),
     ({"kv_format": "best", "profile": replace(PROFILES[JANUS], int8_error=None)}, ValueError,
      "needs a profile that says what storage in 8 bits costs"),
