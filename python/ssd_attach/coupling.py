@@ -171,7 +171,8 @@ def coupled(decoder: torch.nn.Module, coupling: Coupling) -> Iterator[None]:
 
 
 def attach(model: PreTrainedModel, plan: CachePlan | str | None = None, backend: str = "auto", *,
-           pictures: Raster | PictureForm, budget: float | None = None, row_buffer: int | None = None,
+           pictures: Raster | PictureForm, budget: float | None = None, byte_budget: float | None = None,
+           kv_format: str | None = None, row_buffer: int | None = None,
            profile: HeadProfile | str | PathLike[str] | None = None, **parameters: Any) -> Choice:
     """Keep the KV caches of a decoder under a plan, in loops that stay as they are.
 
@@ -188,7 +189,7 @@ def attach(model: PreTrainedModel, plan: CachePlan | str | None = None, backend:
         pictures: where the rows of a picture's grid stand among the tokens that follow a prompt, and how many these
             are: at most that many follow. A form (`ssd_attach.models`) may also say which calls of ``model`` are
             pictures; others, such as text, are left alone.
-        budget, row_buffer, profile, parameters: of the policy, see `choose`.
+        budget, byte_budget, kv_format, row_buffer, profile, parameters: of the policy, see `choose`.
 
     Returns:
         what was chosen; its text, which is logged, too, is one line.
@@ -207,8 +208,8 @@ def attach(model: PreTrainedModel, plan: CachePlan | str | None = None, backend:
         raise ValueError(f"model must be one around its decoder for pictures that its calls tell from text, got the "
                          f"decoder itself, {type(model).__name__}")
     choice = choose(ModelShape.of_decoder(decoder.config, form.raster), plan,
-                    decoder.get_input_embeddings().weight.dtype, budget=budget, row_buffer=row_buffer, profile=profile,
-                    parameters=parameters)
+                    decoder.get_input_embeddings().weight.dtype, budget=budget, byte_budget=byte_budget,
+                    kv_format=kv_format, row_buffer=row_buffer, profile=profile, parameters=parameters)
     check_backend(backend)
     coupling = Coupling(choice.plan, choice.shape.num_visual_tokens, backend, answers=True, begins=form.begins)
     with _lock:
