@@ -6,7 +6,7 @@ import inspect
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -79,13 +79,13 @@ class Coupling:
         """Let attention of the decoder ask caches to attend, for as long as this lives or until `unroute`."""
         self._routed = route(decoder, self)
 
-    def generation(self, observer: Observer | None = None, guided: bool = True,
-                   watch: Watch | None = None) -> Generation:
+    def generation(self, observer: Observer | None = None, guided: bool = True, watch: Watch | None = None,
+                   share: Sequence[int] | None = None) -> Generation:
         """A fresh one; an online plan brings its own observer."""
         if isinstance(self.plan, OnlinePlan):
             observer = self.plan.observer()
         made = Generation(self.plan, self.num_visual_tokens, self.backend, observer, guided=guided, watch=watch,
-                          owner=self)
+                          owner=self, share=share)
         self._generations.add(made)
         return made
 
@@ -101,9 +101,7 @@ class Coupling:
         name = next((name for name in _CACHE_NAMES if given.get(name) is not None), CACHE_NAME)
         generation = generation_of(given.get(name))
         if generation is None and self.answers and self._starts(given, given.get(name)):
-            _check_takes_caches(module)
-            self.route(module)  # the implementation may have been changed since
-            generation = self.generation()
+            generation = self.begun(module)
             if given.get(name) is None:
                 given[name] = DecoderCache(generation)
             else:
@@ -111,6 +109,16 @@ class Coupling:
         if generation is None or generation.owner is not self:
             return None
         return (), generation.inputs(given)
+
+    def begun(self, decoder: torch.nn.Module, share: Sequence[int] | None = None) -> Generation:
+        """A fresh generation of an attached decoder; ``share`` as in `Generation`.
+
+        Raises:
+            ValueError: the decoder checkpoints gradients.
+        """
+        _check_takes_caches(decoder)
+        self.route(decoder)  # the implementation may have been changed since
+        return self.generation(share=share)
 
     def _starts(self, given: Mapping[str, Any], cache: object) -> bool:
         """Whether a call is the beginning of what is to be compressed."""
@@ -273,6 +281,22 @@ def caches(model: PreTrainedModel) -> list[CompressedCache]:
         raise TypeError(f"model must be a model or decoder, got {type(model).__name__}")
     coupling: Coupling | None = vars(model).get(_ATTACHED)
     return [] if coupling is None else coupling.caches()
+
+
+def cache_for(model: PreTrainedModel, share: Sequence[int]) -> DecoderCache | None:
+    """The cache to call the decoder of an attached model with for prompts that several rows go on from; None if it is
+    not attached.
+
+    Args:
+        model: as given to `attach`.
+        share: of every row that follows, which row of the prompts it goes on from.
+
+    Raises:
+        ValueError: the decoder checkpoints gradients.
+    """
+    decoder = model.get_decoder()
+    coupling: Coupling | None = vars(decoder).get(_ATTACHED)
+    return None if coupling is None else DecoderCache(coupling.begun(decoder, share))
 
 
 def _check_model(model: object) -> None:

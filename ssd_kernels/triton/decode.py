@@ -215,25 +215,23 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
                         tl.store(score_at + loser, tl.load(score_at + new_slot))
                         tl.store(position_at + loser, position)
                 else:
-                    # The losers among the first ``keep`` slots and the winners beyond them, both counted from 0, are
-                    # listed where the logits were.
-                    lost = lose(rank, valid, losers, EVICT_BLOCK)
-                    leaving = lost & (index < keep)
-                    staying = valid & ~lost & (index >= keep)
-                    moves = tl.sum(leaving.to(tl.int32), 0)  # and as many stay: 2 x moves <= keep + losers
-                    from_list = lists + row * GROUP * scored_slots + score_offset
-                    to_list = from_list + moves
-                    tl.store(from_list + tl.cumsum(staying.to(tl.int32), 0) - 1, at, mask=staying)
-                    tl.store(to_list + tl.cumsum(leaving.to(tl.int32), 0) - 1, at, mask=leaving)
+                    # The losers among the first ``keep`` slots are listed where the logits were, and after them the
+                    # winners beyond, which are as many.
+                    moving = valid & (lose(rank, valid, losers, EVICT_BLOCK) == (index < keep))
+                    number = tl.cumsum(moving.to(tl.int32), 0)
+                    moves = tl.sum(moving.to(tl.int32), 0) // 2  # 2 x moves <= keep + losers
+                    to_list = lists + row * GROUP * scored_slots + score_offset
+                    from_list = to_list + moves
+                    tl.store(to_list + number - 1, at, mask=moving)
                     tl.debug_barrier()
                     for start in range(0, moves, COPY_BLOCK):
                         move = start + tl.arange(0, COPY_BLOCK)
-                        moving = move < moves
-                        source = tl.load(from_list + move, mask=moving, other=0)
-                        target = tl.load(to_list + move, mask=moving, other=0)
-                        copy_vectors(keys, values, source, keys, values, target, moving, D, D_PAD)
-                        tl.store(score_at + target, tl.load(score_at + source, mask=moving), mask=moving)
-                        tl.store(position_at + target, tl.load(position_at + source, mask=moving), mask=moving)
+                        listed = move < moves
+                        source = tl.load(from_list + move, mask=listed, other=0)
+                        target = tl.load(to_list + move, mask=listed, other=0)
+                        copy_vectors(keys, values, source, keys, values, target, listed, D, D_PAD)
+                        tl.store(score_at + target, tl.load(score_at + source, mask=listed), mask=listed)
+                        tl.store(position_at + target, tl.load(position_at + source, mask=listed), mask=listed)
 
     # Step forward: the row's last program writes the next step, with no arrivals.
     if tl.atomic_add(cursors + 1, ONE_ARRIVAL, sem="acq_rel") >> ARRIVAL_SHIFT == heads - 1:
