@@ -309,6 +309,11 @@ class DecoderCache(Cache):
         """Let no other `generate` call continue this cache."""
         self.generation.finish()
 
+    def release(self) -> None:
+        """Free the memory now, whoever still holds this. torch.compile's records of a model that it compiled do, until
+        Python collects garbage."""
+        self.generation.compressed = None
+
 
 def take_over(cache: DynamicCache, generation: Generation) -> None:
     """Make an empty cache of transformers that of a generation, for all who hold it."""
