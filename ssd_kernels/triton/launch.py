@@ -67,8 +67,11 @@ def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, c
         halves = max(1, dim // 128)
         warps = (2 if evict_block <= 1024 else 4) * halves
         block = (INT8_PART_SLOTS if int8 and halves == 1 else PART_SLOTS) * warps // halves
-        # With fewer, some release of Triton spills: 3.9 in 16 bits, 3.6 at head_dim 64 in 8 bits.
-        registers = (144 if int8 and group == 1 else 168) if dim <= 64 else 200 if int8 and dim <= 128 else 255
+        # With fewer, some release of Triton spills: 3.9 in 16 bits, 3.6 and, with groups, 3.8 in 8 bits.
+        if int8 and group == 1 and halves == 1:
+            registers = 144 if dim <= 64 else 200
+        else:
+            registers = 168 if dim <= 64 else 255
     else:
         warps = 4 if group <= 4 else 8
         block = max(8, (2048 if group == 1 else 1024) // dim)
