@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +12,7 @@ from ssd_kernels import CachePlan, HeadSpec, policies
 from ssd_kernels.layout import LayerLayout
 from ssd_kernels.policies import NEED_PROFILE, POLICIES, HeadProfile
 
-
-@dataclass(frozen=True)
-class Shape:
-    num_layers: int
-    num_heads: int
-    num_visual_tokens: int
-    columns: int
-    head_dim: int = 128
-
+from .shapes import Shape
 
 JANUS, SMALL = Shape(24, 16, 576, 24), Shape(3, 2, 36, 6)
 SIZES = {576: (4, 16, 48, 96, 192, 288), 36: (1, 3, 6, 12, 20)}
