@@ -20,15 +20,15 @@ struct Geometry {
   static constexpr int kVector = 16 / sizeof(T);  // elements of a chunk
   static constexpr int kCopies = kDim == 0 && sizeof(T) == 4 ? 2 : 1;
   static constexpr int kDepth = kChunksPerStage / kCopies;  // slots of a lane per stage
-  int32_t dim_, lanes_;
+  int32_t dim_, lane_bits_;
 
-  SSD_DEVICE explicit Geometry(int32_t head_dim) : dim_(head_dim), lanes_(1) {
-    while (!kDim && lanes_ * kCopies * kVector < head_dim) lanes_ *= 2;
+  SSD_DEVICE explicit Geometry(int32_t head_dim) : dim_(head_dim), lane_bits_(0) {
+    while ((kCopies * kVector) << lane_bits_ < dim()) ++lane_bits_;
   }
   SSD_DEVICE int32_t dim() const { return kDim ? kDim : dim_; }
-  SSD_DEVICE int32_t lanes() const { return kDim ? kDim / kVector : lanes_; }
+  SSD_DEVICE int32_t lanes() const { return 1 << lane_bits_; }
   SSD_DEVICE int32_t chunks() const { return dim() / kVector; }
-  SSD_DEVICE int32_t groups() const { return kThreads / lanes(); }  // slots read at once by the block
+  SSD_DEVICE int32_t groups() const { return kThreads >> lane_bits_; }  // slots read at once by the block
   SSD_DEVICE int32_t slot_bytes() const { return dim() * static_cast<int32_t>(sizeof(T)); }
 };
 
@@ -53,6 +53,9 @@ struct Attention {
   // The first chunk that this lane reads of its first token.
   const char* lane_keys;
   const char* lane_values;
+  // And of its second token of the next tile to copy, up to tile run_end: a copy's address reaches 2 KB either way.
+  const char* next = nullptr;
+  int32_t run_end = 0;
 
   SSD_DEVICE Attention(const CacheLayer& layer, const Item& item)
       : layer(layer),
@@ -66,7 +69,7 @@ struct Attention {
         appends(item.part == 0),
         gap(item.gap - begin),
         apart(item.view.apart - begin) {
-    tiles = (count + tile_tokens() - 1) / tile_tokens();
+    tiles = whole_tiles(count + tile_tokens() - 1);
     const int64_t first = static_cast<int64_t>(begin + slot_group()) * shape.slot_bytes() + lane() * 16;
     lane_keys = port::whole(reinterpret_cast<const char*>(keys) + first);
     lane_values = port::whole(reinterpret_cast<const char*>(values) + first);
@@ -86,11 +89,12 @@ struct Attention {
     return prompt + slot * shape.slot_bytes() - reinterpret_cast<const char*>(is_key ? keys : values);
   }
 
-  SSD_DEVICE int32_t lane() const { return port::thread_index() % shape.lanes(); }  // among those of its slot
-  SSD_DEVICE int32_t slot_group() const { return port::thread_index() / shape.lanes(); }
+  SSD_DEVICE int32_t lane() const { return port::thread_index() & (shape.lanes() - 1); }  // among those of its slot
+  SSD_DEVICE int32_t slot_group() const { return port::thread_index() >> shape.lane_bits_; }
   SSD_DEVICE int32_t chunk(int copy) const { return lane() + copy * shape.lanes(); }
   SSD_DEVICE bool has_chunk(int copy) const { return kDim || chunk(copy) < shape.chunks(); }
   SSD_DEVICE int32_t tile_tokens() const { return shape.groups() * kDepth; }
+  SSD_DEVICE int32_t whole_tiles(uint32_t tokens) const { return tokens * shape.lanes() / (kThreads * kDepth); }
   // The token of this part that this thread reads in a tile, maybe beyond the last.
   SSD_DEVICE int32_t token(int32_t tile, int depth) const {
     return (tile * kDepth + depth) * shape.groups() + slot_group();
@@ -99,49 +103,62 @@ struct Attention {
     return shared.stages[(tile % kStages * kDepth + depth) * kCopies + copy][port::thread_index()];
   }
 
-  // Starts to copy what this thread needs of a tile, keys' tiles coming before values', and zeros beyond the last
-  // token.
-  SSD_DEVICE void copy_tile(int32_t index) const {
-    if (index >= 2 * tiles) return;
-    const int32_t tile = index < tiles ? index : index - tiles;
-    const int32_t first = tile * tile_tokens(), step = shape.groups() * shape.slot_bytes();
-    const char* from = (index < tiles ? lane_keys : lane_values) + static_cast<int64_t>(tile) * kDepth * step;
-    const int64_t skip = static_cast<int64_t>(item.skip) * shape.slot_bytes();
-    if (first < apart) {
-      const int64_t prompt = to_prompt(index < tiles);
-      copy_slots(index, from, [&](int32_t j) { return j < apart ? prompt : j < gap ? 0 : skip; });
-      return;
-    }
-    const bool is_whole = first + tile_tokens() <= count && (first >= gap || first + tile_tokens() <= gap);
-    if (is_whole) {
-      if (first >= gap) from += skip;
+  // Starts to copy what this thread needs of a tile: of each in turn, keys' tiles coming before values'.
+  SSD_DEVICE void copy_tile(int32_t index) {
+    if (index == run_end && !start_run(index)) return;
+    const int32_t step = shape.groups() * shape.slot_bytes();
+    const char* from = next;
 #pragma unroll
-      for (int depth = 0; depth < kDepth; ++depth, from += step)
-#pragma unroll
-        for (int copy = 0; copy < kCopies; ++copy)
-          if (has_chunk(copy)) port::copy16_async(&staged(index, depth, copy), from + copy * shape.lanes() * 16);
-      return;
-    }
-    copy_slots(index, from, [&](int32_t j) { return j < gap ? 0 : skip; });
-  }
-
-  // Tokens of a tile that do not lie side by side, or not all of which are there: token j lies `offset(j)` bytes
-  // further than its place after `from` says.
-  template <class Offset>
-  SSD_DEVICE void copy_slots(int32_t index, const char* from, Offset offset) const {
-    const int32_t tile = index < tiles ? index : index - tiles, step = shape.groups() * shape.slot_bytes();
-#pragma unroll
-    for (int depth = 0; depth < kDepth; ++depth, from += step) {
-      const int32_t j = token(tile, depth);
-      const bool present = j < count;
-      const char* slot = present ? from + offset(j) : lane_keys;
+    for (int depth = 0; depth < kDepth; ++depth)
 #pragma unroll
       for (int copy = 0; copy < kCopies; ++copy)
-        if (has_chunk(copy)) port::copy16_async(&staged(index, depth, copy), slot + copy * shape.lanes() * 16, present);
+        if (has_chunk(copy))
+          port::copy16_async(&staged(index, depth, copy), from + (depth - 1) * step + copy * shape.lanes() * 16);
+    next = from + kDepth * step;
+  }
+
+  // Finds how many whole tiles lie side by side from this one on. If not even this one does, copies it slot by slot
+  // and returns false.
+  SSD_DEVICE bool start_run(int32_t index) {
+    run_end = index + 1;
+    if (index >= 2 * tiles) return false;
+    const bool is_key = index < tiles;
+    const int32_t tile = is_key ? index : index - tiles, first = tile * tile_tokens();
+    const int64_t skip = static_cast<int64_t>(item.skip) * shape.slot_bytes();
+    const int64_t prompt = first < apart ? to_prompt(is_key) : 0;
+    // Bytes that a token lies further than it would if all lay side by side.
+    const auto further = [&](int32_t j) { return j < apart ? prompt : j < gap ? 0 : skip; };
+    const char* from = (is_key ? lane_keys : lane_values) + static_cast<int64_t>(first) * shape.slot_bytes();
+    const int32_t until = first < apart ? apart : first < gap ? gap : count;  // its first token's neighbours
+    const int32_t whole = whole_tiles(smaller(until, count));
+    if (tile < whole) {
+      run_end += whole - tile - 1;
+      next = from + further(first) + shape.groups() * shape.slot_bytes();
+      return true;
+    }
+    if (until >= count)
+      copy_slots(index, tile, from + further(first), [](int32_t) { return 0; });
+    else
+      copy_slots(index, tile, from, further);
+    return false;
+  }
+
+  // Zeros arrive of tokens beyond the last, of which nothing is read.
+  template <class Offset>
+  SSD_DEVICE void copy_slots(int32_t index, int32_t tile, const char* from, Offset further) const {
+    const int32_t step = shape.groups() * shape.slot_bytes();
+#pragma unroll
+    for (int depth = 0; depth < kDepth; ++depth) {
+      const int32_t j = token(tile, depth);
+      const char* slot = from + depth * step + further(j);
+#pragma unroll
+      for (int copy = 0; copy < kCopies; ++copy)
+        if (has_chunk(copy))
+          port::copy16_async(&staged(index, depth, copy), slot + copy * shape.lanes() * 16, j < count);
     }
   }
   // Always one group of copies.
-  SSD_DEVICE void fetch(int32_t index) const {
+  SSD_DEVICE void fetch(int32_t index) {
     copy_tile(index);
     port::commit_copies();
   }
@@ -181,7 +198,7 @@ struct Attention {
 
   // The part's logits into shared memory, -inf for tokens of the last tile that are not there, and the new token's at
   // kNewToken.
-  SSD_DEVICE void attend_keys(const float q[kGroup][kCopies][kVector]) const {
+  SSD_DEVICE void attend_keys(const float q[kGroup][kCopies][kVector]) {
     const int32_t lanes_per_depth = shape.lanes() / kDepth;
 #pragma unroll 1
     for (int32_t tile = 0; tile < tiles; ++tile) {
@@ -249,7 +266,7 @@ struct Attention {
   }
 
   // This lane's elements of the sums of values [kGroup, head_dim], over its own slots.
-  SSD_DEVICE void attend_values(const float highest[kGroup], float acc[kGroup][kCopies][kVector]) const {
+  SSD_DEVICE void attend_values(const float highest[kGroup], float acc[kGroup][kCopies][kVector]) {
 #pragma unroll 1
     for (int32_t tile = 0; tile < tiles; ++tile) {
       port::wait_copies<kStages - 2>();

@@ -45,8 +45,11 @@ struct Decoder : Attention<T, kDim, kGroup> {
   SSD_DEVICE float* maxima() const { return reinterpret_cast<float*>(counts() + 1); }
   SSD_DEVICE float* norms() const { return maxima() + group(); }
 
-  // Scores and, where they will be needed, positions of the part's tokens: for the threads that copy them.
+  // Scores and, where they will be needed, positions of the part's tokens: for the threads that copy them. And what is
+  // not in the launch list.
   SSD_DEVICE void fetch_scores() const {
+    if (evicts() && port::thread_index() == 0) port::copy4_async(&shared.recent, &params.layer.heads[item.head].recent);
+    if (item.parts > 1) return;
 #pragma unroll 1
     for (int32_t j = port::thread_index(); j < count; j += kThreads) {
       if (j < item.view.unscored) continue;
@@ -117,7 +120,7 @@ struct Decoder : Attention<T, kDim, kGroup> {
   }
 
   // Rule 2 for the query heads g0 .. of the group: their output, or this part's share of it.
-  SSD_DEVICE void attend(int32_t g0) const {
+  SSD_DEVICE void attend(int32_t g0) {
     float q[kGroup][Base::kCopies][Base::kVector];
     this->load_queries(q);
     this->attend_keys(q);
@@ -243,7 +246,6 @@ struct Decoder : Attention<T, kDim, kGroup> {
     float* scores = params.layer.scores + scored_at();
     int32_t* positions = params.layer.positions + scored_at();
     const PinMask pinned = pin_mask(params.layer.shape, params.layer.pinned, item.head);
-    const int32_t recent = evicting ? params.layer.heads[item.head].recent : 0;
 #pragma unroll 1
     for (int32_t j = port::thread_index(); j <= item.total; j += kThreads) {
       if (j < item.view.unscored) continue;
@@ -263,7 +265,7 @@ struct Decoder : Attention<T, kDim, kGroup> {
       if (evicting && j >= item.view.base) {
         const int32_t position = is_new ? item.position() : split ? positions[slot] : shared.positions[j];
         ranks()[j - item.view.base] =
-            token_rank(item.rule, recent, score, position, item.prompt_len, item.view.step + 1, pinned);
+            token_rank(item.rule, shared.recent, score, position, item.prompt_len, item.view.step + 1, pinned);
       }
     }
     if (!evicting) return;
@@ -275,7 +277,8 @@ struct Decoder : Attention<T, kDim, kGroup> {
   }
 
   // The first copies of a pass over the slots.
-  SSD_DEVICE void start(bool with_scores) const {
+  SSD_DEVICE void start(bool with_scores) {
+    this->run_end = 0;
     this->copy_tile(0);
     if (with_scores) fetch_scores();
     port::commit_copies();
@@ -283,8 +286,8 @@ struct Decoder : Attention<T, kDim, kGroup> {
     for (int stage = 1; stage < kStages - 1; ++stage) this->fetch(stage);
   }
 
-  SSD_DEVICE void run() const {
-    start(scored() && item.parts == 1);
+  SSD_DEVICE void run() {
+    start(scored());
     if (appends) append();
     for (int32_t g0 = 0;;) {
       stage_queries(g0);

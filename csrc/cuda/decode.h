@@ -45,7 +45,7 @@ struct alignas(16) LaunchItem {
   int32_t part;  // of `parts`: the head's kept tokens [part * kPartSlots, (part + 1) * kPartSlots)
   int32_t parts;
   int32_t first_part;  // the rank of the head's first part
-  // As in the head's row of the table. What may change there, `recent`, is read there.
+  // As in the head's row of the table. What may change there, `recent`, is copied from there.
   int32_t kind, offset, keep, rule, score_offset;
   int32_t ring;     // evictable slots
   Divisor by_ring;  // or by 1 if there are none
@@ -133,6 +133,7 @@ struct Shared {
   int32_t prompt;  // the shared one that the row reads
   int32_t last;    // whether this is the last of the head's blocks
   int32_t moves;
+  int32_t recent;  // of the head's row of the table
   union {
     Chunk stages[kStages * kChunksPerStage][kThreads];
     float sums[kWarps][kGroup][kWidth];  // of values
@@ -151,7 +152,7 @@ SSD_INLINE int32_t ranking_bytes(int32_t largest, int32_t group) {
 // Blocks that are to share a multiprocessor of a compute capability (80 for 8.0), which bounds the registers of a
 // thread: as many as shared memory has room for and ptxas serves without spills.
 SSD_INLINE constexpr int32_t blocks_per_multiprocessor(int32_t capability, int32_t head_dim, int32_t group) {
-  if (group > 1) return 3;
+  if (group > 1) return capability < 90 ? 3 : 4;
   if (capability < 90) return 4;
   return head_dim == 64 || head_dim == 128 ? 6 : 5;
 }
