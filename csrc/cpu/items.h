@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
+#include <type_traits>
 
 #include "common/layer.h"
 #include "cpu/simd.h"
@@ -38,34 +40,46 @@ SSD_INLINE Item item_at(const CacheLayer& layer, bool row_by_row, int64_t index)
   return item;
 }
 
-// The keys or values of an item's slots.
+// Whether slots of type T have scales.
+template <class T>
+constexpr bool kScaled = std::is_same<T, Int8>::value;
+
+// The keys or values of an item's slots, with their scales if they have some.
 template <class T>
 struct Slots {
   T* own;           // of the row, from slot `apart` on
   const T* prompt;  // shared by rows, before that
+  float* own_scales;
+  const float* prompt_scales;
   int32_t apart;
   int64_t head_dim;
 
   SSD_ALWAYS_INLINE T* writable(int32_t slot) const { return own + (slot - apart) * head_dim; }
   SSD_ALWAYS_INLINE const T* at(int32_t slot) const { return slot < apart ? prompt + slot * head_dim : writable(slot); }
+  SSD_ALWAYS_INLINE float* writable_scale(int32_t slot) const { return own_scales + (slot - apart); }
 };
 
 template <class T>
-SSD_INLINE Slots<T> item_slots(void* slab, const void* prompts, const CacheLayer& layer, const Item& item) {
+SSD_INLINE Slots<T> item_slots(void* slab, const void* prompts, float* scales, const float* prompt_scales,
+                               const CacheLayer& layer, const Item& item) {
   const LayerShape& shape = layer.shape;
   const int64_t own = static_cast<int64_t>(item.row) * shape.slots + item.range.offset;
   const int64_t prompt = (static_cast<int64_t>(item.prompt) * shape.heads + item.head) * shape.max_prompt;
+  const bool shared = shape.shared_prompts;
   return {static_cast<T*>(slab) + own * shape.head_dim,
-          shape.shared_prompts ? static_cast<const T*>(prompts) + prompt * shape.head_dim : nullptr, item.view.apart,
+          shared ? static_cast<const T*>(prompts) + prompt * shape.head_dim : nullptr,
+          kScaled<T> ? scales + own : nullptr,
+          kScaled<T> && shared ? prompt_scales + prompt : nullptr,
+          item.view.apart,
           shape.head_dim};
 }
 template <class T>
 SSD_INLINE Slots<T> item_keys(const CacheLayer& layer, const Item& item) {
-  return item_slots<T>(layer.keys, layer.prompt_keys, layer, item);
+  return item_slots<T>(layer.keys, layer.prompt_keys, layer.key_scales, layer.prompt_key_scales, layer, item);
 }
 template <class T>
 SSD_INLINE Slots<T> item_values(const CacheLayer& layer, const Item& item) {
-  return item_slots<T>(layer.values, layer.prompt_values, layer, item);
+  return item_slots<T>(layer.values, layer.prompt_values, layer.value_scales, layer.prompt_value_scales, layer, item);
 }
 
 // Scores and positions of a scored item, from slot `unscored` on.
@@ -94,8 +108,10 @@ template <class T>
 SSD_INLINE void touch_bookkeeping(const CacheLayer& layer, const Item& item) {
   const int64_t head_dim = layer.shape.head_dim;
   const int32_t slot = next_slot(item.range, item.view);
-  touch<kWrite>(item_keys<T>(layer, item).writable(slot), head_dim);
-  touch<kWrite>(item_values<T>(layer, item).writable(slot), head_dim);
+  for (const Slots<T>& slots : {item_keys<T>(layer, item), item_values<T>(layer, item)}) {
+    touch<kWrite>(slots.writable(slot), head_dim);
+    if (kScaled<T>) touch<kWrite>(slots.own_scales, item.view.base + item.view.evictable + 1 - item.view.apart);
+  }
   if (item.range.score_offset >= 0) touch<kWrite>(item_scores(layer, item), scored_slots(layer, item));
   if (item.range.kind == kHeavy && refresh_due(item.view))
     touch<kRead>(item_positions(layer, item), scored_slots(layer, item));

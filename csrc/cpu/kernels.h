@@ -4,6 +4,7 @@
 // An item's kept set is read exactly once, keys and then values. On cold caches the order of reading and what is
 // touched ahead of its use (items.h) decide the speed, not the instruction set.
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/decode.h"
 #include "cpu/evict.h"
@@ -40,7 +41,7 @@ struct Decoder {
           f(slots.at(slot), count, done, [&](int64_t bytes) __attribute__((always_inline)) { ahead.advance(bytes); });
         } else {
           ahead.advance(static_cast<int64_t>(count) * dim * sizeof(T));
-          for (int i = 0; i < count; ++i) widen(slots.at(slot + i), dim, 1.0f, scratch.tile + i * dim);
+          for (int i = 0; i < count; ++i) widen<T>(slots.at(slot + i), dim, 1.0f, scratch.tile + i * dim);
           f(static_cast<const float*>(scratch.tile), count, done, [](int64_t) {});
         }
         done += count;
@@ -69,8 +70,41 @@ struct Decoder {
     });
   }
 
+  // What stands in logits times the scales of the slots, for types that have some.
+  SSD_ALWAYS_INLINE void apply_scales(const Slots<T>& slots, const Item& item, int32_t stride) {
+    if (!kScaled<T>) return;
+    for (int32_t g = 0; g < group; ++g) {
+      float* logits = scratch.logits + g * stride;
+      for (int32_t s = 0; s < item.num_segments; ++s) {
+        const Segment segment = item.segments[s];
+        const int32_t before = smaller(larger(slots.apart - segment.begin, 0), segment.count);
+        if (before > 0) multiply(slots.prompt_scales + segment.begin, before, logits);
+        multiply(slots.own_scales + (segment.begin + before - slots.apart), segment.count - before, logits + before);
+        logits += segment.count;
+      }
+    }
+  }
+
+  // Calls f with a null pointer of the type of q, k, v and out: that of the slots, unless these are bytes.
+  template <class F>
+  SSD_ALWAYS_INLINE void with_step_type(F f) {
+    if constexpr (kScaled<T>) {
+      switch (layer.dtype) {
+        case kFloat32:
+          return f(static_cast<float*>(nullptr));
+        case kBFloat16:
+          return f(static_cast<BFloat16*>(nullptr));
+        case kFloat16:
+          return f(static_cast<Float16*>(nullptr));
+      }
+    } else {
+      f(static_cast<T*>(nullptr));
+    }
+  }
+
   // Turns the pairs (i, i + head_dim / 2) of a vector by the new token's angles.
-  SSD_ALWAYS_INLINE void rotate(const T* x, const Item& item, T* to) {
+  template <class X>
+  SSD_ALWAYS_INLINE void rotate(const X* x, const Item& item, X* to) {
     const int half = layer.shape.head_dim / 2;
     const int64_t position = item.view.base + item.view.first + item.view.step;
     const float* cos = step.cos + position * half;
@@ -82,17 +116,31 @@ struct Decoder {
     }
   }
 
-  // Rule 1. The new token's slot in the slabs; its score starts at 0.
-  SSD_ALWAYS_INLINE void append(const Slots<T>& keys, const Slots<T>& values, const Item& item) {
+  // A vector of the step into a slot.
+  template <class X>
+  SSD_ALWAYS_INLINE void store_slot(const X* x, const Slots<T>& slots, int32_t slot) {
     const int dim = layer.shape.head_dim;
+    if constexpr (kScaled<T>) {
+      widen<T>(x, dim, 1.0f, scratch.tile);
+      *slots.writable_scale(slot) = quantise(scratch.tile, dim, slots.writable(slot));
+    } else {
+      std::memcpy(slots.writable(slot), x, sizeof(T) * dim);
+    }
+  }
+
+  // Rule 1. The new token's slot in the slabs; its score starts at 0.
+  template <class X>
+  SSD_ALWAYS_INLINE void append(const Slots<T>& keys, const Slots<T>& values, const Item& item) {
     const int32_t slot = next_slot(item.range, item.view);
-    const T* k = static_cast<const T*>(step.k) + item.row * step.k_row_stride + item.head * step.k_head_stride;
-    const T* v = static_cast<const T*>(step.v) + item.row * step.v_row_stride + item.head * step.v_head_stride;
-    if (step.cos)
-      rotate(k, item, keys.writable(slot));
-    else
-      std::memcpy(keys.writable(slot), k, sizeof(T) * dim);
-    std::memcpy(values.writable(slot), v, sizeof(T) * dim);
+    const X* k = static_cast<const X*>(step.k) + item.row * step.k_row_stride + item.head * step.k_head_stride;
+    const X* v = static_cast<const X*>(step.v) + item.row * step.v_row_stride + item.head * step.v_head_stride;
+    X rotated[kMaxHeadDim];
+    if (step.cos) {
+      rotate(k, item, rotated);
+      k = rotated;
+    }
+    store_slot(k, keys, slot);
+    store_slot(v, values, slot);
     if (item.range.score_offset >= 0) {
       item_scores(layer, item)[slot - item.view.unscored] = 0.0f;
       item_positions(layer, item)[slot - item.view.unscored] = item.view.base + item.view.first + item.view.step;
@@ -215,6 +263,23 @@ struct Decoder {
 
   SSD_ALWAYS_INLINE void move_slot(const Slots<T>& slots, int32_t from, int32_t to) {
     std::memcpy(slots.writable(to), slots.writable(from), sizeof(T) * slots.head_dim);
+    if (kScaled<T>) *slots.writable_scale(to) = *slots.writable_scale(from);
+  }
+
+  // The queries of an item, in floats. The softmax's scale rides on them.
+  template <class X>
+  SSD_ALWAYS_INLINE void stage_queries(const Item& item) {
+    const int dim = layer.shape.head_dim;
+    const X* q = static_cast<const X*>(step.q) + item.row * step.q_row_stride + item.head * group * step.q_head_stride;
+    X rotated[kMaxHeadDim];
+    for (int32_t g = 0; g < group; ++g) {
+      const X* query = q + g * step.q_head_stride;
+      if (step.cos) {
+        rotate(query, item, rotated);
+        query = rotated;
+      }
+      widen<T>(query, dim, step.scale, scratch.q + g * dim);
+    }
   }
 
   template <int kDim>
@@ -222,32 +287,28 @@ struct Decoder {
     const int dim = layer.shape.head_dim;
     const Item item = item_at(layer, items.row_by_row, index);
     const Slots<T> keys = item_keys<T>(layer, item), values = item_values<T>(layer, item);
-    append(keys, values, item);
-
-    // The scale rides on q [group, head_dim].
-    const T* q = static_cast<const T*>(step.q) + item.row * step.q_row_stride + item.head * group * step.q_head_stride;
-    T rotated[kMaxHeadDim];
-    for (int32_t g = 0; g < group; ++g) {
-      const T* query = q + g * step.q_head_stride;
-      if (step.cos) {
-        rotate(query, item, rotated);
-        query = rotated;
-      }
-      widen(query, dim, step.scale, scratch.q + g * dim);
-    }
+    with_step_type([&](auto* type) __attribute__((always_inline)) {
+      using X = std::remove_pointer_t<decltype(type)>;
+      append<X>(keys, values, item);
+      stage_queries<X>(item);
+    });
 
     const int32_t count = item.view.base + item.view.evictable + 1;
     const int32_t stride = padded(count);
     scores_of_keys<kDim>(keys, item, stride);
+    apply_scales(keys, item, stride);
     float* inverse = scratch.inverse;
     for (int32_t g = 0; g < group; ++g) inverse[g] = softmax_numerators(scratch.logits + g * stride, count, stride);
     if (item.range.score_offset >= 0) add_scores(item, stride, inverse);
     if (index + 1 < items.end) touch_bookkeeping<T>(layer, item_at(layer, items.row_by_row, index + 1));
+    apply_scales(values, item, stride);
     weighted_values<kDim>(values, item, stride);
 
     const int64_t head = static_cast<int64_t>(item.row) * step.query_heads + item.head * group;
-    T* out = static_cast<T*>(step.out) + head * dim;
-    for (int32_t g = 0; g < group; ++g) narrow(scratch.acc + g * dim, dim, inverse[g], out + g * dim);
+    with_step_type([&](auto* type) __attribute__((always_inline)) {
+      auto* out = static_cast<decltype(type)>(step.out) + head * dim;
+      for (int32_t g = 0; g < group; ++g) narrow<T>(scratch.acc + g * dim, dim, inverse[g], out + g * dim);
+    });
 
     if (item.range.kind == kHeavy && refresh_due(item.view)) evict(keys, values, item);
   }
@@ -274,6 +335,7 @@ void decode_as(const CacheLayer& layer, const DecodeStep& step, const Items& ite
 namespace SSD_ISA {
 
 void decode_items(const CacheLayer& layer, const DecodeStep& step, const Items& items, const Scratch& scratch) {
+  if (layer.kv_format == kInt8) return decode_as<Int8>(layer, step, items, scratch);
   switch (layer.dtype) {
     case kFloat32:
       return decode_as<float>(layer, step, items, scratch);

@@ -6,6 +6,7 @@
 #include "cpu/decode.h"
 #include "cpu/evict.h"
 #include "cpu/threads.h"
+#include "cpu/tiles.h"
 
 namespace ssd {
 namespace {
@@ -36,6 +37,32 @@ void prompt_survivors(const HeadRange& range, const RowView& view, const float* 
     if (ranks[position] > losing) kept.push_back(position);
 }
 
+template <class T>
+void quantise_vector(const void* vectors, int64_t from, int dim, void* bytes, float* scales, int64_t to) {
+  float floats[kMaxHeadDim];
+  widen<Int8>(static_cast<const T*>(vectors) + from * dim, dim, 1.0f, floats);
+  scales[to] = quantise(floats, dim, static_cast<Int8*>(bytes) + to * dim);
+}
+
+// The vector number `from` of the prompts into slot `to` of a slab.
+void store_vector(const CacheLayer& layer, const void* vectors, int64_t from, void* slab, float* scales, int64_t to) {
+  const int dim = layer.shape.head_dim;
+  if (layer.kv_format == kAuto) {
+    const int64_t size = dim * item_size(layer.dtype);
+    std::memcpy(static_cast<char*>(slab) + to * size, static_cast<const char*>(vectors) + from * size,
+                static_cast<size_t>(size));
+    return;
+  }
+  switch (layer.dtype) {
+    case kFloat32:
+      return quantise_vector<float>(vectors, from, dim, slab, scales, to);
+    case kBFloat16:
+      return quantise_vector<BFloat16>(vectors, from, dim, slab, scales, to);
+    case kFloat16:
+      return quantise_vector<Float16>(vectors, from, dim, slab, scales, to);
+  }
+}
+
 }  // namespace
 
 void prefill(const CacheLayer& layer, const Prefill& prompts, int threads) {
@@ -43,7 +70,6 @@ void prefill(const CacheLayer& layer, const Prefill& prompts, int threads) {
   for (int32_t entry = 0; entry < prompts.count; ++entry)
     layer.cursors[prompts.rows[entry]] = {prompts.prompt_lens[entry], 0};
   const int64_t items = int64_t{prompts.count} * shape.heads;
-  const int64_t slot_bytes = shape.head_dim * item_size(layer.dtype);
 
   parallel_for(threads, items, std::max<int64_t>(1, (items + threads - 1) / threads), [&](int64_t begin, int64_t end) {
     std::vector<int32_t> kept;
@@ -58,12 +84,10 @@ void prefill(const CacheLayer& layer, const Prefill& prompts, int threads) {
         const int32_t position = kept[i];
         int32_t slot = static_cast<int32_t>(i);
         if (range.kind != kHeavy && position >= view.base) slot = view.base + (position - view.base) % view.ring;
-        const int64_t from = (index * prompts.prompt_stride + position) * slot_bytes;
-        const int64_t to = (row * shape.slots + range.offset + slot) * slot_bytes;
-        std::memcpy(static_cast<char*>(layer.keys) + to, static_cast<const char*>(prompts.k) + from,
-                    static_cast<size_t>(slot_bytes));
-        std::memcpy(static_cast<char*>(layer.values) + to, static_cast<const char*>(prompts.v) + from,
-                    static_cast<size_t>(slot_bytes));
+        const int64_t from = index * prompts.prompt_stride + position;
+        const int64_t to = row * shape.slots + range.offset + slot;
+        store_vector(layer, prompts.k, from, layer.keys, layer.key_scales, to);
+        store_vector(layer, prompts.v, from, layer.values, layer.value_scales, to);
         if (range.score_offset >= 0) {
           const int64_t scored = row * shape.scored_slots + range.score_offset + slot;
           layer.scores[scored] = scores ? scores[position] : 0.0f;

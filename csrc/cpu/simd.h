@@ -1,4 +1,5 @@
-// A vector of floats, 16 wide with AVX-512 and 8 wide otherwise, loaded from and stored to float32, bfloat16, float16.
+// A vector of floats, 16 wide with AVX-512 and 8 wide otherwise, loaded from and stored to float32, bfloat16, float16
+// and int8.
 //
 // load_pair and store_pair move 2 * kWidth elements in whatever lane order is cheapest for the type: 32 bfloat16 values
 // widen with one shift and one mask when even and odd elements go to different vectors. Queries, tiles and accumulators
@@ -26,11 +27,18 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+// A byte of a vector that has a scale (common/int8.h).
+struct Int8 {
+  int8_t value;
+};
 
 SSD_INLINE float to_float(float x) { return x; }
 SSD_INLINE float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+SSD_INLINE float to_float(Int8 x) { return x.value; }
 
 SSD_INLINE void from_float(float x, float* to) { *to = x; }
+// Rounds to nearest, of two equally near bytes to the even one. |x| is below 127.5.
+SSD_INLINE void from_float(float x, Int8* to) { to->value = static_cast<int8_t>(__builtin_lrintf(x)); }
 SSD_INLINE void from_float(float x, BFloat16* to) {
   const uint32_t bits = bits_of(x);
   // Round to nearest even; a NaN stays a NaN even when its payload is all in the dropped half.
@@ -78,6 +86,9 @@ SSD_INLINE Vec load(const BFloat16* p) {
 SSD_INLINE Vec load(const Float16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+SSD_INLINE Vec load(const Int8* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 // The last 8 elements of a head_dim that is no multiple of 16; the other lanes are zero.
 SSD_INLINE Vec load_half(const float* p) { return {_mm512_maskz_loadu_ps(0xFF, p)}; }
 SSD_INLINE Vec load_half(const BFloat16* p) {
@@ -85,6 +96,9 @@ SSD_INLINE Vec load_half(const BFloat16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
 SSD_INLINE Vec load_half(const Float16* p) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(0xFF, p))}; }
+SSD_INLINE Vec load_half(const Int8* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 SSD_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.x); }
 SSD_INLINE void load_pair(const BFloat16* p, Vec& a, Vec& b) {
   const __m512i both = _mm512_loadu_si512(p);
@@ -102,7 +116,27 @@ SSD_INLINE void store_pair(BFloat16* p, Vec a, Vec b) {
   const __m512i high = _mm512_and_si512(round_to_bfloat16(b), _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
   _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(round_to_bfloat16(a), 16), high));
 }
+SSD_INLINE void store(BFloat16* p, Vec a) {
+  const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bfloat16(a), 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+}
+SSD_INLINE void store(Float16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT));
+}
 SSD_INLINE void store_half(float* p, Vec a) { _mm512_mask_storeu_ps(p, 0xFF, a.x); }
+SSD_INLINE void store_half(BFloat16* p, Vec a) {
+  _mm512_mask_cvtepi32_storeu_epi16(p, 0xFF, _mm512_srli_epi32(round_to_bfloat16(a), 16));
+}
+SSD_INLINE void store_half(Float16* p, Vec a) {
+  const __m256i narrow = _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(narrow));
+}
+SSD_INLINE void store(Int8* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.x)));
+}
+SSD_INLINE void store_half(Int8* p, Vec a) {
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.x)));
+}
 SSD_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
 SSD_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
 SSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
@@ -146,6 +180,9 @@ SSD_INLINE Vec load(const BFloat16* p) {
 SSD_INLINE Vec load(const Float16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+SSD_INLINE Vec load(const Int8* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 SSD_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.x); }
 SSD_INLINE void load_pair(const BFloat16* p, Vec& a, Vec& b) {
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -163,6 +200,19 @@ SSD_INLINE void store_pair(BFloat16* p, Vec a, Vec b) {
   const __m256i high = _mm256_and_si256(round_to_bfloat16(b), _mm256_set1_epi32(static_cast<int>(0xFFFF0000)));
   const __m256i both = _mm256_or_si256(_mm256_srli_epi32(round_to_bfloat16(a), 16), high);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), both);
+}
+SSD_INLINE void store(BFloat16* p, Vec a) {
+  const __m256i wide = _mm256_srli_epi32(round_to_bfloat16(a), 16);
+  const __m128i narrow = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
+}
+SSD_INLINE void store(Float16* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT));
+}
+SSD_INLINE void store(Int8* p, Vec a) {
+  const __m256i wide = _mm256_cvtps_epi32(a.x);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 SSD_INLINE Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; }
 SSD_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x)}; }
@@ -220,6 +270,10 @@ SSD_INLINE Vec load(const T* p) {
   return each([&](int i) { return to_float(p[i]); });
 }
 SSD_INLINE void store(float* p, Vec a) { std::memcpy(p, a.x, sizeof a.x); }
+template <class T>
+SSD_INLINE void store(T* p, Vec a) {
+  for (int i = 0; i < Vec::kWidth; ++i) from_float(a.x[i], p + i);
+}
 SSD_INLINE Vec add(Vec a, Vec b) {
   return each([&](int i) { return a.x[i] + b.x[i]; });
 }
@@ -270,7 +324,10 @@ template <class T>
 SSD_INLINE Vec load_half(const T* p) {
   return load(p);
 }
-SSD_INLINE void store_half(float* p, Vec a) { store(p, a); }
+template <class T>
+SSD_INLINE void store_half(T* p, Vec a) {
+  store(p, a);
+}
 #endif
 
 // In element order, unless an overload above knows better.
@@ -280,15 +337,9 @@ SSD_INLINE void load_pair(const T* p, Vec& a, Vec& b) {
   b = load(p + Vec::kWidth);
 }
 template <class T>
-SSD_INLINE void store_narrow(T* p, Vec a, int count) {
-  float lanes[Vec::kWidth];
-  store(lanes, a);
-  for (int i = 0; i < count; ++i) from_float(lanes[i], p + i);
-}
-template <class T>
 SSD_INLINE void store_pair(T* p, Vec a, Vec b) {
-  store_narrow(p, a, Vec::kWidth);
-  store_narrow(p + Vec::kWidth, b, Vec::kWidth);
+  store(p, a);
+  store(p + Vec::kWidth, b);
 }
 
 // exp(x) for x <= 0 to about 1 unit in the last place: 2^n * e^r with |r| <= ln(2) / 2. Exactly 0 below -87, where

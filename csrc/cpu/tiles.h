@@ -4,7 +4,10 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
+#include "common/int8.h"
 #include "cpu/simd.h"
 
 namespace ssd {
@@ -89,14 +92,24 @@ SSD_INLINE void accumulate_tile(const float* p, const T* values, int count, int 
   }
 }
 
-// `dim` elements times `factor`, widened into lane order.
-template <class T>
+SSD_INLINE void multiply(const float* __restrict factors, int count, float* __restrict to) {
+  for (int i = 0; i < count; ++i) to[i] *= factors[i];
+}
+
+// `dim` elements times `factor`, widened into the lane order of Slot.
+template <class Slot, class T>
 SSD_INLINE void widen(const T* from, int dim, float factor, float* to) {
   const Vec scale = broadcast(factor);
   int d = 0;
   for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth) {
     Vec a, b;
-    load_pair(from + d, a, b);
+    if constexpr (std::is_same<Slot, T>::value) {
+      load_pair(from + d, a, b);
+    } else {
+      static_assert(std::is_same<Slot, Int8>::value, "bytes are in element order");
+      a = load(from + d);
+      b = load(from + d + Vec::kWidth);
+    }
     store(to + d, mul(a, scale));
     store(to + d + Vec::kWidth, mul(b, scale));
   }
@@ -104,15 +117,25 @@ SSD_INLINE void widen(const T* from, int dim, float factor, float* to) {
   if (d < dim) store_half(to + d, mul(load_half(from + d), scale));
 }
 
-// The way back: `dim` floats in lane order times `factor`, rounded to T in element order.
-template <class T>
+// The way back: `dim` floats in the lane order of Slot times `factor`, rounded to T in element order.
+template <class Slot, class T>
 SSD_INLINE void narrow(const float* from, int dim, float factor, T* to) {
   const Vec scale = broadcast(factor);
   int d = 0;
-  for (; d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth)
+  for (; std::is_same<Slot, T>::value && d + 2 * Vec::kWidth <= dim; d += 2 * Vec::kWidth)
     store_pair(to + d, mul(load(from + d), scale), mul(load(from + d + Vec::kWidth), scale));
-  for (; d + Vec::kWidth <= dim; d += Vec::kWidth) store_narrow(to + d, mul(load(from + d), scale), Vec::kWidth);
-  if (d < dim) store_narrow(to + d, mul(load_half(from + d), scale), dim - d);
+  for (; d + Vec::kWidth <= dim; d += Vec::kWidth) store(to + d, mul(load(from + d), scale));
+  if (d < dim) store_half(to + d, mul(load_half(from + d), scale));
+}
+
+// Bytes of a vector of floats; returns their scale.
+SSD_INLINE float quantise(const float* x, int dim, Int8* to) {
+  const ByteScale found = byte_scale(largest_magnitude(x, dim));
+  if (found.inverse == 0.0f)
+    std::memset(to, 0, static_cast<size_t>(dim));
+  else
+    narrow<Int8>(x, dim, found.inverse, to);
+  return found.scale;
 }
 
 // logits[0, padded) become exp(logit - max); returns 1 / their sum over [0, count).

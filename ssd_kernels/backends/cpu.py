@@ -18,7 +18,6 @@ class CPUBackend(Backend):
     """Parallel over (row, head) on torch's OpenMP threads; AVX-512, AVX2 or portable code, chosen at run time."""
 
     name = "cpu"
-    kv_formats = ("auto",)
 
     def unavailable(self) -> str | None:
         return native.missing()

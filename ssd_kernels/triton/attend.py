@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .slots import origin_of, slot_of
+from .slots import origin_of, scales_of, slot_of
 
 LEAST_FLOAT = tl.constexpr(-3.4028234663852886e38)
 PART_SLOTS = tl.constexpr(16)  # that a warp multiplies at once: the depth of a product of 16-bit matrices
@@ -33,15 +33,16 @@ def raised(highest, logit):
 
 
 @triton.jit
-def attend_matrices(q, keys, values, prompt_keys, prompt_values, apart, logits, total, cut, skip, unscored,
-                    scored_total, scale, scored_slots, D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr,
-                    GROUP_PAD: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, SCORED: tl.constexpr,
-                    SHARED: tl.constexpr):
+def attend_matrices(q, keys, values, prompt_keys, prompt_values, key_scales, value_scales, prompt_key_scales,
+                    prompt_value_scales, apart, logits, total, cut, skip, unscored, scored_total, scale, scored_slots,
+                    D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+                    WARPS: tl.constexpr, STAGES: tl.constexpr, SCORED: tl.constexpr, SHARED: tl.constexpr,
+                    INT8: tl.constexpr):
     """Attention of the queries [GROUP_PAD, D_PAD] of a group over ``total`` slots by products of 16-bit matrices.
 
     A batch of products is a warp's. Where D exceeds 128, neighbouring warps share their slots and halve the dimension.
-    ``prompt_keys``, ``prompt_values``, ``apart``: of `origin_of`. ``cut``, ``skip``: of `slot_of`. Logits are stored of
-    the tokens from ``unscored`` up to ``scored_total``, which are all that have scores or none.
+    ``prompt_keys`` and the like, ``apart``: of `origin_of`. ``cut``, ``skip``: of `slot_of`. Logits are stored of the
+    tokens from ``unscored`` up to ``scored_total``, which are all that have scores or none. Scales are read if INT8.
 
     Returns:
         maximum and sum [PARTS, GROUP_PAD] and output [PARTS, GROUP_PAD, D_PAD] of every part.
@@ -69,13 +70,20 @@ def attend_matrices(q, keys, values, prompt_keys, prompt_values, apart, logits, 
             v_from = origin_of(slot, values, prompt_values, apart)[:, :, None]
         else:
             k_from, v_from = keys, values
-        k = tl.load(k_from + where, mask=mask, other=0.0)
-        v = tl.load(v_from + where, mask=mask, other=0.0)
+        k = tl.load(k_from + where, mask=mask, other=0)
+        v = tl.load(v_from + where, mask=mask, other=0)
+        if INT8:
+            key_scale, value_scale = scales_of(slot, key_scales, value_scales, prompt_key_scales, prompt_value_scales,
+                                               apart, live, SHARED)
+            # Bytes are exact in both types; float16 cannot hold weights times the scales of small values.
+            k, v = k.to(q.dtype), v.to(tl.bfloat16)
         logit = tl.dot(q, tl.permute(k, (0, 2, 1)))  # [WARPS, GROUP_PAD, PART_SLOTS]
         if HALVES > 1:
             both = tl.sum(tl.reshape(logit, [PARTS, HALVES, GROUP_PAD, PART_SLOTS]), 1)
             logit = tl.broadcast_to(both[:, None], [PARTS, HALVES, GROUP_PAD, PART_SLOTS])
             logit = tl.reshape(logit, [WARPS, GROUP_PAD, PART_SLOTS])
+        if INT8:
+            logit *= key_scale[:, None, :]
         logit *= scale
         if SCORED:
             scored = (index >= unscored) & (index < scored_total) if SHARED else index < scored_total
@@ -86,6 +94,8 @@ def attend_matrices(q, keys, values, prompt_keys, prompt_values, apart, logits, 
         weight = tl.exp2(logit - new_highest[:, :, None])
         fade = tl.exp2(highest - new_highest)
         norm = norm * fade + tl.sum(weight, 2)
+        if INT8:
+            weight *= value_scale[:, None, :]
         # One rounding to 16 bits would be an error of the weights as large as that of the whole result may be.
         high = weight.to(v.dtype)
         low = (weight - high.to(tl.float32)).to(v.dtype)
@@ -100,10 +110,11 @@ def attend_matrices(q, keys, values, prompt_keys, prompt_values, apart, logits, 
 
 
 @triton.jit
-def attend_lanes(q, keys, values, prompt_keys, prompt_values, apart, logits, total, cut, skip, unscored, scored_total,
-                 scale, scored_slots, D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr,
-                 GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SCORED: tl.constexpr,
-                 SHARED: tl.constexpr):
+def attend_lanes(q, keys, values, prompt_keys, prompt_values, key_scales, value_scales, prompt_key_scales,
+                 prompt_value_scales, apart, logits, total, cut, skip, unscored, scored_total, scale, scored_slots,
+                 D: tl.constexpr, D_PAD: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+                 BLOCK: tl.constexpr, STAGES: tl.constexpr, SCORED: tl.constexpr, SHARED: tl.constexpr,
+                 INT8: tl.constexpr):
     """`attend_matrices` by multiply-adds, for float32; a part is every ``BLOCK``-th slot."""
     member, part = tl.arange(0, GROUP_PAD), tl.arange(0, BLOCK)
     dim = tl.arange(0, D_PAD)[None, None, :]
@@ -122,9 +133,14 @@ def attend_lanes(q, keys, values, prompt_keys, prompt_values, apart, logits, tot
             v_from = origin_of(slot, values, prompt_values, apart)[:, None, None]
         else:
             k_from, v_from = keys, values
-        k = tl.load(k_from + where, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_from + where, mask=mask, other=0.0).to(tl.float32)
-        logit = tl.sum(k * q, 2) * scale  # [BLOCK, GROUP_PAD]
+        k = tl.load(k_from + where, mask=mask, other=0).to(tl.float32)
+        v = tl.load(v_from + where, mask=mask, other=0).to(tl.float32)
+        logit = tl.sum(k * q, 2)  # [BLOCK, GROUP_PAD]
+        if INT8:
+            key_scale, value_scale = scales_of(slot, key_scales, value_scales, prompt_key_scales, prompt_value_scales,
+                                               apart, live, SHARED)
+            logit *= key_scale[:, None]
+        logit *= scale
         if SCORED:
             scored = (index >= unscored) & (index < scored_total) if SHARED else index < scored_total
             tl.store(logits + member[None, :] * scored_slots + slot[:, None], logit,
@@ -134,6 +150,8 @@ def attend_lanes(q, keys, values, prompt_keys, prompt_values, apart, logits, tot
         weight = tl.exp2(logit - new_highest)
         fade = tl.exp2(highest - new_highest)
         norm = norm * fade + weight
+        if INT8:
+            weight *= value_scale[:, None]
         acc = acc * fade[:, :, None] + weight[:, :, None] * v
         highest = new_highest
     return highest, norm, acc

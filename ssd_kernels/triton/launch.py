@@ -84,21 +84,21 @@ def compile_options(**options: int) -> dict[str, int]:
 
 def decode_constants(head_dim: int, item_size: int, group: int, row_buffer: int, largest: int, scored: bool,
                      keep_prompt: bool, rotary: bool, capability: int = 80, shared: bool = False,
-                     prompt_scores: bool = True) -> tuple[dict[str, int], dict[str, int]]:
+                     prompt_scores: bool = True, int8: bool = False) -> tuple[dict[str, int], dict[str, int]]:
     """What `decode_kernel` is compiled with, for launches and ahead of time alike.
 
     Args:
         head_dim, item_size, group, capability: as in `decode_config`.
         row_buffer, largest, keep_prompt: of the layer's layout. scored: whether any of its heads is.
         rotary: whether q and k are rotated in the launch. shared: whether rows share prompts.
-        prompt_scores: whether kept prompt tokens have scores.
+        prompt_scores: whether kept prompt tokens have scores. int8: whether keys and values are stored in 8 bits.
 
     Returns:
         the kernel's constants, by name, and Triton's options.
     """
     evict_block = max(power_of_two(largest), MIN_EVICT_BLOCK)
     config = decode_config(head_dim, item_size, group, evict_block, capability)
-    return {"KEEP_PROMPT": keep_prompt, "SHARED": shared, "PROMPT_SCORES": prompt_scores,
+    return {"INT8": int8, "KEEP_PROMPT": keep_prompt, "SHARED": shared, "PROMPT_SCORES": prompt_scores,
             "EVERY_STEP": row_buffer <= 1, "SCORED": scored, "ROTARY": rotary, "D": head_dim,
             "D_PAD": power_of_two(head_dim), "GROUP": group, "GROUP_PAD": power_of_two(group),
             "MATRICES": config.matrices, "BLOCK": config.warps if config.matrices else config.block,
@@ -106,19 +106,19 @@ def decode_constants(head_dim: int, item_size: int, group: int, row_buffer: int,
             "STAGES": config.stages}, compile_options(num_warps=config.warps, maxnreg=config.registers)
 
 
-def prefill_constants(head_dim: int, item_size: int, longest: int, keep_prompt: bool, given: bool
-                      ) -> tuple[dict[str, int], dict[str, int]]:
+def prefill_constants(head_dim: int, item_size: int, longest: int, keep_prompt: bool, given: bool,
+                      int8: bool = False) -> tuple[dict[str, int], dict[str, int]]:
     """What `prefill_kernel` is compiled with, for launches and ahead of time alike.
 
     Args:
         head_dim, item_size: as in `decode_config`. longest: prompt tokens. keep_prompt: of the layer's layout.
-        given: whether tokens come with scores.
+        given: whether tokens come with scores. int8: whether keys and values are stored in 8 bits.
 
     Returns:
         the kernel's constants, by name, and Triton's options.
     """
     block = power_of_two(longest)
-    return {"KEEP_PROMPT": keep_prompt, "GIVEN": given, "D": head_dim, "D_PAD": power_of_two(head_dim),
+    return {"INT8": int8, "KEEP_PROMPT": keep_prompt, "GIVEN": given, "D": head_dim, "D_PAD": power_of_two(head_dim),
             "PROMPT_BLOCK": block, "BLOCK": decode_config(head_dim, item_size, 1, block).copy_block
             }, compile_options(num_warps=4)
 
