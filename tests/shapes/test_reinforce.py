@@ -204,11 +204,11 @@ def test_a_resumed_run_is_the_same(tmp_path: Path, variant: str) -> None:
 
 
 def test_learning_shows(tmp_path: Path) -> None:
-    one = learner(tmp_path, steps=12, lr=3e-3, samples=8, measure_every=12)
+    one = learner(tmp_path, steps=8, lr=1e-2, samples=8, measure_every=8)
     while not one.done:
         one.step()
     first, last = one.record.held_out
-    assert last["full"] > first["full"] + 0.1 and last["compressed"] > first["compressed"] + 0.1
+    assert last["full"] > first["full"] + 0.2 and last["compressed"] > first["compressed"] + 0.2
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
@@ -247,9 +247,9 @@ def test_prompts_of_the_task() -> None:
     drawn = task.draw(1, 2, 20)
     assert drawn == task.draw(1, 2, 20) and drawn[:5] == task.draw(1, 2, 5)
     assert drawn != task.draw(1, 3, 20) and drawn != task.draw(2, 2, 20)
-    for (prompt, wanted), test in itertools.product(drawn, (False,)):
+    for prompt, wanted in drawn:
         assert sum(thing["count"] for thing in wanted["include"]) > 1
-        assert test == any(map(world.held_out, world.named(wanted["include"]))) and prompt[-1] == 3
+        assert not any(map(world.held_out, world.named(wanted["include"]))) and prompt[-1] == 3
     assert len(task.held_out) == 20 and {wanted["tag"] for _, wanted in task.held_out} == set(reinforce.FAMILIES)
     assert all(any(map(world.held_out, world.named(wanted["include"]))) for _, wanted in task.held_out)
     assert task.plan.budget(576) == pytest.approx(0.2, abs=0.01)
