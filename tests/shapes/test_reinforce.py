@@ -264,10 +264,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     rewards = itertools.cycle([0.5, 1.0, 0.0])
     monkeypatch.setattr(reinforce, "reward_of", lambda found, wanted: next(rewards))
     given = {"out": tmp_path / "run", "steps": 1, "seeds": 1, "prompts": 1, "samples": 2, "held_out": 2, "layers": 1,
-             "model": model, "threads": 0}
+             "model": model, "threads": 0, "page": tmp_path / "page.md"}
+    (tmp_path / "page.md").write_text("Before.\n<!-- reinforce -->\nold\n<!-- /reinforce -->\nAfter.\n")
     reinforce.reinforce(**given)
     said = capsys.readouterr().out
-    assert "corrected-0 step 1: reward" in said and "| uncorrected | 1 x 1 |" in said
+    assert "corrected-0 step 1: reward" in said and "| uncorrected | 1 | 1 |" in said
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [record["variant"] for record in results["runs"]] == list(grpo.VARIANTS)
     summary = results["summary"]
@@ -275,6 +276,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert all(record["held_out"][0] == results["runs"][0]["held_out"][0] for record in results["runs"])
     assert abs(summary["full"]["kl_per_token"]) < 1e-5 and math.isfinite(summary["corrected"]["kl_per_token"])
     assert (tmp_path / "run" / "reinforce.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "reinforce.png").exists()
+    text = (tmp_path / "page.md").read_text()
+    assert text.startswith("Before.\n") and "| full | 1 | 1 |" in text and text.endswith("After.\n")
     before = (tmp_path / "run" / "results.json").read_bytes()
     reinforce.reinforce(**given)
     assert (tmp_path / "run" / "results.json").read_bytes() == before
