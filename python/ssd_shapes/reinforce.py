@@ -32,8 +32,11 @@ from ssd_janus.pipeline import Pipeline
 from ssd_janus.progress import progress_bar
 from ssd_janus.shape import ModelShape
 from ssd_kernels.files import write_atomically
-from ssd_shapes import attention, detector, export, runs, suite, tokens, world
+from ssd_shapes import attention, export, runs, suite, tokens, world
 from ssd_shapes.grpo import PARTS, VARIANTS, Asked, Learner, Options, Record, Task, Wanted, trained
+
+with needs("train", "scipy"):
+    from ssd_shapes import detector
 
 FAMILIES = ("two_object", "counting", "position", "color_attr")  # of several objects
 
@@ -120,7 +123,7 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 def tables(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """A summary as two tables of Markdown: what was learnt, as means over seeds with the lowest and the highest, and
     what the rollouts were."""
-    learnt = ["| rollouts | seeds | steps | held-out reward, full cache | compressed cache | held-out right, full cache "
+    learnt = ["| rollouts | seeds | steps | held-out reward, full cache | compressed cache | right, full cache "
               "| compressed cache |", "|---|---:|---:|---|---|---|---|"]
     drawn = ["| rollouts | KL, nats per picture | tokens of a ratio beyond 2 | pictures rejected | cache of a step | "
              "rollouts' share of the wall time | of the CPU time | CPU seconds per step |",
@@ -218,6 +221,8 @@ def reinforce(
             raise ValueError(f"--variant must be one of {', '.join(VARIANTS)}, got {name}")
     if page is not None:
         report.check_page(page, ("reinforce",))
+    with needs("plot", "matplotlib"):
+        import matplotlib  # noqa: F401  # not to miss it after hours
     if threads:
         torch.set_num_threads(threads)
     pipe = Pipeline.from_pretrained(model, dtype=torch.float32)
