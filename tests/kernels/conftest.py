@@ -63,11 +63,9 @@ SELECTED = {
 SELECTED_IN_INT8 = {
     "test_every_kind_of_head": "R4-keep_prompt.*bf16|R0-evict_prompt.*-f16",
     "test_shapes": "G1-D40.*-f32|G3-D72.*bf16|G8-D256.*-f16",
-    "test_rows_restart_midway": "R4-evict",
     "test_bits_are_those_of_copies": "G1-D128-R4.*bf16",
     "test_prompts_longer_than_a_block": "P513-G1",
     "test_rotating_inside_is_rotating_before": "bf16",
-    "test_a_row_does_not_depend_on_its_batch": "f32-R4",
     "test_guards_stay_whole": "R4-evict_prompt.*bf16",
     "test_steps_store_the_same_bits_everywhere": r"f32-D40|bf16-D128|\[f16",
     "test_prompts_store_the_same_bits_everywhere": "own-f32-D40|own-f16",
