@@ -22,6 +22,7 @@ from .tensor import Pretended, touched
 
 ITEM_SIZES = (4, 2, 2)  # by the codes of storage types
 TENSORS = ("keys", "values", "scores", "positions", "cursors", "table", "pinned")
+SCALES = (0, 0, 0, 0)  # of caches in 8 bits, which are not pretended
 
 
 class Layer:
@@ -31,7 +32,7 @@ class Layer:
         self.arguments = arguments
         names = ("dtype", "batch", "heads", "head_dim", "slots", "scored_slots", "max_prompt", "num_visual_tokens",
                  "row_buffer", "keep_prompt", "prompt_keys", "prompt_values", "prompt_of", "shared_prompts",
-                 "prompt_scores")
+                 "prompt_scores", "key_scales", "value_scales", "prompt_key_scales", "prompt_value_scales")
         self.addresses = dict(zip(TENSORS, arguments, strict=False))
         self.sizes = SimpleNamespace(**dict(zip(names, arguments[len(TENSORS):], strict=True)))
 
@@ -140,7 +141,8 @@ def _layer(given: SimpleNamespace, batch: int, row_buffer: int, *shared: int) ->
     shared = (given.prompt_keys, given.prompt_values, given.prompt_of, given.shared_prompts, given.PROMPT_SCORES
               ) if getattr(given, "SHARED", False) else (0, 0, 0, 0, True)
     return Layer(*(getattr(given, name) for name in TENSORS), dtype, batch, given.heads, given.D, given.slots,
-                 given.scored_slots, given.max_prompt, given.num_visual_tokens, row_buffer, given.KEEP_PROMPT, *shared)
+                 given.scored_slots, given.max_prompt, given.num_visual_tokens, row_buffer, given.KEEP_PROMPT, *shared,
+                 *SCALES)
 
 
 def _decode(given: SimpleNamespace) -> None:

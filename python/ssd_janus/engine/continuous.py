@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from ssd_attach.online import OnlinePlan
 from ssd_kernels import backends
 from ssd_kernels.arguments import check_int
@@ -52,4 +54,5 @@ def slots(engine: Engine, capacity: int, max_prompt: int | None, steps: int | No
     resolved = backends.resolve(engine.backend, device, engine.dtype, engine.shape.head_dim, engine.plan.kv_format)
     codes = engine.model.model.generation_head.vision_head.out_features
     together = in_one_launch(device) and resolved.name in CAPTURABLE and codes <= MAX_CODES
-    return (OneCache if together else OwnCaches)(engine, capacity, max_prompt, whole if steps is None else steps)
+    with torch.inference_mode(False), torch.no_grad():  # another thread, in another mode, may draw in them
+        return (OneCache if together else OwnCaches)(engine, capacity, max_prompt, whole if steps is None else steps)
