@@ -31,7 +31,7 @@ from ssd_janus.engine import (
     scheduler,
 )
 from ssd_janus.engine.capture import WARM_STEPS
-from ssd_kernels import CachePlan
+from ssd_kernels import CachePlan, backends
 
 STEPS = 20  # three rows of the grid, and some
 PROMPTS = prompts_of(tiny.image_inputs())
@@ -363,14 +363,16 @@ def test_slots_made_in_inference_mode_draw_outside(fresh: Any) -> None:
 
 
 @pytest.mark.skipif(guard.unsupported() is not None, reason="no machine to pretend")
-@pytest.mark.parametrize("capture", [True, False])
-def test_one_graph_whatever_joins(fresh: Any, capture: bool) -> None:
+@pytest.mark.parametrize(("backend", "capture"), [("triton", True), ("triton", False), ("cuda", True)])
+def test_one_graph_whatever_joins(fresh: Any, backend: str, capture: bool) -> None:
     """On the pretended machine: captured once, and replayed by steps that read and copy nothing."""
     plan = plan_of_budget(fresh, 0.2)
     known = [index for index, request in enumerate(REQUESTS) if request.sampling.greedy or request.sampling.numbers]
     on_cpu = {index: alone(Engine(fresh, plan), REQUESTS[index]) for index in known if REQUESTS[index].sampling.greedy}
     with pretend.pretended(devices=1) as machine:
-        engine = Engine(fresh.to("cuda"), plan, capture=capture)
+        if reason := backends.available()[backend]:
+            pytest.skip(f"{backend}: {reason}")
+        engine = Engine(fresh.to("cuda"), plan, backend=backend, capture=capture)
         expected = {index: alone(engine, REQUESTS[index]) for index in known}
         assert all(torch.equal(expected[index], tokens) for index, tokens in on_cpu.items()) and on_cpu
         machine.graphs.clear()
@@ -416,7 +418,7 @@ def test_a_scheduler_on_a_device_keeps_pace(fresh: Any) -> None:
     """It waits for a step before it launches the second after it, and never for the last."""
     plan = plan_of_budget(fresh, 0.2)
     with pretend.pretended(devices=1) as machine:
-        engine = Engine(fresh.to("cuda"), plan)
+        engine = Engine(fresh.to("cuda"), plan, backend="triton")
         expected = [alone(engine, request) for request in REQUESTS[:3]]
         with Scheduler(engine.slots(2, steps=STEPS)) as made:
             tickets = [made.submit(request) for request in REQUESTS[:3]]

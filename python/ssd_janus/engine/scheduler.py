@@ -40,13 +40,14 @@ class Ticket(Future[torch.Tensor]):
     Attributes:
         request: what is drawn.
         drawn: tokens so far.
-        submitted, joined, first_row, finished: `time.monotonic` of these moments; None before.
+        submitted, joined, first_row, finished: these moments by the scheduler's clock; None before.
     """
 
-    def __init__(self, scheduler: Scheduler, request: PictureRequest, rows_drawn: RowsDrawn | None) -> None:
+    def __init__(self, scheduler: Scheduler, request: PictureRequest, rows_drawn: RowsDrawn | None,
+                 submitted: float) -> None:
         super().__init__()
         self.request, self.rows_drawn, self.drawn = request, rows_drawn, 0
-        self.submitted = time.monotonic()
+        self.submitted = submitted
         self.joined: float | None = None
         self.first_row: float | None = None
         self.finished: float | None = None
@@ -78,17 +79,20 @@ class Scheduler:
     Every method may be called from any thread. A picture that fails gives its error to its own ticket.
     """
 
-    def __init__(self, slots: Slots, *, max_waiting: int = 256, prompt_tokens: int = PROMPT_TOKENS) -> None:
+    def __init__(self, slots: Slots, *, max_waiting: int = 256, prompt_tokens: int = PROMPT_TOKENS,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         """
         Args:
             slots: for this scheduler alone.
             max_waiting: pictures that may wait.
             prompt_tokens: of joining pictures that are run between two steps of those that are drawn, about; at least
                 a layer of one prompt is.
+            clock: of the tickets' times, in seconds.
         """
         check_int("max_waiting", max_waiting, 1)
         check_int("prompt_tokens", prompt_tokens, 1)
         self._slots, self._max_waiting, self._prompt_tokens = slots, max_waiting, prompt_tokens
+        self._clock = clock
         self._columns = slots.engine.shape.columns
         self._changed = threading.Condition()  # holds what follows
         self._waiting: deque[Ticket] = deque()
@@ -124,7 +128,7 @@ class Scheduler:
         """Ask for several pictures, for all or for none of them; see `submit`."""
         for request in requests:
             self._slots.check(request)
-        tickets = [Ticket(self, *both) for both in zip(requests, rows_drawn, strict=True)]
+        tickets = [Ticket(self, *both, self._clock()) for both in zip(requests, rows_drawn, strict=True)]
         with self._changed:
             if self._closed:
                 raise Closed("no more pictures are drawn") from self._failure
@@ -229,7 +233,7 @@ class Scheduler:
             return
         if joined:
             slots = [picture.slot for picture in self._joining.pictures]
-            now = time.monotonic()
+            now = self._clock()
             for slot, ticket in zip(slots, self._end_joining(), strict=True):
                 self._running[slot], ticket.joined = ticket, now
                 self._progressed(slot, ticket)
@@ -276,7 +280,7 @@ class Scheduler:
         try:
             if ticket.drawn % self._columns == 0:
                 tokens = self._slots.drawn(slot) if ticket.rows_drawn is not None else None
-                ticket.first_row = ticket.first_row or time.monotonic()
+                ticket.first_row = ticket.first_row or self._clock()
                 if ticket.rows_drawn is not None and not ticket.cancelled():
                     ticket.rows_drawn(tokens)
             if ticket.drawn < self._slots.steps:
@@ -286,7 +290,7 @@ class Scheduler:
             self._leave(slot)
             _fail(ticket, error)
             return
-        ticket.finished = time.monotonic()
+        ticket.finished = self._clock()
         self._leave(slot)
         self._finished += 1
         if ticket.set_running_or_notify_cancel():
