@@ -5,10 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .. import kv_format
+from ..kv_format import LARGEST as LARGEST_BYTE
+from ..kv_format import SMALLEST_AMAX as SMALLEST_STORED
 
-LARGEST = tl.constexpr(kv_format.LARGEST)
-SMALLEST_AMAX = tl.constexpr(kv_format.SMALLEST_AMAX)
+LARGEST = tl.constexpr(LARGEST_BYTE)
+SMALLEST_AMAX = tl.constexpr(SMALLEST_STORED)
 INFINITY = tl.constexpr(0x7F800000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # all of a float's bits but the sign
 # Added to a number below 2^22, it leaves that rounded to an integer, half to even, in the sum's lowest bits.
