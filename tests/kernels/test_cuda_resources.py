@@ -322,6 +322,22 @@ def test_shortest_way() -> None:
     assert shortest_way(found, r"^LDGSTS.*\.128") == 4 and shortest_way(found, "^LDL") == 0
 
 
+def test_tiles() -> None:
+    """Ways round loops that copy and multiply, past what one round or another leaves out; other loops don't count."""
+    products = "".join(f"/*{16 * (index + 6):04x}*/ FFMA R1, R2, R3, R1 ;" for index in range(16))
+    found = listing(f"""
+        /*0000*/                   NOP ;
+        /*0010*/               @P0 BRA 0x50 ;
+        /*0020*/                   NOP ;
+        /*0030*/                   NOP ;
+        /*0040*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR8][R2.64] ;
+        /*0050*/               @P1 BRA 0x160 ;{products}
+        /*0160*/               @P2 BRA 0x10 ;
+        /*0170*/               @P2 BRA 0x50 ;
+        /*0180*/                   EXIT ;""")
+    assert tiles(found) == [5 + 16 + 1]
+
+
 @needs_objects
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_resources(source: Path) -> None:
