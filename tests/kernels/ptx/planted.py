@@ -51,8 +51,8 @@ KERNELS = {"f32-D40-G1": Kernel("decode_f32", "float, 0, 1", F32, 40, 1),
 def runs(kernel: Kernel) -> list[Callable[[], object]]:
     """Short ones that together reach every instruction that orders something, and the others."""
     def pair(plan: CachePlan, steps: int, lengths: tuple[int, int]) -> object:
-        both = Pair(plan, kernel.case, group=kernel.group, head_dim=kernel.head_dim, max_prompt=max(lengths), steps=steps,
-                    dtype=kernel.dtype)
+        both = Pair(plan, kernel.case, group=kernel.group, head_dim=kernel.head_dim, max_prompt=max(lengths),
+                    steps=steps, dtype=kernel.dtype)
         both.prefill(lengths)
         return both.run(steps)
 
@@ -66,7 +66,8 @@ def runs(kernel: Kernel) -> list[Callable[[], object]]:
 def ties(kernel: Kernel) -> object:
     """Windows that wrap, and heavy heads in which all tokens but one have a score of exactly 0."""
     plan = CachePlan([[HeadSpec.window(5), HeadSpec.heavy(4)]])
-    pair = Pair(plan, kernel.case, group=kernel.group, head_dim=32, max_prompt=1, steps=9, scale=1.0, dtype=kernel.dtype)
+    pair = Pair(plan, kernel.case, group=kernel.group, head_dim=32, max_prompt=1, steps=9, scale=1.0,
+                dtype=kernel.dtype)
     loud = torch.zeros(2, 2, 1, 32)
     loud[..., 0] = 100.0  # quiet keys' logits are 2e4 below, and their probability 0
     pair.prefill((1, 1), k=loud)
@@ -189,7 +190,7 @@ CHANGES_TO_BYTES: dict[str, tuple[Change, ...]] = {
     "scales that stay behind": (("evict.cuh", "head.value_scales[to] = value_scale;", ""),),
     "scales of absent tokens": (("attend.cuh", "layer.value_scales) + slot,\n                          j < count);",
                                  "layer.value_scales) + slot, true);"),),
-    "a digit too few": (("int8.cuh", "65536.0f * static_cast<float>(sums[2])", "0.0f"),),
+    "a digit too few": (("attend.cuh", "65536.0f * static_cast<float>(sums[2])", "0.0f"),),
     "halves rounded up": (("port.cuh", "__float2int_rn(x)", "__float2int_rd(x + 0.5f)"),),
 }
 
