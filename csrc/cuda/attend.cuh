@@ -106,6 +106,7 @@ struct Attention {
   const int32_t gap;    // item.gap, from `begin` on
   const int32_t apart;  // item.view.apart, from `begin` on
   int32_t tiles;        // of keys; and as many of values
+  int32_t warp_tiles;   // of which this warp reads any token: in the last one it may have nothing to do
   // The first chunk that this lane reads of its first token.
   const char* lane_keys;
   const char* lane_values;
@@ -125,6 +126,8 @@ struct Attention {
         gap(item.gap - begin),
         apart(item.view.apart - begin) {
     tiles = whole_tiles(count + tile_tokens() - 1);
+    const int32_t before = (port::warp_index() * port::kWarp >> shape.lane_bits_) * kDepth;
+    warp_tiles = port::shuffle(static_cast<int32_t>(whole_tiles(larger(count - before, 0) + tile_tokens() - 1)), 0);
     const int64_t first =
         static_cast<int64_t>(begin + slot_group() * kDepth) * shape.slot_bytes() + lane() * Shape::kBytes;
     lane_keys = port::whole(reinterpret_cast<const char*>(keys) + first);
@@ -155,10 +158,6 @@ struct Attention {
   // The token of this part that this thread reads in a tile, maybe beyond the last.
   SSD_DEVICE int32_t token(int32_t tile, int depth) const {
     return tile * tile_tokens() + slot_group() * kDepth + depth;
-  }
-  // Whether a warp reads any that is there: a tile's last warps may have nothing to do.
-  SSD_DEVICE bool has_tokens(int32_t tile) const {
-    return tile * tile_tokens() + (port::warp_index() * port::kWarp >> shape.lane_bits_) * kDepth < count;
   }
   // Of a slot's lanes, each has one logit in the end, or several have the same: then the first of them counts.
   SSD_DEVICE int32_t lanes_per_depth() const { return shape.lanes() / kDepth; }
@@ -202,7 +201,7 @@ struct Attention {
       next = from + further(first);
       return true;
     }
-    if (!has_tokens(tile)) return false;
+    if (tile >= warp_tiles) return false;
     if (until >= count)
       copy_slots(index, tile, from + further(first), [](int32_t) { return 0; });
     else
@@ -277,7 +276,7 @@ struct Attention {
     for (int32_t tile = 0; tile < tiles; ++tile) {
       port::wait_copies<kStages - 2>();
       fetch(tile + kStages - 1);
-      if (!has_tokens(tile)) continue;
+      if (tile >= warp_tiles) break;
       float dot[kGroup][kDepth] = {};
 #pragma unroll
       for (int depth = 0; depth < kDepth; ++depth)
@@ -349,7 +348,7 @@ struct Attention {
     for (int32_t tile = 0; tile < tiles; ++tile) {
       port::wait_copies<kStages - 2>();
       fetch(tiles + tile + kStages - 1);
-      if (!has_tokens(tile)) continue;
+      if (tile >= warp_tiles) break;
       float weight[kGroup][kDepth], scale[kDepth];
       if constexpr (kInt8) port::load_floats<kDepth>(shared.value_scales + token(tile, 0), scale);
 #pragma unroll
