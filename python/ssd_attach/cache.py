@@ -7,7 +7,7 @@ is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -58,7 +58,7 @@ class Generation:
 
     def __init__(self, plan: CachePlan, num_visual_tokens: int, backend: str = "auto",
                  observer: Observer | None = None, *, guided: bool = True, watch: Watch | None = None,
-                 owner: object = None) -> None:
+                 owner: object = None, share: Sequence[int] | None = None) -> None:
         """
         Args:
             plan: of as many layers and KV heads as the decoder has.
@@ -68,6 +68,8 @@ class Generation:
             guided: False leaves the second half of the rows out.
             watch: of steps on a CPU, from one to the next.
             owner: as the attribute.
+            share: of every row that follows the prompt, which row of the prompt it goes on from; rows that go on from
+                the same one hold it once where the plan keeps prompts. None: each has its own.
         """
         self.plan = plan
         self.num_visual_tokens = num_visual_tokens
@@ -76,6 +78,7 @@ class Generation:
         self.guided = guided
         self.watch = watch
         self.owner = owner
+        self.share = None if share is None else list(share)
         self.compressed: CompressedCache | None = None
         self.called = False
         self.finished = False
@@ -153,9 +156,17 @@ class Generation:
         """Store a layer's prompt: query [B, Hq, P, D], keys and values [B, H, P, D], rotated."""
         compressed = self.compressed or self._begin(query, values)
         prompt = self._without_padding(keys), self._without_padding(values)
-        compressed.prefill(layer, *prompt, self._prompt_lens)
+        share, lens = self.share, self._prompt_lens
+        if share is not None and (self.observer is not None or not self.plan.keep_prompt):
+            own, own_lens = (prompt[0][share], prompt[1][share]), [lens[entry] for entry in share]
+        else:
+            own, own_lens = prompt, lens
+        if share is not None and self.plan.keep_prompt:
+            compressed.prefill(layer, *prompt, lens, share=share)
+        else:
+            compressed.prefill(layer, *own, own_lens)
         if self.observer is not None:
-            self.observer.prefill(compressed, layer, *prompt, self._prompt_lens)
+            self.observer.prefill(compressed, layer, *own, own_lens)
 
     def decode(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
                scale: float | None) -> torch.Tensor:
@@ -177,10 +188,12 @@ class Generation:
             real = self._real.to(values.device).expand(rows, -1)
             self._prompt_lens = real.sum(1).tolist()
             self._order = real.int().argsort(dim=1, descending=True, stable=True)[:, :max(self._prompt_lens)]
+        following = rows if self.share is None else len(self.share)
         compressed = CompressedCache(
-            self.plan, batch_size=rows, num_query_heads=query.shape[1], head_dim=head_dim,
+            self.plan, batch_size=following, num_query_heads=query.shape[1], head_dim=head_dim,
             max_prompt=max(self._prompt_lens), num_visual_tokens=self.num_visual_tokens, dtype=values.dtype,
-            device=values.device, backend=self.backend)
+            device=values.device, backend=self.backend,
+            shared_prompts=rows if rows < following and self.plan.keep_prompt else None)
         compressed.warmup()  # so that a compilation is announced, and not part of the first token
         self.compressed = compressed
         return compressed
@@ -295,6 +308,11 @@ class DecoderCache(Cache):
     def finish(self) -> None:
         """Let no other `generate` call continue this cache."""
         self.generation.finish()
+
+    def release(self) -> None:
+        """Free the memory now, whoever still holds this. torch.compile's records of a model that it compiled do, until
+        Python collects garbage."""
+        self.generation.compressed = None
 
 
 def take_over(cache: DynamicCache, generation: Generation) -> None:

@@ -6,7 +6,7 @@ import inspect
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -20,7 +20,7 @@ from ssd_kernels.policies import HeadProfile, Raster
 
 from .cache import DecoderCache, Generation, Observer, Watch, generation_of, take_over
 from .choice import Choice, choose
-from .internals import CACHE_NAME, checkpoints_layers, register_routed, remove_hooks, route, unroute
+from .internals import CACHE_NAME, cache_advice, checkpoints_layers, register_routed, remove_hooks, route, unroute
 from .models import PictureForm
 from .online import OnlinePlan
 from .shape import ModelShape
@@ -40,9 +40,11 @@ class Coupling:
         plan, num_visual_tokens, backend: what caches are made from.
         answers: put a cache in the place of an absent or empty one; else only `generation` makes them.
         through_model: what was attached is a model around the decoder.
+        advice: what to do about calls with a cache that can be no compressed one.
     """
 
     through_model = False
+    advice = "leave cache_implementation out"
 
     def __init__(self, plan: CachePlan, num_visual_tokens: int, backend: str = "auto", *, answers: bool = False,
                  begins: Callable[[Mapping[str, Any]], bool] | None = None) -> None:
@@ -77,13 +79,13 @@ class Coupling:
         """Let attention of the decoder ask caches to attend, for as long as this lives or until `unroute`."""
         self._routed = route(decoder, self)
 
-    def generation(self, observer: Observer | None = None, guided: bool = True,
-                   watch: Watch | None = None) -> Generation:
+    def generation(self, observer: Observer | None = None, guided: bool = True, watch: Watch | None = None,
+                   share: Sequence[int] | None = None) -> Generation:
         """A fresh one; an online plan brings its own observer."""
         if isinstance(self.plan, OnlinePlan):
             observer = self.plan.observer()
         made = Generation(self.plan, self.num_visual_tokens, self.backend, observer, guided=guided, watch=watch,
-                          owner=self)
+                          owner=self, share=share)
         self._generations.add(made)
         return made
 
@@ -99,9 +101,7 @@ class Coupling:
         name = next((name for name in _CACHE_NAMES if given.get(name) is not None), CACHE_NAME)
         generation = generation_of(given.get(name))
         if generation is None and self.answers and self._starts(given, given.get(name)):
-            _check_takes_caches(module)
-            self.route(module)  # the implementation may have been changed since
-            generation = self.generation()
+            generation = self.begun(module)
             if given.get(name) is None:
                 given[name] = DecoderCache(generation)
             else:
@@ -109,6 +109,16 @@ class Coupling:
         if generation is None or generation.owner is not self:
             return None
         return (), generation.inputs(given)
+
+    def begun(self, decoder: torch.nn.Module, share: Sequence[int] | None = None) -> Generation:
+        """A fresh generation of an attached decoder; ``share`` as in `Generation`.
+
+        Raises:
+            ValueError: the decoder checkpoints gradients.
+        """
+        _check_takes_caches(decoder)
+        self.route(decoder)  # the implementation may have been changed since
+        return self.generation(share=share)
 
     def _starts(self, given: Mapping[str, Any], cache: object) -> bool:
         """Whether a call is the beginning of what is to be compressed."""
@@ -121,7 +131,7 @@ class Coupling:
             return False
         if cache is not None and not isinstance(cache, DynamicCache):
             raise ValueError(f"{CACHE_NAME} must be left out or an empty DynamicCache on an attached decoder, whose "
-                             f"plan says what is cached, got {type(cache).__name__}; leave cache_implementation out")
+                             f"plan says what is cached, got {type(cache).__name__}; {self.advice}")
         return True
 
     def enter(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -169,7 +179,8 @@ def coupled(decoder: torch.nn.Module, coupling: Coupling) -> Iterator[None]:
 
 
 def attach(model: PreTrainedModel, plan: CachePlan | str | None = None, backend: str = "auto", *,
-           pictures: Raster | PictureForm, budget: float | None = None, row_buffer: int | None = None,
+           pictures: Raster | PictureForm, budget: float | None = None, byte_budget: float | None = None,
+           kv_format: str | None = None, row_buffer: int | None = None,
            profile: HeadProfile | str | PathLike[str] | None = None, **parameters: Any) -> Choice:
     """Keep the KV caches of a decoder under a plan, in loops that stay as they are.
 
@@ -186,7 +197,7 @@ def attach(model: PreTrainedModel, plan: CachePlan | str | None = None, backend:
         pictures: where the rows of a picture's grid stand among the tokens that follow a prompt, and how many these
             are: at most that many follow. A form (`ssd_attach.models`) may also say which calls of ``model`` are
             pictures; others, such as text, are left alone.
-        budget, row_buffer, profile, parameters: of the policy, see `choose`.
+        budget, byte_budget, kv_format, row_buffer, profile, parameters: of the policy, see `choose`.
 
     Returns:
         what was chosen; its text, which is logged, too, is one line.
@@ -205,8 +216,8 @@ def attach(model: PreTrainedModel, plan: CachePlan | str | None = None, backend:
         raise ValueError(f"model must be one around its decoder for pictures that its calls tell from text, got the "
                          f"decoder itself, {type(model).__name__}")
     choice = choose(ModelShape.of_decoder(decoder.config, form.raster), plan,
-                    decoder.get_input_embeddings().weight.dtype, budget=budget, row_buffer=row_buffer, profile=profile,
-                    parameters=parameters)
+                    decoder.get_input_embeddings().weight.dtype, budget=budget, byte_budget=byte_budget,
+                    kv_format=kv_format, row_buffer=row_buffer, profile=profile, parameters=parameters)
     check_backend(backend)
     coupling = Coupling(choice.plan, choice.shape.num_visual_tokens, backend, answers=True, begins=form.begins)
     with _lock:
@@ -216,6 +227,7 @@ def attach(model: PreTrainedModel, plan: CachePlan | str | None = None, backend:
         for module in {model, decoder}:
             vars(module)[_ATTACHED] = coupling
         coupling.through_model = model is not decoder
+        coupling.advice = cache_advice(model) or coupling.advice
         if form.begins is not None:
             model.register_forward_pre_hook(coupling.enter, with_kwargs=True)
             model.register_forward_hook(coupling.leave, always_call=True)
@@ -269,6 +281,22 @@ def caches(model: PreTrainedModel) -> list[CompressedCache]:
         raise TypeError(f"model must be a model or decoder, got {type(model).__name__}")
     coupling: Coupling | None = vars(model).get(_ATTACHED)
     return [] if coupling is None else coupling.caches()
+
+
+def cache_for(model: PreTrainedModel, share: Sequence[int]) -> DecoderCache | None:
+    """The cache to call the decoder of an attached model with for prompts that several rows go on from; None if it is
+    not attached.
+
+    Args:
+        model: as given to `attach`.
+        share: of every row that follows, which row of the prompts it goes on from.
+
+    Raises:
+        ValueError: the decoder checkpoints gradients.
+    """
+    decoder = model.get_decoder()
+    coupling: Coupling | None = vars(decoder).get(_ATTACHED)
+    return None if coupling is None else DecoderCache(coupling.begun(decoder, share))
 
 
 def _check_model(model: object) -> None:

@@ -51,9 +51,9 @@ from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, Janus
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 __all__ = ["ACT2FN", "CACHE_NAME", "GenerationMode", "KEPT_WHEN_LOADED", "KeyHandle", "MODEL_ARGUMENTS", "STOCK",
-           "checkpoints_layers", "compiled", "foreign_hooks", "is_routed", "logits_processors", "modeling_janus",
-           "no_init_weights", "prepared_config", "register_routed", "remove_hooks", "route", "unroute",
-           "without_weights"]
+           "cache_advice", "checkpoints_layers", "compiled", "foreign_hooks", "is_routed", "logits_processors",
+           "modeling_janus", "no_init_weights", "prepared_config", "register_routed", "remove_hooks", "route",
+           "unroute", "without_weights"]
 
 # `inspect.signature` sees through decorators that still take a former name.
 CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
@@ -99,6 +99,14 @@ def remove_hooks(module: nn.Module, owner: object) -> None:
             for each in (hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs,
                          module._forward_hooks_always_called):
                 each.pop(number, None)
+
+
+def cache_advice(model: nn.Module) -> str | None:
+    """What else to do where ``generate`` of a model makes caches that cannot be compressed; None for most models."""
+    if not isinstance(model, JanusForConditionalGeneration):
+        return None
+    return ("transformers' loop for the pictures of a Janus makes one; ssd_janus.enable(model, ...) draws them with "
+            "compressed caches")
 
 
 def checkpoints_layers(module: nn.Module) -> bool:

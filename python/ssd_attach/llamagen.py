@@ -50,15 +50,16 @@ def shape_of(model: nn.Module) -> ModelShape:
 
 
 def attach(model: nn.Module, plan: CachePlan | str | None = None, backend: str = "auto", *,
-           budget: float | None = None, row_buffer: int | None = None,
-           profile: HeadProfile | str | PathLike[str] | None = None, **parameters: Any) -> Choice:
+           budget: float | None = None, byte_budget: float | None = None, kv_format: str | None = None,
+           row_buffer: int | None = None, profile: HeadProfile | str | PathLike[str] | None = None,
+           **parameters: Any) -> Choice:
     """Let LlamaGen's ``generate`` keep its KV caches under a plan. Attaching again replaces plan and backend.
 
     As LlamaGen keeps its caches in the model, one call draws at a time. Not with ``compile=True`` of its scripts.
 
     Args:
         model: LlamaGen's ``Transformer``.
-        plan, backend, budget, row_buffer, profile, parameters: as `ssd_attach.attach`.
+        plan, backend, budget, byte_budget, kv_format, row_buffer, profile, parameters: as `ssd_attach.attach`.
 
     Returns:
         what was chosen; its text, which is logged, too, is one line.
@@ -68,8 +69,8 @@ def attach(model: nn.Module, plan: CachePlan | str | None = None, backend: str =
         ValueError: as `ssd_attach.attach`.
     """
     shape = shape_of(model)
-    choice = choose(shape, plan, next(model.layers.parameters()).dtype, budget=budget, row_buffer=row_buffer,
-                    profile=profile, parameters=parameters)
+    choice = choose(shape, plan, next(model.layers.parameters()).dtype, budget=budget, byte_budget=byte_budget,
+                    kv_format=kv_format, row_buffer=row_buffer, profile=profile, parameters=parameters)
     check_backend(backend)
     detach(model)
     setattr(model, _ATTACHED, vars(model).get("setup_caches"))

@@ -55,9 +55,9 @@ class ModelShape:
                    columns=raster.columns,
                    raster=raster)
 
-    def full_plan(self) -> CachePlan:
-        """The plan that keeps every token: ordinary dense attention."""
-        return CachePlan.uniform(HeadSpec.full(), self.num_layers, self.num_heads)
+    def full_plan(self, kv_format: str = "auto") -> CachePlan:
+        """The plan that keeps every token: ordinary dense attention, but for how ``kv_format`` stores them."""
+        return CachePlan.uniform(HeadSpec.full(), self.num_layers, self.num_heads, kv_format=kv_format)
 
     def check(self, plan: object) -> CachePlan:
         """``plan`` itself when it fits.

@@ -107,8 +107,10 @@ def draw(pipe: Pipeline, layout: Layout | None, out: Path, prompts: Sequence[Fil
 def _settings(pipe: Pipeline, plan: CachePlan, guidance_scale: float | None) -> dict[str, Any]:
     """What pictures depend on, besides their prompts and seeds."""
     digest = hashlib.blake2b(json.dumps(plan.to_dict(), sort_keys=True).encode(), digest_size=6).hexdigest()
+    stored = "" if plan.kv_format == "auto" else f"{plan.kv_format}, "
     return {"guidance_scale": pipe.guidance(guidance_scale),
-            "plan": f"budget {plan.budget(pipe.shape.num_visual_tokens):.4f}, row buffer {plan.row_buffer}, {digest}",
+            "plan": f"budget {plan.budget(pipe.shape.num_visual_tokens):.4f}, row buffer {plan.row_buffer}, {stored}"
+                    f"{digest}",
             "weights": fingerprint(pipe.model), "dtype": str(pipe.dtype).removeprefix("torch."),
             "sampling": sampling_settings(pipe.model)}
 

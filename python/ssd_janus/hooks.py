@@ -58,8 +58,9 @@ class _Enabled:
 
 
 def enable(model: JanusForConditionalGeneration, plan: CachePlan | str | None = None, backend: str = "auto", *,
-           budget: float | None = None, row_buffer: int | None = None,
-           profile: HeadProfile | str | PathLike[str] | None = None, engine: bool = True, **parameters: Any) -> Choice:
+           budget: float | None = None, byte_budget: float | None = None, kv_format: str | None = None,
+           row_buffer: int | None = None, profile: HeadProfile | str | PathLike[str] | None = None,
+           engine: bool = True, **parameters: Any) -> Choice:
     """Make ``model.generate(..., generation_mode="image")`` keep its KV cache under a plan.
 
     Calls stay literally unchanged, and all of transformers' sampling options work. ``guidance_scale <= 1`` draws with
@@ -74,7 +75,7 @@ def enable(model: JanusForConditionalGeneration, plan: CachePlan | str | None = 
         plan: head specs for the model's layers and KV heads, or the name of a policy, such as ``"decayed"``; None for
             a default, see `ssd_attach.choice.choose`.
         backend: ``"auto"`` or one of `ssd_kernels.info`'s backends.
-        budget, row_buffer, profile, parameters: of the policy, see `ssd_attach.choice.choose`.
+        budget, byte_budget, kv_format, row_buffer, profile, parameters: of the policy, see `ssd_attach.choice.choose`.
         engine: draw with `ssd_janus.engine`, which gives the same tokens, where the call's options allow; else, and
             for all other calls, transformers' own loop draws. Loops over a model of DeepSeek's code stay what they are.
 
@@ -87,11 +88,12 @@ def enable(model: JanusForConditionalGeneration, plan: CachePlan | str | None = 
             run here.
     """
     if is_official(model):
-        return loops.enable(model, plan, backend, budget=budget, row_buffer=row_buffer, profile=profile, **parameters)
+        return loops.enable(model, plan, backend, budget=budget, byte_budget=byte_budget, kv_format=kv_format,
+                            row_buffer=row_buffer, profile=profile, **parameters)
     _check_model(model)
     shape = ModelShape.of(model)
-    choice = choose(shape, plan, placement(model)[1], budget=budget, row_buffer=row_buffer, profile=profile,
-                    parameters=parameters)
+    choice = choose(shape, plan, placement(model)[1], budget=budget, byte_budget=byte_budget,
+                    kv_format=kv_format, row_buffer=row_buffer, profile=profile, parameters=parameters)
     check_backend(backend)
     with _lock:
         if engine:
@@ -206,7 +208,10 @@ def _generate(self: JanusForConditionalGeneration, *args: Any, **kwargs: Any) ->
     coupling = enabled.fresh()
     cache = DecoderCache(coupling.generation(guided=guided, watch=StepWatch()))
     with drawing(self, coupling, cache):
-        return inner(*args, **{**kwargs, CACHE_NAME: cache})
+        output = inner(*args, **{**kwargs, CACHE_NAME: cache})
+    if isinstance(output, torch.Tensor):  # anything else may hold the cache for the caller
+        cache.release()
+    return output
 
 
 def _through_engine(model: JanusForConditionalGeneration, enabled: _Enabled, args: tuple[Any, ...],

@@ -30,6 +30,7 @@ from ssd_kernels.reading import shown
 
 from . import hooks, official
 from .checkpoints import included_model
+from .checks import check_number, check_prompts, sampling_options
 from .engine import Engine, MemoryReport, Sampling, call, decode, unsupported
 from .engine.sampling import SampledByPicture
 from .images import to_pictures
@@ -206,14 +207,14 @@ class Pipeline:
         """As `generate_tokens`."""
         if observer is not None and plan is None:
             raise ValueError("observer needs a plan, got plan=None")
-        prompts = _check_prompts(prompts)
-        _check_number("num_images_per_prompt", num_images_per_prompt, int, 1)
-        _check_number("seed", seed, int, 0)
+        prompts = check_prompts(prompts)
+        check_number("num_images_per_prompt", num_images_per_prompt, int, 1)
+        check_number("seed", seed, int, 0)
         guidance = self.guidance(guidance_scale)
-        options = _sampling_options(temperature, top_k, top_p)
+        options = sampling_options(temperature, top_k, top_p)
         texts = [text for text in self._texts(prompts) for _ in range(num_images_per_prompt)]
         if batch_size is not None:
-            _check_number("batch_size", batch_size, int, 1)
+            check_number("batch_size", batch_size, int, 1)
         plan, backend = self._plan(plan)
         check_observer(plan, observer)
         reason = unsupported(self.model)
@@ -243,7 +244,7 @@ class Pipeline:
             TypeError, ValueError: no number of at least 0.
         """
         if guidance_scale is not None:
-            _check_number("guidance_scale", guidance_scale, float, 0)
+            check_number("guidance_scale", guidance_scale, float, 0)
         if guidance_scale is None:
             guidance_scale = self.model.generation_config.guidance_scale
         return 5.0 if guidance_scale is None else float(guidance_scale)  # transformers' own default
@@ -300,7 +301,8 @@ class Pipeline:
                                     seconds=time.perf_counter() - began, cache_bytes=held.nbytes,
                                     max_prompt=held.max_prompt))
             # Otherwise the next batch's cache would be made while this one still holds its memory.
-            del cache, held
+            cache.release()
+            del held
         largest = max(runs, key=lambda run: run.cache_bytes)
         return torch.cat(tokens), replace(largest, pictures=len(texts), seconds=sum(run.seconds for run in runs))
 
@@ -362,43 +364,3 @@ def _check_kind(source: str, kind: object) -> None:
     if kind != JanusConfig.model_type:
         raise ValueError(f"model must be a Janus (model_type {JanusConfig.model_type!r} or {official.MODEL_TYPE!r} in "
                          f"config.json), got {source} with model_type {kind!r}")
-
-
-def _check_prompts(prompts: object) -> list[str]:
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    if not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts must be a text or a sequence of texts, got {type(prompts).__name__}")
-    if not prompts:
-        raise ValueError("prompts must hold at least one text, got none")
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompts[{index}] must be a text, got {prompt!r}")
-        if not prompt.strip():
-            raise ValueError(f"prompts[{index}] must not be blank, got {prompt!r}")
-    return list(prompts)
-
-
-def _check_number(name: str, value: object, kind: type, minimum: float, maximum: float = 2**62) -> None:
-    kinds = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{name} must be {'an int' if kind is int else 'a number'}, got {value!r}")
-    if not minimum <= value <= maximum:
-        limit = f"at least {minimum}" if maximum == 2**62 and not value > maximum else f"within {minimum} .. {maximum}"
-        raise ValueError(f"{name} must be {limit}, got {value}")
-
-
-def _sampling_options(temperature: float | None, top_k: int | None, top_p: float | None) -> dict[str, Any]:
-    """Options of ``generate``; those left at None stay the model's own."""
-    if temperature is not None:
-        _check_number("temperature", temperature, float, 0)
-    if top_k is not None:
-        _check_number("top_k", top_k, int, 0)
-    if top_p is not None:
-        _check_number("top_p", top_p, float, 0, 1)
-        if top_p == 0:
-            raise ValueError("top_p must be above 0, got 0")
-    if temperature == 0:
-        return {"do_sample": False}
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    return {"do_sample": True, **{name: value for name, value in given.items() if value is not None}}

@@ -72,7 +72,7 @@ def records(plan: CachePlan, profile: HeadProfile | None) -> list[dict[str, Any]
 def _all_of_kind(plan: CachePlan, kind: str) -> CachePlan:
     """The plan with as many slots per head, all heads of one kind of `policies.KINDS`."""
     return CachePlan([[spec if spec.size is None else KINDS[kind](spec.size) for spec in heads]
-                      for heads in plan.layers], plan.row_buffer, plan.keep_prompt)
+                      for heads in plan.layers], plan.row_buffer, plan.keep_prompt, plan.kv_format)
 
 
 def table(plan: CachePlan, heads: Sequence[Mapping[str, Any]]) -> Table:

@@ -182,14 +182,19 @@ def save_comparison(entries: Iterable[Mapping[str, Any]], out: Path, order: Sequ
     """
     with needs("plot", "matplotlib"):
         from matplotlib.figure import Figure
+    from .evaluation.findings import INT8, contender
+
     styles = {name: _style(number) for number, name in enumerate(order)}
-    rows = sorted(entries, key=lambda entry: (order.index(entry["policy"]), entry["row_buffer"], entry["budget"]))
+    styles |= {f"{name}{INT8}": {**style, "fillstyle": "none", "linestyle": (0, (1, 3))}
+               for name, style in styles.items()}
+    rows = sorted(({**entry, "policy": contender(entry), "kept": entry["policy"]} for entry in entries),
+                  key=lambda entry: (order.index(entry["kept"]), entry["policy"], entry["row_buffer"], entry["budget"]))
     measured = {name: [row for row in rows if name in row] for name in ("fidelity", "quality")}
     measured["prediction"] = [row for row in measured["fidelity"] if row.get("predicted_cost", 0) > 0
                               and row["fidelity"]["kl_mean"] > 0]
     files = {}
     for name, draw in (("fidelity", _kl_panels), ("quality", _score_panels), ("prediction", _scatter)):
-        found = [row for row in measured[name] if row["policy"] != "full"]
+        found = [row for row in measured[name] if row["kept"] != "full"]
         if not found:
             continue
         figure = Figure(figsize=(9, 6) if name == "prediction" else (12, 5.5), layout="constrained")
@@ -201,17 +206,17 @@ def save_comparison(entries: Iterable[Mapping[str, Any]], out: Path, order: Sequ
 
 def _panels(figure: Any, rows: Sequence[Mapping[str, Any]], ylabel: str) -> list[tuple[Any, dict[str, list[Any]]]]:
     """One panel per row buffer, and what it shows: rows by policy."""
-    buffers = sorted({row["row_buffer"] for row in rows if row["policy"] != "full"})
-    budgets = sorted({row["budget"] for row in rows if row["policy"] != "full"})
+    buffers = sorted({row["row_buffer"] for row in rows if row["kept"] != "full"})
+    budgets = sorted({row["budget"] for row in rows if row["kept"] != "full"})
     shown = []
     panels = figure.subplots(1, len(buffers), sharex=True, sharey=True, squeeze=False)[0]
     for axes, row_buffer in zip(panels, buffers, strict=True):
         lines: dict[str, list[Any]] = {}
         for row in rows:
-            if row["row_buffer"] == row_buffer and row["policy"] != "full":
+            if row["row_buffer"] == row_buffer and row["kept"] != "full":
                 lines.setdefault(row["policy"], []).append(row)
         axes.set_xscale("log")
-        axes.set_xticks(budgets, [f"{budget:.0%}" for budget in budgets], minor=False)
+        axes.set_xticks(budgets, [f"{100 * budget:.3g}%" for budget in budgets], minor=False)
         axes.set_xticks([], minor=True)
         axes.set(title=f"row buffer {row_buffer}", xlabel="budget", ylabel=ylabel)
         axes.grid(alpha=0.3)
@@ -253,8 +258,8 @@ def _scatter(figure: Any, rows: Sequence[Mapping[str, Any]], styles: Mapping[str
             if found:
                 axes.plot([row["predicted_cost"] for row in found], [row["fidelity"]["kl_mean"] for row in found],
                           label=f"{name}, row buffer {row_buffer}", alpha=0.8,
-                          fillstyle=("none", "full", "left", "top")[buffers.index(row_buffer) % 4],
-                          **{**style, "linestyle": "none", "color": "black"})
+                          **{**style, "linestyle": "none", "color": "black",
+                             "fillstyle": ("none", "full", "left", "top")[buffers.index(row_buffer) % 4]})
     axes.set(xscale="log", yscale="log", xlabel="predicted cost, nats per token",
              ylabel="mean KL to the full cache, nats per token")
     axes.grid(alpha=0.3)

@@ -57,6 +57,11 @@ def plans_beside(shape: Shape, sizes: Sequence[int]) -> list[CachePlan]:
     return [CachePlan([heads] * shape.num_layers, row_buffer) for row_buffer in (0, raster_of(shape).stride)]
 
 
+def everything_in_8_bits(shape: Shape) -> CachePlan:
+    """The plan whose only loss is that of storage in 8 bits."""
+    return CachePlan.uniform(HeadSpec.full(), shape.num_layers, shape.num_heads, kv_format="int8")
+
+
 class HeadStatistics:
     """Watches full-cache runs and sums up, per layer and KV head, what `HeadProfile` holds.
 
@@ -72,7 +77,9 @@ class HeadStatistics:
         """
         shape = pipe.shape
         self.shape, self.sizes = shape, tuple(sizes)
-        self.plans = plans_beside(shape, sizes)
+        evicting = plans_beside(shape, sizes)
+        self.row_buffers = tuple(plan.row_buffer for plan in evicting)
+        self.plans = [*evicting, everything_in_8_bits(shape)]
         self.backend = pipe.backend
         self.projections = [layer.self_attn.o_proj.weight.detach().float()
                             for layer in pipe.model.model.language_model.layers]  # [C, Hq D]
@@ -92,7 +99,9 @@ class HeadStatistics:
         self.guidance = zeros(*head, tokens)
         self.places = places(shape)
         self.place = zeros(*head, len(self.places), tokens)
-        self.error = zeros(*head, len(self.plans), len(KINDS) * len(self.sizes))
+        # Of every plan in turn; each has so many heads for one of the model's.
+        self.heads_each = [plan.num_heads // shape.num_heads for plan in self.plans]
+        self.error = zeros(*head, sum(self.heads_each))
         self.norm = zeros(shape.num_layers)
         self.steps = torch.zeros(shape.num_layers, dtype=torch.long)
         token = torch.arange(tokens, device=pipe.device)
@@ -109,11 +118,10 @@ class HeadStatistics:
 
     def prefill(self, cache: CompressedCache, layer: int, keys: torch.Tensor, values: torch.Tensor,
                 prompt_lens: list[int]) -> None:
-        kinds = len(KINDS) * len(self.sizes)
         if not self.shadows:
-            self.shadows = caches_beside(cache, self.plans, cache.num_query_heads * kinds, self.backend)
-        for shadow in self.shadows:
-            shadow.prefill(layer, keys.repeat(1, kinds, 1, 1), values.repeat(1, kinds, 1, 1), prompt_lens)
+            self.shadows = caches_beside(cache, self.plans, self.backend)
+        for shadow, each in zip(self.shadows, self.heads_each, strict=True):
+            shadow.prefill(layer, keys.repeat(1, each, 1, 1), values.repeat(1, each, 1, 1), prompt_lens)
         rows, heads, longest, channels = keys.shape
         store = keys.new_empty(rows, heads, longest + self.shape.num_visual_tokens, channels)
         store[:, :, :longest] = keys
@@ -155,17 +163,16 @@ class HeadStatistics:
 
     def _costs(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None,
                out: torch.Tensor) -> None:
-        """What every kind and size of every head would have added to the residual stream."""
-        kinds, (rows, heads) = len(KINDS) * len(self.sizes), keys.shape[:2]
-        costs = out.new_empty(rows, *self.error.shape[1:], dtype=torch.float32)  # [B, H, R, K S]
-        repeated = [tensor.repeat(1, kinds, 1) for tensor in (query, keys, values)]
-        for index, shadow in enumerate(self.shadows):
-            got = shadow.decode(layer, *repeated, scale)
-            difference = got.view(rows, kinds, heads, -1).float() - out.view(rows, 1, heads, -1).float()
-            # [B, K S, H, G D]
+        """What every kind and size of every head, and 8 bits, would have added to the residual stream."""
+        rows, heads = keys.shape[:2]
+        costs = []
+        for shadow, each in zip(self.shadows, self.heads_each, strict=True):
+            got = shadow.decode(layer, *(tensor.repeat(1, each, 1) for tensor in (query, keys, values)), scale)
+            difference = got.view(rows, each, heads, -1).float() - out.view(rows, 1, heads, -1).float()
+            # [B, heads of the plan for one of the model's, H, G D]
             added = torch.einsum("bkhi,hij->bkhj", difference, self.grams[layer]) * difference
-            costs[:, :, index] = added.sum(-1).transpose(1, 2)
-        self.pending[layer] = costs, (out.flatten(1).float() @ self.projections[layer].T).square().sum(1)
+            costs.append(added.sum(-1).transpose(1, 2))
+        self.pending[layer] = torch.cat(costs, 2), (out.flatten(1).float() @ self.projections[layer].T).square().sum(1)
 
     def weigh(self, logits: torch.Tensor) -> None:
         """Count the last step's errors by how much its distribution can change: 1 - sum of p^2.
@@ -179,13 +186,13 @@ class HeadStatistics:
         weight = 1 - logits.exp().square().sum(-1)
         for layer, (costs, norm) in self.pending.items():
             rows = weight.repeat(len(norm) // len(weight))
-            self.error[layer] += torch.einsum("b,bhrk->hrk", rows, costs)
+            self.error[layer] += torch.einsum("b,bhk->hk", rows, costs)
             self.norm[layer] += rows @ norm
 
-    def relative_error(self) -> torch.Tensor:
-        """[L, H, R, K, S], as in `HeadProfile`."""
-        error = self.error / self.norm.clamp_min(1e-30)[:, None, None, None]
-        return error.unflatten(-1, (len(KINDS), len(self.sizes)))
+    def relative_errors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``error`` [L, H, R, K, S] and ``int8_error`` [L, H], as in `HeadProfile`."""
+        error = self.error / self.norm.clamp_min(1e-30)[:, None, None]
+        return error[..., :-1].unflatten(-1, (len(self.row_buffers), len(KINDS), len(self.sizes))), error[..., -1]
 
     def profile(self, radius: int, pictures: int) -> HeadProfile:
         """Sum up; all sensitivities are one.
@@ -198,14 +205,15 @@ class HeadStatistics:
         count = self.steps.to(self.age.device).view(-1, 1).clamp_min(1)
         offset = (self.offset / count[..., None]).view(shape.num_layers, shape.num_heads, -1, 2 * self.columns - 1)
         near = offset[..., :radius + 1, max(0, self.columns - 1 - radius):self.columns + radius].sum((2, 3))
+        error, int8_error = self.relative_errors()
         profile = HeadProfile(
             sparsity=1 - near, prompt_mass=self.prompt / count, age_mass=self.age / count[..., None],
             offset_mass=offset, column_mass=self.column / count[..., None], first_mass=self.first / count[..., None],
             place_mass=self.place / self.place.sum(-1, keepdim=True).clamp_min(1e-30),
             guidance_difference=self.guidance / pictures,
-            error=self.relative_error(), sensitivity=torch.ones(shape.num_layers), sizes=self.sizes,
-            kinds=tuple(KINDS), row_buffers=tuple(plan.row_buffer for plan in self.plans), places=self.places,
-            columns=self.columns, radius=radius)
+            error=error, sensitivity=torch.ones(shape.num_layers), sizes=self.sizes,
+            kinds=tuple(KINDS), row_buffers=self.row_buffers, places=self.places,
+            columns=self.columns, radius=radius, int8_error=int8_error)
         for name, value in vars(profile).items():
             if isinstance(value, torch.Tensor):
                 # Large, and only looked at.
@@ -275,7 +283,7 @@ def measure(pipe: Pipeline, prompts: Sequence[str], *, guidance_scale: float | N
         guidance_scale: None for the model's default.
         seed: of the sampling.
         radius: of the neighbourhood that the sparsity score leaves out, tokens; at least 0.
-        batch_size: pictures drawn at once. The measurement takes 24 times the memory of a full cache besides
+        batch_size: pictures drawn at once. The measurement takes 25 times the memory of a full cache besides
             (docs/engine.md, "Memory").
         progress: ``progress(done_steps, all_steps)``.
 

@@ -22,7 +22,6 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
-    kv_formats = ("auto",)
     reads_table = False
 
     def unavailable(self) -> str | None:
@@ -49,17 +48,18 @@ class TritonBackend(Backend):
         layout, (batch, slots, head_dim), heads = state.layout, state.keys.shape, state.table.shape[0]
         group = q.shape[1] // heads
         launch.check_limits(heads, layout.num_visual_tokens)
+        int8 = layout.kv_format == "int8"
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         # From torch's caching allocator, so that all layers share it and a graph keeps it.
         logits = torch.empty((batch, group, layout.scored_slots), dtype=torch.float32, device=q.device)
         constants, options = launch.decode_constants(
             head_dim, q.element_size(), group, layout.row_buffer, layout.largest, layout.scored_slots > 0,
             layout.keep_prompt, rotary is not None, self.capability(q.device), bool(state.shared),
-            layout.prompt_scores)
+            layout.prompt_scores, int8)
         with torch.cuda.device(q.get_device()):
             self.kernels().decode_kernel[(batch * heads,)](
                 q, k, v, *state.tensors, out, logits, logits.view(torch.int32), *(rotary or (logits, logits)),
-                *(state.shared or (q, q, state.table)),
+                *(state.shared or (state.keys, state.keys, state.table)), *_scales(state, logits),
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], batch, heads, slots, layout.scored_slots,
                 layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1),
                 layout.shared_prompts, scale,
@@ -82,15 +82,22 @@ class TritonBackend(Backend):
         # Of the longest prompt that the cache may get, not of this one: the same kernel for all of them.
         longest = max(layout.max_prompt, launch.MIN_EVICT_BLOCK)
         constants, options = launch.prefill_constants(k.shape[3], k.element_size(), longest, layout.keep_prompt,
-                                                      scores is not None)
+                                                      scores is not None, layout.kv_format == "int8")
         lengths, indices = (torch.tensor(list(numbers), dtype=torch.int32).to(k.device, non_blocking=True)
                             for numbers in (prompt_lens, rows))
         slot_list = torch.empty((len(rows), heads, constants["PROMPT_BLOCK"]), dtype=torch.int32, device=k.device)
         with torch.cuda.device(k.get_device()):
             self.kernels().prefill_kernel[(len(rows), heads)](
-                k, v, k if scores is None else scores, lengths, indices, *state.tensors, slot_list, k.shape[2], heads,
-                state.keys.shape[1], layout.scored_slots, layout.max_prompt, layout.num_visual_tokens, layout.pin_words,
+                k, v, k if scores is None else scores, lengths, indices, *state.tensors,
+                *_scales(state, state.scores)[:2], slot_list, k.shape[2], heads, state.keys.shape[1],
+                layout.scored_slots, layout.max_prompt, layout.num_visual_tokens, layout.pin_words,
                 **constants, **options)
+
+
+def _scales(state: LayerState, absent: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Scales of keys, of values, and of shared prompts' keys and values, with ``absent`` for those there are not."""
+    every = state.key_scales, state.value_scales, state.prompt_key_scales, state.prompt_value_scales
+    return tuple(absent if tensor is None else tensor for tensor in every)
 
 
 @cache

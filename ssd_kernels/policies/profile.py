@@ -23,6 +23,7 @@ __all__ = ["KINDS", "HeadProfile"]
 FORMAT, VERSION = "ssd_kernels.profile", 3
 MAX_BYTES = 2**30  # of a file; one of Janus-Pro-7B takes 2**25
 MAX_HEADER = 2**22  # bytes of its header, which holds the prompts
+OPTIONAL = ("int8_error",)  # tensors that profiles made earlier lack
 SLACK = 0.01  # of sums of shares: measured in float32, stored in float16
 # Parts that are shares of the attention mass, and the dimensions over which they sum to 1 or less.
 SHARES: dict[str, tuple[int, ...]] = {"sparsity": (), "prompt_mass": (), "age_mass": (-1,), "offset_mass": (-2, -1),
@@ -74,6 +75,8 @@ class HeadProfile:
         columns: C.
         radius: of the neighbourhood, tokens.
         meta: how it was measured: model, fingerprint of its weights, prompts, seconds; JSON values.
+        int8_error: [L, H] as ``error``, of a head that keeps every token, prompt and picture, in 8 bits; None in a
+            profile made before it was measured.
     """
 
     sparsity: torch.Tensor
@@ -93,6 +96,7 @@ class HeadProfile:
     columns: int
     radius: int
     meta: dict[str, Any] = field(default_factory=dict)
+    int8_error: torch.Tensor | None = None
 
     @property
     def num_layers(self) -> int:
@@ -122,6 +126,12 @@ class HeadProfile:
         error = errors[lower].lerp(errors[upper], share)
         return error * self.sensitivity.double()[:, None, None, None]
 
+    @property
+    def int8_cost(self) -> torch.Tensor:
+        """[L, H] predicted cost of storing a head in 8 bits, nats per token; zeros if it was not measured."""
+        error = torch.zeros(self.num_layers, self.num_heads) if self.int8_error is None else self.int8_error
+        return error.double() * self.sensitivity.double()[:, None]
+
     def check(self, shape: Any) -> HeadProfile:
         """The profile itself when it is of a model of this shape.
 
@@ -143,7 +153,7 @@ class HeadProfile:
 
         tensors = {f.name: value.contiguous() for f in fields(self)
                    if isinstance(value := getattr(self, f.name), torch.Tensor)}
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in tensors}
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*tensors, *OPTIONAL)}
         data = save(tensors, {"format": FORMAT, "version": str(VERSION), "profile": json.dumps(rest)})
         write_atomically(Path(path), lambda file: file.write(data))
 
@@ -166,9 +176,9 @@ class HeadProfile:
                                  f"{shown(version)}")
             tensors: dict[str, Any] = _tensors(data)
             names = [f.name for f in fields(cls) if f.type == "torch.Tensor"]
-            Field(tensors).members(names)
+            Field(tensors).members(names, OPTIONAL)
             rest = Field(parse_json(metadata.members(["profile"], None)["profile"].string()))
-            parts = rest.members([f.name for f in fields(cls) if f.name not in names])
+            parts = rest.members([f.name for f in fields(cls) if f.name not in (*names, *OPTIONAL)])
             parts["meta"].members(optional=None)
             values: dict[str, Any] = {name: tuple(part.value) if isinstance(part.value, list) else part.value
                                       for name, part in parts.items()}
@@ -195,6 +205,8 @@ class HeadProfile:
                   "offset_mass": (layers, heads, -(-tokens // columns), 2 * columns - 1),
                   "error": (layers, heads, len(self.row_buffers), len(self.kinds), len(self.sizes)),
                   "sensitivity": (layers,)}
+        if self.int8_error is not None:
+            shapes["int8_error"] = (layers, heads)
         for name, shape in shapes.items():
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape:

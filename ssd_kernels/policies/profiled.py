@@ -11,7 +11,7 @@ from ..layout import peak_tokens
 from ..plan import CachePlan
 from .profile import KINDS, HeadProfile
 from .raster import raster_of
-from .solve import Shape, Specs, check, check_number, check_share, largest, make
+from .solve import BudgetTooSmall, Shape, Specs, check, check_number, check_share, largest, make
 
 
 def ssd(shape: Shape, budget: float, row_buffer: int | None = None, *, profile: HeadProfile, tau: float | None = None,
@@ -132,9 +132,8 @@ def adaptive(shape: Shape, budget: float, row_buffer: int | None = None, *, prof
 
     left = int(budget * tokens * len(heads) + 1e-6) - slots_of[0] * len(heads)
     if left < 0:
-        smallest = np.ceil(slots_of[0] / tokens * 1e4) / 1e4
-        raise ValueError(f"budget must be at least {smallest} with row_buffer={buffer} and a profile whose smallest "
-                         f"size is {profile.sizes[0]}, got {budget}")
+        why = f"with row_buffer={buffer} and a profile whose smallest size is {profile.sizes[0]}"
+        raise BudgetTooSmall(slots_of[0] / tokens, why, budget)
     steps = sorted(
         ((before[1] - after[1]) / (after[0] - before[0]), key, after[0] - before[0])
         for key, hull in hulls.items() for before, after in zip(hull, hull[1:], strict=False))
@@ -170,12 +169,13 @@ def predicted_cost(plan: CachePlan, profile: HeadProfile) -> float:
 
 
 def head_costs(plan: CachePlan, profile: HeadProfile) -> torch.Tensor:
-    """What evicting costs each head of a plan, by ``profile.cost``.
+    """What evicting costs each head of a plan, by ``profile.cost``, and what 8 bits cost it, by ``profile.int8_cost``.
 
     Costs between measured sizes are interpolated linearly in the number of slots, those below the smallest size count
-    as at the smallest, and keeping everything costs nothing. Each head counts by its own kind: windows as "window",
-    heavy heads that go by positions as "first", by decayed sums as "decayed", those that go by means or protect recent
-    tokens as "heavy", else as "sum"; of a kind that the profile lacks, as "heavy".
+    as at the smallest, and keeping everything costs nothing. In 8 bits every head costs besides what 8 bits alone cost
+    it, or nothing by a profile that has not measured that. Each head counts by its own kind: windows as "window", heavy
+    heads that go by positions as "first", by decayed sums as "decayed", those that go by means or protect recent tokens
+    as "heavy", else as "sum"; of a kind that the profile lacks, as "heavy".
 
     Returns:
         [L, H] float64, nats per token.
@@ -189,12 +189,14 @@ def head_costs(plan: CachePlan, profile: HeadProfile) -> torch.Tensor:
     tokens = profile.num_visual_tokens
     points, cost = np.array([*profile.sizes, tokens]), profile.cost(plan.row_buffer)
     found = torch.zeros(plan.num_layers, plan.num_heads, dtype=torch.float64)
+    if plan.kv_format == "int8":
+        found += profile.int8_cost
     for layer, heads in enumerate(plan.layers):
         for head, spec in enumerate(heads):
             if spec.size is None or spec.size >= tokens:
                 continue
             costs = [*cost[layer, head, profile.kinds.index(kind_of(spec, profile))].tolist(), 0.0]
-            found[layer, head] = float(np.interp(spec.size, points, costs))
+            found[layer, head] += float(np.interp(spec.size, points, costs))
     return found
 
 

@@ -33,6 +33,19 @@ class Shape(Protocol):
 Policy = Callable[..., CachePlan]  # (shape, budget, row_buffer=None, *, profile=..., own parameters) -> plan
 
 
+class BudgetTooSmall(ValueError):
+    """A policy cannot make a plan within a budget.
+
+    Attributes:
+        smallest: budget that it needs.
+        why: what that depends on, as the end of a sentence.
+    """
+
+    def __init__(self, smallest: float, why: str, given: object, name: str = "budget") -> None:
+        super().__init__(f"{name} must be at least {math.ceil(smallest * 1e4) / 1e4:g} {why}, got {given}")
+        self.smallest, self.why = smallest, why
+
+
 def make(shape: Shape, row_buffer: int, spec: Specs) -> CachePlan:
     """The plan of ``spec(layer, head)``."""
     return CachePlan([[spec(layer, head) for head in range(shape.num_heads)] for layer in range(shape.num_layers)],
@@ -47,7 +60,8 @@ def largest(shape: Shape, budget: float, row_buffer: int | None, sized: Callable
     slot per head stays unused, unless the last of them is still within the budget.
 
     Raises:
-        TypeError, ValueError: bad budget or row buffer, or even the first plan exceeds the budget.
+        TypeError, ValueError: bad budget or row buffer.
+        BudgetTooSmall: even the first plan exceeds the budget.
     """
     buffer = check(shape, budget, row_buffer)
     tokens = shape.num_visual_tokens
@@ -58,18 +72,13 @@ def largest(shape: Shape, budget: float, row_buffer: int | None, sized: Callable
     numbers = range(1, steps + 1)
     within = bisect.bisect_right(numbers, budget + 1e-9, key=reached)
     if within == 0:
-        smallest = math.ceil(reached(1) * 1e4) / 1e4
-        raise ValueError(f"budget must be at least {smallest} with row_buffer={buffer} and {tokens} visual tokens, got "
-                         f"{budget}")
+        raise BudgetTooSmall(reached(1), f"with row_buffer={buffer} and {tokens} visual tokens", budget)
     return make(shape, buffer, sized(numbers[within - 1]))
 
 
 def check(shape: Shape, budget: object, row_buffer: object) -> int:
     """Check the arguments that all policies share; returns R in steps."""
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise TypeError(f"budget must be a number, got {budget!r}")
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget must be within (0, 1], got {budget}")
+    check_budget("budget", budget)
     if row_buffer is None:
         return raster_of(shape).stride
     if isinstance(row_buffer, bool) or not isinstance(row_buffer, int):
@@ -77,6 +86,14 @@ def check(shape: Shape, budget: object, row_buffer: object) -> int:
     if row_buffer < 0:
         raise ValueError(f"row_buffer must be at least 0, got {row_buffer}")
     return row_buffer
+
+
+def check_budget(name: str, value: object) -> None:
+    """Raise TypeError or ValueError unless ``value`` is a number within (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be within (0, 1], got {value}")
 
 
 def check_number(name: str, value: object, low: float, high: float) -> float:

@@ -8,18 +8,18 @@ from ..arguments import check_int
 from ..heads import HeadSpec, ScoreRule
 from ..plan import CachePlan
 from .raster import raster_of
-from .solve import Shape, check, check_share, largest, make
+from .solve import BudgetTooSmall, Shape, check, check_share, largest, make
 
 
 def full(shape: Shape, budget: float = 1.0, row_buffer: int | None = None) -> CachePlan:
     """Keep everything. ``budget`` can only be 1, and a row buffer changes nothing.
 
     Raises:
-        ValueError: another budget.
+        BudgetTooSmall: another budget.
     """
     check(shape, budget, row_buffer)
     if budget != 1:
-        raise ValueError(f"budget of policy full must be 1, got {budget}: it keeps every token")
+        raise BudgetTooSmall(1.0, "for policy full, which keeps every token", budget)
     return make(shape, row_buffer or 0, lambda layer, head: HeadSpec.full())
 
 

@@ -16,7 +16,9 @@ ARCHITECTURES = (80, 86, 89, 90)
 POINTERS = {"keys": "", "values": "", "q": "", "k": "", "v": "", "out": "", "scores": "fp32", "logits": "fp32",
             "cos": "fp32", "sin": "fp32", "prompt_keys": "", "prompt_values": "", "prompt_of": "i32",
             "positions": "i32", "cursors": "i32", "table": "i32", "pinned": "i32", "lists": "i32",
+            "key_scales": "fp32", "value_scales": "fp32", "prompt_key_scales": "fp32", "prompt_value_scales": "fp32",
             "given": "fp32", "prompt_lens": "i32", "rows": "i32", "slot_list": "i32"}
+STORED = {"keys", "values", "prompt_keys", "prompt_values"}
 ITEM_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -46,7 +48,7 @@ class Resources:
 
 def compile_decode(architecture: int, dtype: str, head_dim: int, group: int = 1, row_buffer: int = 24,
                    largest: int = 256, keep_prompt: bool = True, scored: bool = True,
-                   rotary: bool = True) -> Any:
+                   rotary: bool = True, int8: bool = False) -> Any:
     """Triton's compiled `decode_kernel` for a compute capability such as 80.
 
     ``dtype``: "fp32", "bf16" or "fp16". ``largest``: evictable tokens of the largest heavy head.
@@ -54,16 +56,16 @@ def compile_decode(architecture: int, dtype: str, head_dim: int, group: int = 1,
     from .decode import decode_kernel
 
     constants, options = decode_constants(head_dim, ITEM_SIZES[dtype], group, row_buffer, largest, scored, keep_prompt,
-                                          rotary, architecture)
+                                          rotary, architecture, int8=int8)
     return _compile(decode_kernel, architecture, dtype, constants, options)
 
 
 def compile_prefill(architecture: int, dtype: str, head_dim: int, longest: int, keep_prompt: bool = True,
-                    given: bool = False) -> Any:
+                    given: bool = False, int8: bool = False) -> Any:
     """Triton's compiled `prefill_kernel`, for prompts of up to ``longest`` tokens; other arguments as above."""
     from .prefill import prefill_kernel
 
-    constants, options = prefill_constants(head_dim, ITEM_SIZES[dtype], longest, keep_prompt, given)
+    constants, options = prefill_constants(head_dim, ITEM_SIZES[dtype], longest, keep_prompt, given, int8)
     return _compile(prefill_kernel, architecture, dtype, constants, options)
 
 
@@ -73,7 +75,8 @@ def _compile(kernel: Any, architecture: int, dtype: str, constants: dict[str, in
 
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else "fp32" if name == "scale" else
-                 "*" + (POINTERS[name] or dtype) if name in POINTERS else "i32" for name in names}
+                 "*" + ("i8" if name in STORED and constants["INT8"] else POINTERS[name] or dtype)
+                 if name in POINTERS else "i32" for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in POINTERS}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

@@ -30,6 +30,7 @@ import triton.language as tl
 from ..heads import DECAY
 from .attend import attend_lanes, attend_matrices, combined, product
 from .evict import DECAYED, first_to_lose, lose, rank_of
+from .int8 import magnitude, quantised
 from .slots import COLUMNS, HEAVY, copy_vectors, head_columns, slot_of
 
 ARRIVALS = 20  # cursor bits below are the step, those above count programs; both limits are checked on the host
@@ -64,9 +65,10 @@ NUMBERS = ["q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "batch", "he
 
 @triton.jit(do_not_specialize=NUMBERS)
 def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinned, out, logits, lists, cos, sin,
-                  prompt_keys, prompt_values, prompt_of, q_row, q_head, k_row, k_head, v_row, v_head, batch, heads,
+                  prompt_keys, prompt_values, prompt_of, key_scales, value_scales, prompt_key_scales,
+                  prompt_value_scales, q_row, q_head, k_row, k_head, v_row, v_head, batch, heads,
                   slots, scored_slots, max_prompt, num_visual_tokens, pin_words, period, shared_prompts, scale,
-                  KEEP_PROMPT: tl.constexpr, SHARED: tl.constexpr, PROMPT_SCORES: tl.constexpr,
+                  INT8: tl.constexpr, KEEP_PROMPT: tl.constexpr, SHARED: tl.constexpr, PROMPT_SCORES: tl.constexpr,
                   EVERY_STEP: tl.constexpr, SCORED: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
                   GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, MATRICES: tl.constexpr, BLOCK: tl.constexpr,
                   ROTARY: tl.constexpr, SCORE_BLOCK: tl.constexpr, EVICT_BLOCK: tl.constexpr,
@@ -77,6 +79,7 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     ``logits``: float32 [B, GROUP, T], scratch; ``lists``: the same memory as int32.
     ``cos``, ``sin``: float32 [N, D / 2], read if ROTARY.
     ``prompt_keys``, ``prompt_values``, ``prompt_of``, ``shared_prompts``: of prompts that rows share, read if SHARED.
+    ``key_scales`` and those after: of keys and values in 8 bits, read and written if INT8.
     ``period``: max(R, 1). ``scale``: of the dot products.
     ``BLOCK``: warps if MATRICES, else slots read at once: the parts of `attend_matrices` and `attend_lanes`.
     ``EVICT_BLOCK``: at least the evictable tokens of any heavy head.
@@ -142,12 +145,18 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     slab_at = row * slots + offset - apart
     keys += slab_at * D
     values += slab_at * D
+    if INT8:
+        key_scales += slab_at
+        value_scales += slab_at
     scored_at = row * scored_slots + score_offset - unscored
     logits += row * GROUP * scored_slots + score_offset - unscored
     if SHARED:
         prompt_at = (prompt.to(tl.int64) * heads + head) * max_prompt
         prompt_keys += prompt_at * D
         prompt_values += prompt_at * D
+        if INT8:
+            prompt_key_scales += prompt_at
+            prompt_value_scales += prompt_at
 
     # Attend. The new token is taken from registers: nothing of this step is read back from memory.
     if ROTARY:
@@ -158,18 +167,29 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
     keep_scores = score_offset >= 0
     scored_total = tl.where(keep_scores, total, 0)
     if MATRICES:
-        highest, norm, acc = attend_matrices(queries, keys, values, prompt_keys, prompt_values, apart, logits, total,
+        highest, norm, acc = attend_matrices(queries, keys, values, prompt_keys, prompt_values, key_scales,
+                                             value_scales, prompt_key_scales, prompt_value_scales, apart, logits, total,
                                              cut, skip, unscored, scored_total, to_log2, scored_slots, D, D_PAD, GROUP,
-                                             GROUP_PAD, BLOCK, STAGES, SCORED, SHARED)
+                                             GROUP_PAD, BLOCK, STAGES, SCORED, SHARED, INT8)
     else:
-        highest, norm, acc = attend_lanes(queries, keys, values, prompt_keys, prompt_values, apart, logits, total,
-                                          cut, skip, unscored, scored_total, to_log2, scored_slots, D, D_PAD, GROUP,
-                                          GROUP_PAD, BLOCK, STAGES, SCORED, SHARED)
+        highest, norm, acc = attend_lanes(queries, keys, values, prompt_keys, prompt_values, key_scales, value_scales,
+                                          prompt_key_scales, prompt_value_scales, apart, logits, total, cut, skip,
+                                          unscored, scored_total, to_log2, scored_slots, D, D_PAD, GROUP, GROUP_PAD,
+                                          BLOCK, STAGES, SCORED, SHARED, INT8)
+    if INT8:
+        new_key, new_key_scale = quantised(new_key, tl.max(magnitude(new_key), 0))
+        new_value, new_value_scale = quantised(new_value, tl.max(magnitude(new_value), 0))
+        tl.store(key_scales + new_slot, new_key_scale)
+        tl.store(value_scales + new_slot, new_value_scale)
     tl.store(keys + new_slot * D + dim, new_key, mask=in_dim)
     tl.store(values + new_slot * D + dim, new_value, mask=in_dim)
-    new_key, new_value = new_key.to(tl.float32), new_value.to(tl.float32)
-    new_logit = tl.sum(product(queries.to(tl.float32), new_key[None, :]), 1) * to_log2  # [GROUP_PAD]
-    highest, norm, acc = combined(highest, norm, acc, new_logit, new_value)
+    seen_key, seen_value = new_key.to(tl.float32), new_value.to(tl.float32)
+    new_logit = tl.sum(product(queries.to(tl.float32), seen_key[None, :]), 1)  # [GROUP_PAD]
+    if INT8:
+        new_logit *= new_key_scale
+        seen_value *= new_value_scale
+    new_logit *= to_log2
+    highest, norm, acc = combined(highest, norm, acc, new_logit, seen_value)
     # Of queries that only pad the group: not NaN, whatever keys hold.
     highest, new_logit = tl.where(in_group, highest, 0.0), tl.where(in_group, new_logit, 0.0)
     tl.store(out_at, acc / norm[:, None], mask=out_mask)
@@ -210,30 +230,34 @@ def decode_kernel(q, k, v, keys, values, scores, positions, cursors, table, pinn
                     # One token leaves. If it is not the new one, the new one takes its slot.
                     loser = base + first_to_lose(rank, valid, EVICT_BLOCK)
                     if loser < new_slot:
-                        tl.store(keys + loser * D + dim, new_key.to(keys.dtype.element_ty), mask=in_dim)
-                        tl.store(values + loser * D + dim, new_value.to(values.dtype.element_ty), mask=in_dim)
+                        tl.store(keys + loser * D + dim, new_key, mask=in_dim)
+                        tl.store(values + loser * D + dim, new_value, mask=in_dim)
+                        if INT8:
+                            tl.store(key_scales + loser, new_key_scale)
+                            tl.store(value_scales + loser, new_value_scale)
                         tl.store(score_at + loser, tl.load(score_at + new_slot))
                         tl.store(position_at + loser, position)
                 else:
-                    # The losers among the first ``keep`` slots and the winners beyond them, both counted from 0, are
-                    # listed where the logits were.
-                    lost = lose(rank, valid, losers, EVICT_BLOCK)
-                    leaving = lost & (index < keep)
-                    staying = valid & ~lost & (index >= keep)
-                    moves = tl.sum(leaving.to(tl.int32), 0)  # and as many stay: 2 x moves <= keep + losers
-                    from_list = lists + row * GROUP * scored_slots + score_offset
-                    to_list = from_list + moves
-                    tl.store(from_list + tl.cumsum(staying.to(tl.int32), 0) - 1, at, mask=staying)
-                    tl.store(to_list + tl.cumsum(leaving.to(tl.int32), 0) - 1, at, mask=leaving)
+                    # The losers among the first ``keep`` slots are listed where the logits were, and after them the
+                    # winners beyond, which are as many.
+                    moving = valid & (lose(rank, valid, losers, EVICT_BLOCK) == (index < keep))
+                    number = tl.cumsum(moving.to(tl.int32), 0)
+                    moves = tl.sum(moving.to(tl.int32), 0) // 2  # 2 x moves <= keep + losers
+                    to_list = lists + row * GROUP * scored_slots + score_offset
+                    from_list = to_list + moves
+                    tl.store(to_list + number - 1, at, mask=moving)
                     tl.debug_barrier()
                     for start in range(0, moves, COPY_BLOCK):
                         move = start + tl.arange(0, COPY_BLOCK)
-                        moving = move < moves
-                        source = tl.load(from_list + move, mask=moving, other=0)
-                        target = tl.load(to_list + move, mask=moving, other=0)
-                        copy_vectors(keys, values, source, keys, values, target, moving, D, D_PAD)
-                        tl.store(score_at + target, tl.load(score_at + source, mask=moving), mask=moving)
-                        tl.store(position_at + target, tl.load(position_at + source, mask=moving), mask=moving)
+                        listed = move < moves
+                        source = tl.load(from_list + move, mask=listed, other=0)
+                        target = tl.load(to_list + move, mask=listed, other=0)
+                        copy_vectors(keys, values, source, keys, values, target, listed, D, D_PAD)
+                        if INT8:
+                            tl.store(key_scales + target, tl.load(key_scales + source, mask=listed), mask=listed)
+                            tl.store(value_scales + target, tl.load(value_scales + source, mask=listed), mask=listed)
+                        tl.store(score_at + target, tl.load(score_at + source, mask=listed), mask=listed)
+                        tl.store(position_at + target, tl.load(position_at + source, mask=listed), mask=listed)
 
     # Step forward: the row's last program writes the next step, with no arrivals.
     if tl.atomic_add(cursors + 1, ONE_ARRIVAL, sem="acq_rel") >> ARRIVAL_SHIFT == heads - 1:

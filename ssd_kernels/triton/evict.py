@@ -12,6 +12,7 @@ DECAYED = tl.constexpr(3)
 LOWEST = tl.constexpr(-(2**31))
 HIGHEST = tl.constexpr(2**31 - 1)
 PROTECTED = tl.constexpr(2**63 - 1)
+PINNED = tl.constexpr((2**31 - 1) << 32)  # the least rank of a pinned token
 
 
 @triton.jit
@@ -59,12 +60,23 @@ def first_to_lose(rank, valid, BLOCK: tl.constexpr):
 
 @triton.jit
 def lose(rank, valid, losers, BLOCK: tl.constexpr):
-    """Mark the ``losers`` smallest of the valid ranks [BLOCK], one after the other; equal ones by index.
+    """Mark the ``losers`` smallest of the valid ranks [BLOCK], at least one; of equal ones the first.
 
-    A refresh every R steps has at most R losers, so this is at most one reduction per decode step.
+    The interval that holds the last loser's rank is halved until as many ranks are up to its middle as have to leave:
+    for unlike ranks some log2(BLOCK) times, and never more than once a bit. ``valid`` is a prefix of the indices.
     """
-    index = tl.arange(0, BLOCK)
-    lost = index < 0
-    for _ in range(losers):
-        lost |= index == first_to_lose(rank, valid & ~lost, BLOCK)
-    return lost
+    rank = tl.where(valid, rank, PROTECTED)
+    lowest, highest = tl.min(rank, 0), tl.full((), PROTECTED, tl.int64)
+    border = tl.max(tl.where(rank < PINNED, rank, lowest), 0)  # the others leave only where there is nothing else
+    reached = tl.sum((rank <= border).to(tl.int32), 0)
+    while (reached != losers) & (lowest < highest):
+        highest = tl.where(reached > losers, border, highest)
+        lowest = tl.where(reached < losers, border + 1, lowest)
+        border = (lowest & highest) + ((lowest ^ highest) >> 1)  # their mean; their sum might overflow
+        reached = tl.sum((rank <= border).to(tl.int32), 0)
+    last = tl.full((), BLOCK, tl.int32)  # index of the last loser of rank ``border``
+    if reached > losers:
+        equal = (rank == border).to(tl.int32)
+        leaving = losers - reached + tl.sum(equal, 0)
+        last = tl.sum((tl.cumsum(equal, 0) < leaving).to(tl.int32), 0)
+    return (rank < border) | ((rank == border) & (tl.arange(0, BLOCK) <= last))

@@ -6,14 +6,15 @@ import triton
 import triton.language as tl
 
 from .evict import lose, rank_of
+from .int8 import store_quantised
 from .slots import HEAVY, copy_vectors, head_columns
 
 
 @triton.jit(do_not_specialize=["prompt_stride", "heads", "slots", "scored_slots", "max_prompt", "num_visual_tokens",
                                "pin_words"])
-def prefill_kernel(k, v, given, prompt_lens, rows, keys, values, scores, positions, cursors, table, pinned, slot_list,
-                   prompt_stride, heads, slots, scored_slots, max_prompt, num_visual_tokens, pin_words,
-                   KEEP_PROMPT: tl.constexpr, GIVEN: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+def prefill_kernel(k, v, given, prompt_lens, rows, keys, values, scores, positions, cursors, table, pinned,
+                   key_scales, value_scales, slot_list, prompt_stride, heads, slots, scored_slots, max_prompt,
+                   num_visual_tokens, pin_words, INT8: tl.constexpr, KEEP_PROMPT: tl.constexpr, GIVEN: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
                    PROMPT_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
     """One (entry, head) of a prefill. ``k``, ``v`` [N, H, P, D] and ``given`` scores [N, H, P], contiguous.
 
@@ -50,8 +51,12 @@ def prefill_kernel(k, v, given, prompt_lens, rows, keys, values, scores, positio
     for start in range(0, prompt_len, BLOCK):
         token = start + tl.arange(0, BLOCK)
         target = tl.load(slot_list + item * PROMPT_BLOCK + token, mask=token < prompt_len, other=-1)
-        copy_vectors(k, v, item * prompt_stride + token, keys, values, row * slots + offset + target, target >= 0, D,
-                     D_PAD)
+        source_at, target_at = item * prompt_stride + token, row * slots + offset + target
+        if INT8:
+            store_quantised(k, source_at, keys, key_scales, target_at, target >= 0, D, D_PAD)
+            store_quantised(v, source_at, values, value_scales, target_at, target >= 0, D, D_PAD)
+        else:
+            copy_vectors(k, v, source_at, keys, values, target_at, target >= 0, D, D_PAD)
         scored = tl.where(score_offset >= 0, target, -1) >= 0
         scored_at = row * scored_slots + score_offset + target
         if GIVEN:

@@ -30,6 +30,16 @@ def origin_of(slot, own, prompt, apart):
 
 
 @triton.jit
+def scales_of(slot, key_scales, value_scales, prompt_key_scales, prompt_value_scales, apart, mask,
+              SHARED: tl.constexpr):
+    """Scales of the keys and of the values in slots, 0 where not ``mask``; ``apart``: of `origin_of`."""
+    if SHARED:
+        key_scales = origin_of(slot, key_scales, prompt_key_scales, apart)
+        value_scales = origin_of(slot, value_scales, prompt_value_scales, apart)
+    return tl.load(key_scales + slot, mask=mask, other=0.0), tl.load(value_scales + slot, mask=mask, other=0.0)
+
+
+@triton.jit
 def copy_vectors(k, v, source, keys, values, target, mask, D: tl.constexpr, D_PAD: tl.constexpr):
     """Keys and values of rows ``source`` [N] of k and v into rows ``target`` [N] of the slabs, where ``mask`` [N]."""
     dim = tl.arange(0, D_PAD)

@@ -22,6 +22,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 import ssd_janus
 from ssd_attach import PictureForm, attach, attached, caches, detach
+from ssd_attach.choice import NAMES, parameters_of
 from ssd_attach.internals import CACHE_NAME
 from ssd_attach.models import EndsWith
 from ssd_kernels import CachePlan, HeadSpec
@@ -249,7 +250,8 @@ def test_misuse_is_refused(llama: PreTrainedModel) -> None:
     before = state(llama)
     for error, match, arguments in (
             (TypeError, "model must be a model or decoder of transformers, got Flatten", (torch.nn.Flatten(), NARROW)),
-            (TypeError, "plan must be a CachePlan, got dict", (llama, {})),
+            (TypeError, "plan must be a CachePlan or the name of a policy, one of .*online, got dict", (llama, {})),
+            (TypeError, "plan must be a CachePlan or the name of a policy, one of .*online, got int", (llama, 5)),
             (ValueError, "plan must have the model's 3 layers x 2 KV heads, got 2 layers x 2",
              (llama, CachePlan.uniform(HeadSpec.full(), 2, 2))),
             (ValueError, "one of full, .*online, got 'ssd2'", (llama, "ssd2")),
@@ -272,8 +274,10 @@ def test_misuse_is_refused(llama: PreTrainedModel) -> None:
             detach(wrong)
     with pytest.raises(TypeError, match="model must be a model or decoder, got str"):
         caches("x")
-    with pytest.raises(TypeError, match="colour"):
-        attach(llama, "decayed", budget=0.5, pictures=RASTER, colour=1)
+    for policy in NAMES:
+        known = ", ".join(parameters_of(policy)) or "must be none, it has none"
+        with pytest.raises(TypeError, match=f"parameters of policy {policy} .*{known}, besides budget.*got 'colour'"):
+            attach(llama, policy, budget=0.5, pictures=RASTER, colour=1)
     assert state(llama) == before
     attach(llama, NARROW, pictures=RASTER)
     for call in (lambda: attach(decoder, NARROW, pictures=RASTER), lambda: detach(decoder)):

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
+import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 import ssd_janus.cli
 from ssd_janus import ModelShape
-from ssd_janus.cli.options import PolicyName, choose_plans
+from ssd_janus.cli.options import FormatName, PolicyName, choose_plans
 from ssd_janus.images import contact_sheet, file_names
 from ssd_kernels import CachePlan, HeadSpec, policies
+from ssd_kernels.kv_format import KV_FORMATS
 
 SHAPE = ModelShape(tiny.LAYERS, 4, 4, tiny.HEAD_DIM, tiny.TOKENS, tiny.GRID)
+PIPE: Any = SimpleNamespace(shape=SHAPE, dtype=torch.float32)
 
 
 def run(*arguments: object) -> Result:
@@ -68,7 +74,7 @@ def test_generate_repeats_and_plans_from_files_equal_policies(folder: Path, tmp_
 
 @pytest.mark.parametrize("arguments, message", [
     (("--policy", "window", "--budget", 0.1), "budget must be at least 0.1945"),
-    (("--policy", "full", "--budget", 0.5), "budget of policy full must be 1"),
+    (("--policy", "full", "--budget", 0.5), "budget must be at least 1 for policy full"),
     (("--budget", 0.5), "--budget needs --policy"),
     (("--plan", "missing.json"), "missing.json"),
     (("--plan", "p.json", "--policy", "window"), "--plan already says what to keep"),
@@ -101,6 +107,50 @@ def test_a_plan_of_another_model_is_named(folder: Path, tmp_path: Path) -> None:
 
 def test_every_policy_is_offered() -> None:
     assert set(PolicyName.__members__) == set(policies.POLICIES) | {"online"}
+
+
+def test_every_format_is_offered() -> None:
+    assert set(FormatName.__members__) == {*KV_FORMATS, policies.BEST}
+
+
+def test_formats_and_budgets_name_plans() -> None:
+    """No two plans of one run have a folder in common."""
+    names, formats = [PolicyName.full, PolicyName.window], [FormatName.auto, FormatName.int8]
+    tokens = choose_plans(PIPE, [], names, [0.4], 0, None, formats=formats)
+    assert list(tokens) == ["full", "full-int8", "window-0.4", "window-0.4-int8"]
+    shares = choose_plans(PIPE, [], names, [0.4], 0, None, in_bytes=True, formats=formats)
+    assert list(shares) == ["full", "full-int8", "window-0.4-bytes", "window-0.4-bytes-int8"]
+    for found in (tokens, shares):
+        assert all(plan.kv_format == ("int8" if name.endswith("int8") else "auto") for name, plan in found.items())
+    few, many = (tokens[f"window-0.4{end}"].budget(tiny.TOKENS) for end in ("", "-int8"))
+    assert few == many and few == shares["window-0.4-bytes"].budget(tiny.TOKENS)
+    assert shares["window-0.4-bytes-int8"] == policies.build("window", SHAPE, None, 0, byte_budget=0.4,
+                                                             dtype=torch.float32, kv_format="int8")
+    assert list(choose_plans(PIPE, [], [], [], None, None, formats=formats)) == ["full", "full-int8"]
+
+
+@pytest.mark.parametrize("command, arguments, message", [
+    ("generate", ["--policy", "window", "--budget", 0.2, "--budget-bytes", 0.2], "--budget and --budget-bytes cannot"),
+    ("evaluate", ["--policy", "window", "--budget", 0.2, "--budget-bytes", 0.2], "--budget and --budget-bytes cannot"),
+    ("plan", ["--policy", "window", "--kv", "best"], "--kv best needs --budget-bytes"),
+    ("gallery", ["--policy", "window", "--kv", "best"], "--kv best needs --budget-bytes"),
+    ("generate", ["--kv", "best"], "--kv best needs --budget-bytes"),
+    ("generate", ["--budget-bytes", 0.2], "--budget-bytes needs --policy, one of full, "),
+    ("generate", ["--plan", "plan.json", "--kv", "int8"], "--plan already says what to keep and .* with --kv"),
+    ("evaluate", ["--plan", "plan.json", "--kv", "int8"], "--kv says nothing without --policy"),
+    ("gallery", ["--plan", "plan.json", "--kv", "int8"], "--kv says nothing without --policy"),
+    ("gallery", ["--budget", 0.2], "--budget says nothing without --policy"),
+    ("evaluate", ["--budget-bytes", 0.2], "--budget-bytes says nothing without --policy"),
+    ("generate", ["--kv", "int4"], "'int4' is not one of 'auto', 'int8', 'best'")])
+def test_formats_and_budgets_that_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str,
+                                              arguments: list[object], message: str) -> None:
+    """Refused before a model is loaded, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ssd_janus.pipeline.Pipeline.from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+    words = {"generate": ["a cat"], "gallery": ["a cat"], "evaluate": ["--out", "out"]}.get(command, [])
+    result = run(command, *words, *arguments)
+    assert result.exit_code == 2 and re.search(message, " ".join(result.stderr.split())), result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_info() -> None:
@@ -138,9 +188,9 @@ def test_plan_files_and_policies_have_different_names(tmp_path: Path) -> None:
     file = tmp_path / "window-0.5.json"
     policies.window(SHAPE, 0.3).save(file)
     window, full = PolicyName.window, PolicyName.full
-    plans = choose_plans(SHAPE, [file], [full, window], [0.4, 0.4], None, None)
+    plans = choose_plans(PIPE, [file], [full, window], [0.4, 0.4], None, None)
     assert list(plans) == ["window-0.5", "full", "window-0.4"] and plans["full"] == SHAPE.full_plan()
     with pytest.raises(ValueError, match="--plan.*window-0.5"):
-        choose_plans(SHAPE, [file], [window], [0.5], None, None)
+        choose_plans(PIPE, [file], [window], [0.5], None, None)
     with pytest.raises(ValueError, match="--plan.*got a twice"):
-        choose_plans(SHAPE, [file.rename(tmp_path / "a.json")] * 2, [], [], None, None)
+        choose_plans(PIPE, [file.rename(tmp_path / "a.json")] * 2, [], [], None, None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from test_cli import SHAPE, run
 
 from ssd_janus import ModelShape, Pipeline
@@ -190,9 +191,64 @@ def test_cases_with_the_same_plan_share_a_folder() -> None:
     plans: dict[str, Any] = {}
     shape = ModelShape(num_layers=1, num_heads=1, num_query_heads=1, head_dim=8, num_visual_tokens=576, columns=24)
     for case in (case for case in [*grid, *cases] if case.policy in ("h2o", "streaming_llm")):
-        plan = comparison.build(case, shape, None, 7)
+        plan = comparison.build(case, shape, None, 7, torch.float32)
         assert plans.setdefault(case.plan_name, plan) == plan
     assert len(set(map(str, plans.values()))) == len(plans)
+
+
+def test_formats_have_folders_of_their_own_and_equal_bytes() -> None:
+    names = ["full", "window", "online"]
+    plain, cases = comparison.grid(names, [0.1, 0.2], [0]), comparison.grid(names, [0.1, 0.2], [0], ["auto", "int8"])
+    assert cases[:len(plain)] == plain and [case.plan_name for case in cases[len(plain):]] == [
+        "full-int8", "window-0.1-r0-int8", "window-0.2-r0-int8", "online-0.1-r0-int8", "online-0.2-r0-int8"]
+    assert [case.label for case in cases] == [case.plan_name for case in cases]
+    shape = ModelShape(num_layers=1, num_heads=1, num_query_heads=1, head_dim=28, num_visual_tokens=576, columns=24)
+    for case in cases[1:]:
+        plan = comparison.build(case, shape, None, 7, torch.bfloat16)
+        assert plan.kv_format == case.kv_format
+        share = plan.byte_budget(576, head_dim=28, dtype=torch.bfloat16)
+        # 32 bytes for 56: all tokens in 8 bits take 57%.
+        least, most = (0.57, 0.58) if case.policy == "full" else (case.budget - 1 / 576, case.budget)
+        assert least < share <= most
+    competing = comparison.compete(plan, 7)
+    assert competing.kv_format == "int8" and not competing.keep_prompt
+
+
+def int8_world(**changes: float) -> tuple[dict[Key, Groups], dict[Key, Groups]]:
+    """`world` with plans in 8 bits that reach every goal."""
+    quality, kl = world()
+    for name, (budget, mean) in {"adaptive_5": (0.05, 0.59), "adaptive_2.5": (0.025, 0.585), **{
+            name: (float(name.rpartition("_")[2]) / 100, mean) for name, mean in changes.items()}}.items():
+        key: Key = (name.rpartition("_")[0] + findings.INT8, budget, 24)
+        quality[key], kl[key] = by_prompt(mean), {"": by_prompt(1 - mean)["colors"]}
+    kl[findings.FULL_INT8] = {"": [1e-4, 2e-4] * 6}
+    return quality, kl
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, [True] * 4),
+    ({"adaptive_5": 0.579}, [True, False, True, True]),  # more than .02 below .6
+    ({"adaptive_5": 0.58}, [True] * 4),
+    ({"adaptive_2.5": 0.584}, [True, True, False, False]),  # below h2o's .585
+    ({"adaptive_2.5": 0.6}, [True] * 4),
+])
+def test_goals_of_8_bits(changes: dict[str, float], expected: list[bool]) -> None:
+    quality, kl = int8_world(**changes)
+    found = findings.int8_goals(quality, kl)
+    assert verdicts(found) == expected and [goal.measure for goal in found] == ["KL", "quality", "quality", "KL"]
+    # They are besides the others, which take no notice of them.
+    assert goals(quality, kl) == goals(*world()) and findings.int8_goals(*world()) == []
+
+
+def test_goals_of_8_bits_that_are_missed_or_open() -> None:
+    quality, kl = int8_world()
+    for values, expected in (([3e-4, 3e-4] * 6, False), ([0.0, 3.9e-4] * 6, None), ([0.0] * 5, None)):
+        kl[findings.FULL_INT8] = {"": values}
+        assert findings.int8_goals(quality, kl)[0].reached is expected
+    del quality[findings.FULL], quality["rows", 0.2, 24]
+    found = findings.int8_goals(quality, kl)
+    assert verdicts(found[1:]) == [None, None, True]
+    assert "no figure for full" in found[1].text and "no figure for rows" in found[2].text
 
 
 def test_a_competing_prompt_brings_its_slots_along() -> None:
@@ -262,6 +318,36 @@ def test_compare_command(common: list[Any], tmp_path: Path, monkeypatch: pytest.
         "policy-fidelity.png", "policy-prediction.png", "policy-quality.png"]
 
 
+def test_compare_mixes_formats_at_equal_bytes(common: list[Any], tmp_path: Path) -> None:
+    command = [*common, "--row-buffer", 0, "--part", "quality"]
+    assert run(*command).exit_code == 0
+    page, before = tmp_path / "page.md", {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.json")
+                                          if file.parent.name == "batches"}
+    assert "<!-- int8 -->\nnot measured yet\n<!-- /int8 -->" in page.read_text(), "left alone without such plans"
+    result = run(*command, "--kv", "auto", "--kv", "int8", "--section", "int8", "--part", "fidelity")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {label for label, entry in record["grid"].items() if entry["kv_format"] == "int8"} == {
+        "full-int8", "adaptive-0.4-r0-int8", "adaptive-0.6-r0-int8", "h2o-0.4-r0-int8", "h2o-0.6-r0-int8"}
+    share = (tiny.HEAD_DIM + 4) / (4 * tiny.HEAD_DIM)  # of float32's bytes
+    for label, entry in record["grid"].items():
+        stored = share if entry["kv_format"] == "int8" else 1.0
+        assert entry["reached"] == pytest.approx(entry["tokens"] * stored)
+        # As many bytes, but for what is left when every token is kept.
+        assert min(entry["budget"], stored) - 1.01 * stored / tiny.TOKENS < entry["reached"] <= entry["budget"], label
+    assert record["grid"]["h2o-0.6-r0"]["predicted_cost"] > 0 == record["grid"]["full"].get("predicted_cost", 0)
+    assert record["grid"]["full-int8"]["predicted_cost"] > 0 < record["grid"]["full-int8"]["fidelity"]["kl_mean"]
+    assert [goal["measure"] for goal in record["int8_goals"]] == ["KL", "quality", "quality", "KL"]
+    assert all(file.stat().st_mtime_ns == time for file, time in before.items()), "nothing is drawn twice"
+    text = page.read_text()
+    assert "| full int8 | 0 | " in text and "| h2o int8 | 0 | " in text
+    assert "- Not decided (quality, row buffer 0): adaptive int8 at 5%" in text
+    assert "<!-- quality -->\nOverall" in text and "| adaptive int8 | 0 | " not in text.partition("<!-- int8 -->")[0]
+    # A plan's folder says in its settings how it stores.
+    (settings,) = tmp_path.glob("out/quality/*/h2o-0.4-r0-int8/settings.json")
+    assert json.loads(settings.read_text())["plan"]["kv_format"] == "int8"
+
+
 def test_a_stopped_comparison_goes_on(common: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [*common, "--row-buffer", 0, "--part", "fidelity"]
     monkeypatch.setattr(comparison, "CACHES_AT_ONCE", 2)
@@ -291,7 +377,7 @@ def test_a_stopped_comparison_goes_on(common: list[Any], tmp_path: Path, monkeyp
     assert result.exit_code == 0 and len(calls) == 10
     # Not even a second line about how it was measured.
     assert (tmp_path / "out" / "results.json").read_bytes() == before
-    assert "not measured yet" not in (tmp_path / "page.md").read_text()
+    assert (tmp_path / "page.md").read_text().count("not measured yet") == 1, "of plans in 8 bits, not asked for"
 
     result = run(*command, "--fidelity-prompts", 2)
     assert result.exit_code == 2 and "another prompts" in " ".join(result.stderr.split())
@@ -318,6 +404,8 @@ def test_sensitivity(common: list[Any], tmp_path: Path, monkeypatch: pytest.Monk
     (("--budget", 1.5), "--budget must be within (0, 1], got 1.5"),
     (("--page", PAGE.parent / "quality.md"), "must have the lines <!-- goals -->"),
     (("--model", "/absent", "--policy", "h2o"), "/absent"),
+    (("--section", "int8"), "--section says nothing without --page"),
+    (("--kv", "best"), "--kv must be auto or int8, got best"),
 ])
 def test_what_cannot_work_is_said_before_drawing(tmp_path: Path, wrong: tuple[object, ...], message: str) -> None:
     result = run("compare", "--out", tmp_path / "out", *wrong)

@@ -50,6 +50,30 @@ def test_tables_are_in_order_and_have_intervals() -> None:
     assert "| h2o | 4 | 4 |" in made["prediction"]
 
 
+def test_formats_stand_side_by_side() -> None:
+    def entry(kv_format: str | None, right: float, **more: Any) -> dict[str, Any]:
+        shares = {"colors": [right, right - 0.2] * 3}
+        overall = {"mean": right - 0.1, "low": 0.1, "high": 0.9}
+        known = {} if kv_format is None else {"kv_format": kv_format}
+        return {"policy": "h2o", "budget": 0.05, "row_buffer": 0, "reached": 0.049, **known,
+                "quality": {"pictures": 6, "families": {"colors": overall}, "overall": overall, "by_prompt": shares},
+                **more}
+
+    full = entry(None, 0.9, policy="full", budget=1.0, reached=1.0)
+    record = {"parts": {}, "profile": None, "goals": [], "prediction": None, "sensitivity": {}, "int8_goals": [
+        {"measure": "KL", "row_buffer": 0, "reached": True, "text": "8 bits cost little"}]}
+    made = sections({**record, "grid": {"a": entry("int8", 0.8, tokens=0.174), "b": entry(None, 0.5), "c": full}},
+                    ["full", "h2o"], {})["int8"]
+    assert "- Reached (KL, row buffer 0): 8 bits cost little.\n" in made
+    assert "| full | 0 | 100.0% | 100.0% | 0.80 [0.10, 0.90] |  |  |  |  |\n" in made
+    assert "| h2o | 0 | 4.9% | 4.9% | 0.40 [0.10, 0.90] | -0.400 [-0.400, -0.400] |  |  |  |\n" in made
+    assert ("| h2o int8 | 0 | 4.9% | 17.4% | 0.70 [0.10, 0.90] | -0.100 [-0.100, -0.100] | +0.300 [+0.300, +0.300] |"
+            "  |  |\n") in made
+    assert sections({**record, "grid": {"b": entry(None, 0.5), "c": full}}, ["full", "h2o"], {})["int8"] == ABSENT
+    overall = sections({**record, "grid": {"a": entry("int8", 0.8), "b": entry(None, 0.5)}}, ["h2o"], {})["quality"]
+    assert "| policy | 5% |" in overall and "| h2o | 0.40" in overall and "| h2o int8 | 0.70" in overall
+
+
 def test_no_two_policies_look_alike_in_plots() -> None:
     styles = [plots._style(number) for number in range(len(PolicyName))]
     for key in (lambda style: colors.to_hex(style["color"]), lambda style: style["marker"]):

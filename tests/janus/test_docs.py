@@ -23,13 +23,23 @@ DOCS = ROOT / "docs"
 def test_write_your_own_policy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssd_kernels.policies.POLICIES", dict(POLICIES))
     pipe = Pipeline.from_pretrained(folder)
-    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "policies.md").read_text(), re.DOTALL)
+    _, code = re.findall(r"```python\n(.*?)```", (DOCS / "policies.md").read_text(), re.DOTALL)
     names: dict = {"pipe": pipe}
     exec(code.replace("0.2", "0.4"), names)
     assert len(names["pictures"]) == 1
     sizes = [heads[0].size for heads in names["plan"].layers]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
     assert 0.4 - 1 / 36 < names["plan"].budget(36) <= 0.4
+
+
+def test_budgets_in_bytes_as_the_guide_has_them(folder: Path) -> None:
+    code, _ = re.findall(r"```python\n(.*?)```", (DOCS / "policies.md").read_text(), re.DOTALL)
+    names: dict = {"pipe": Pipeline.from_pretrained(folder)}
+    exec(code.replace("0.1", "0.3"), names)
+    assert names["plan"].kv_format == "int8"
+    *_, tokens, share = code.splitlines()
+    tokens, share = (eval(line, names) for line in (tokens, share))
+    assert 0.3 - 1 / 36 < share <= 0.3 and tokens == pytest.approx(share * 4 * tiny.HEAD_DIM / (tiny.HEAD_DIM + 4))
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -62,7 +72,8 @@ def test_memory_of_a_profile() -> None:
     shape = ModelShape(num_layers=24, num_heads=16, num_query_heads=16, head_dim=128, num_visual_tokens=576, columns=24)
     options = {"batch_size": 8, "head_dim": 128, "max_prompt": 32, "dtype": torch.bfloat16}
     full = shape.full_plan().nbytes(**options)
-    beside = sum(plan.nbytes(**options) for plan in profiling.plans_beside(shape, profiling.measured_sizes(shape)))
+    plans = [*profiling.plans_beside(shape, profiling.measured_sizes(shape)), profiling.everything_in_8_bits(shape)]
+    beside = sum(plan.nbytes(**options) for plan in plans)
     projections = 24 * 4 * (2048 * 2048 + 16 * 128 * 128)
     text = (DOCS / "engine.md").read_text()
     assert f"These caches take {beside / full:.0f} times the" in text

@@ -8,6 +8,7 @@ import io
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 from tiny import draw
 from transformers import DynamicCache, JanusForConditionalGeneration, LlamaForCausalLM
 
+import ssd_janus
 from ssd_attach.cache import DecoderCache, Generation
 from ssd_attach.internals import CACHE_NAME
 from ssd_janus import ModelShape, disable, enable, enabled, hooks
 from ssd_janus.hooks import is_enabled
 from ssd_kernels import CachePlan, HeadSpec
-from ssd_kernels.policies import NEED_PROFILE, POLICIES, HeadProfile, build
+from ssd_kernels.policies import NEED_PROFILE, POLICIES, HeadProfile, Raster, build
 
 FULL = CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4)
 NARROW = CachePlan.uniform(HeadSpec.window(2), tiny.LAYERS, 4)
@@ -144,6 +146,29 @@ def test_generate_keeps_its_signature(fresh: Any) -> None:
     assert inspect.signature(fresh.generate) == before and hooks._generate.__doc__ == text
 
 
+def test_caches_are_freed_when_a_call_is_over(fresh: Any) -> None:
+    """Also where somebody keeps transformers' cache, as the records of torch.compile do; not if the caller gets it."""
+    kept, alive = [], weakref.WeakSet()
+
+    def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs[CACHE_NAME]
+        kept.append(cache)
+        if cache.compressed is not None:
+            alive.add(cache.compressed)
+
+    enable(fresh, FULL, engine=False)
+    fresh.model.language_model.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
+    draw(fresh)
+    assert kept[0].compressed is None and not alive
+    pipe = ssd_janus.Pipeline(fresh, tiny.build_processor())
+    pipe.generate_tokens(list(tiny.PROMPTS), batch_size=2)
+    assert pipe.last_run.backend and len({id(cache) for cache in kept}) == 3 and not alive
+    with pytest.raises(ValueError, match=f"{CACHE_NAME} must be a fresh cache"):
+        fresh.model.language_model(input_ids=torch.tensor([[1]]), **{CACHE_NAME: kept[0]})
+    output = draw(fresh, return_dict_in_generate=True)
+    assert list(alive) == [output[CACHE_NAME].compressed]
+
+
 def test_used_caches_are_refused(fresh: Any) -> None:
     enable(fresh, FULL)
     used = draw(fresh, return_dict_in_generate=True)[CACHE_NAME]
@@ -263,6 +288,17 @@ def test_the_default_and_a_profile_in_a_file(fresh: Any, tmp_path: Path) -> None
     assert enable(fresh).asked == 0.2
 
 
+def test_attach_says_that_enable_draws_pictures(fresh: Any) -> None:
+    """`attach` takes a Janus for its text; its pictures it cannot know."""
+    words = {**tiny.image_inputs(), "max_new_tokens": 8, "do_sample": False}
+    text, usual = fresh.generate(**words), draw(fresh)
+    with ssd_janus.attached(fresh, "full", pictures=Raster(tiny.GRID, tiny.GRID)):
+        assert torch.equal(fresh.generate(**words), text)
+        with pytest.raises(ValueError, match=r"got StaticCache; .*ssd_janus.enable\(model, ...\) draws them with"):
+            draw(fresh)
+    assert torch.equal(draw(fresh), usual)
+
+
 def test_a_block(fresh: Any) -> None:
     """What was in force before is so again, whatever ends the block."""
     usual, before = draw(fresh), state(fresh)
@@ -291,7 +327,7 @@ def test_enable_checks_its_arguments(fresh: Any) -> None:
         enable(fresh, CachePlan.uniform(HeadSpec.full(), 2, 4))
     with pytest.raises(ValueError, match="3 layers x 4 KV heads, got 3 layers x 8"):
         enable(fresh, CachePlan.uniform(HeadSpec.full(), 3, 8))
-    with pytest.raises(TypeError, match="plan must be a CachePlan, got dict"):
+    with pytest.raises(TypeError, match="plan must be a CachePlan or the name of a policy, one of .*online, got dict"):
         enable(fresh, {})
     with pytest.raises(ValueError, match="backend must be one of auto, .*got 'cudnn'"):
         enable(fresh, FULL, backend="cudnn")

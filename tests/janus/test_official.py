@@ -278,7 +278,7 @@ def test_files_of_old_torch_releases_are_read(spoiled: Path, model: tiny_officia
     assert torch.equal(loaded.model.language_model.norm.weight, model.language_model.model.norm.weight)
 
 
-@pytest.mark.parametrize("part", ["../elsewhere.bin", "/etc/passwd", 3])
+@pytest.mark.parametrize("part", ["../elsewhere.bin", "/etc/passwd", "..", ".", "", 3])
 def test_an_index_names_files_beside_it(spoiled: Path, part: Any) -> None:
     (spoiled / "pytorch_model.bin").unlink()
     (spoiled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {NORM: part}}))

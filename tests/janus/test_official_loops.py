@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -165,6 +166,34 @@ def test_samples_and_sampling_of_the_rollout(gqa: Any) -> None:
     assert restricted.drawn.isfinite().all() and (restricted.drawn != restricted.plain).any()
     plain = official.rollout(gqa, ids, mask, pad_token_id=PAD, guidance=1.0, sampling=Sampling(greedy=True), steps=4)
     assert plain.cache_bytes < greedy.cache_bytes
+
+
+@pytest.mark.parametrize("plan", [full, ragged])
+def test_samples_of_the_rollout_share_their_prompts(gqa: Any, plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens and log-probabilities are those of rows that have their prompts to themselves. A prompt that the plan does
+    not keep cannot be shared, but runs once all the same."""
+    ids, mask = padded(PROMPTS[:2])
+    for keep_prompt in (True, False):
+        chosen = replace(plan(gqa), keep_prompt=keep_prompt)
+        enable(gqa, chosen)
+        widths = []
+        hook = gqa.language_model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: widths.append(len(kwargs["inputs_embeds"])), with_kwargs=True)  # noqa: B023
+        torch.manual_seed(5)
+        found = official.rollout(gqa, ids, mask.bool(), 3, pad_token_id=PAD)
+        with monkeypatch.context() as patch:
+            patch.setattr(official.loops, "cache_for", lambda model, share: None)
+            torch.manual_seed(5)
+            expected = official.rollout(gqa, ids, mask, 3, pad_token_id=PAD)
+        hook.remove()
+        # Two prompts and what both have without guidance; then two rows of each of six pictures.
+        assert widths[:2] == [3, 12] and widths[tiny.TOKENS] == 12
+        assert torch.equal(found.tokens, expected.tokens)
+        assert found.plain is not None and expected.plain is not None
+        assert torch.allclose(found.plain, expected.plain, rtol=0, atol=1e-5)
+        sizes = [CompressedCache(chosen, 12, 4, gqa.language_model.config.head_dim, ids.shape[1], tiny.TOKENS,
+                                 shared_prompts=prompts).nbytes for prompts in (3 if keep_prompt else None, None)]
+        assert [found.cache_bytes, expected.cache_bytes] == sizes
 
 
 @pytest.mark.parametrize("arguments, error, message", [

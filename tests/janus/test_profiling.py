@@ -144,6 +144,34 @@ def test_errors_fall_with_size_and_match_fidelity(pipe: Pipeline, profile: HeadP
         0, 1] > 0.5
 
 
+def test_8_bits_cost_what_they_add_to_the_residual_stream(pipe: Pipeline) -> None:
+    """Against a cache in 8 bits of its own and each head's slice of the projection, one picture, step by step."""
+    class Beside(fidelity.AttentionError):
+        def __init__(self) -> None:
+            super().__init__(profiling.everything_in_8_bits(pipe.shape), pipe.backend)
+            self.outs: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(tiny.LAYERS)]
+
+        def decode(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+                   scale: float | None, out: torch.Tensor) -> None:
+            assert self.shadow is not None and self.shadow.plan.kv_format == "int8"
+            self.outs[layer].append((self.shadow.decode(layer, query, keys, values, scale).double(), out.double()))
+
+    beside, recorder = Beside(), fidelity.Recorder(pipe.guidance(None))
+    pipe.generate_tokens(TEXTS[:1], seed=3, plan=pipe.shape.full_plan(), observer=beside, logits_processor=[recorder])
+    # The first distribution follows the prompt.
+    weight = [1 - float(step.exp().square().sum()) for step in recorder.steps[1:]]
+    expected = torch.zeros(tiny.LAYERS, 4, dtype=torch.float64)
+    for layer, outs in enumerate(beside.outs):
+        matrix = pipe.model.model.language_model.layers[layer].self_attn.o_proj.weight.detach().double()
+        norm = sum(w * (out.flatten(1) @ matrix.T).square().sum() for w, (_, out) in zip(weight, outs, strict=True))
+        for head, part in enumerate(matrix.split(matrix.shape[1] // 4, 1)):
+            expected[layer, head] = sum(w * ((got - out).view(2, 4, -1)[:, head] @ part.T).square().sum()
+                                        for w, (got, out) in zip(weight, outs, strict=True)) / norm
+    got = profiling.measure(pipe, TEXTS[:1], seed=3).int8_error
+    assert got is not None and torch.allclose(got.double(), expected, rtol=1e-3, atol=0)
+    assert not torch.allclose(expected[0, 0], expected[0, 1], rtol=0.05)
+
+
 def test_batches_that_do_not_fit_are_refused(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for the full cache, which the engine counts, and not for what is measured beside it."""
     plans = profiling.plans_beside(pipe.shape, profiling.measured_sizes(pipe.shape))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -25,12 +25,18 @@ class Case:
         device: where its caches live.
         dtypes: storage types it serves.
         compiled: bitwise promises (docs/specification.md, section 3.9) hold for compiled backends only.
+        kv_format: how its caches store keys and values, whatever a test's plan says.
     """
 
     name: str
     device: str = "cpu"
     dtypes: tuple[torch.dtype, ...] = (F32, BF16, F16)
     compiled: bool = True
+    kv_format: str = "auto"
+
+    def stored(self, plan: CachePlan) -> CachePlan:
+        """The plan with this case's ``kv_format``."""
+        return replace(plan, kv_format=self.kv_format)
 
 
 backends.register(PTXBackend())
@@ -52,14 +58,14 @@ def short(dtype: torch.dtype) -> str:
 
 def _param(case: Case, *more: object, id: str) -> object:
     reason = backends.available().get(case.name, "not registered")
+    if not reason and case.kv_format != "auto":  # a backend that learns it is tested with it
+        reason = backends.get(case.name).unsupported(torch.device(case.device), F32, 64, case.kv_format)
     marks = [pytest.mark.skip(reason=f"{case.name}: {reason}")] if reason else []
     return pytest.param(case, *more, id=id, marks=[*marks, *([pytest.mark.gpu] if case.device == "cuda" else [])])
 
 
 each_backend = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES])
 each_compiled = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES if case.compiled])
-each_cuda = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES
-                                             if case.name in ("ptx", "cuda")])
 each_triton = pytest.mark.parametrize("case", [_param(case, id=case.name) for case in CASES
                                                if case.name in ("ptx_triton", "triton")])
 each_on_the_host = pytest.mark.parametrize("case", [
@@ -68,6 +74,23 @@ each_without_table = pytest.mark.parametrize("case", [  # that can do without re
     _param(case, id=case.name) for case in CASES if not backends.get(case.name).reads_table])
 each_dtype = pytest.mark.parametrize(("case", "dtype"), [
     _param(case, dtype, id=f"{case.name}-{short(dtype)}") for case in CASES for dtype in case.dtypes])
+IN_INT8 = tuple(replace(case, kv_format="int8", dtypes=case.dtypes[:3]) for case in CASES)
+each_in_int8 = pytest.mark.parametrize("case", [_param(case, id=f"{case.name}-int8") for case in IN_INT8])
+
+
+def each_format_of(*names: str) -> pytest.MarkDecorator:
+    """These backends in both formats."""
+    return pytest.mark.parametrize("case", [
+        *(_param(case, id=case.name) for case in CASES if case.name in names),
+        *(_param(case, id=f"{case.name}-int8") for case in IN_INT8 if case.name in names)])
+
+
+each_cuda = each_format_of("ptx", "cuda")
+each_format = each_format_of(*(case.name for case in CASES))
+each_compiled_format = each_format_of(*(case.name for case in CASES if case.compiled))
+each_storage = pytest.mark.parametrize(("case", "dtype"), [
+    *(_param(case, dtype, id=f"{case.name}-{short(dtype)}") for case in CASES for dtype in case.dtypes),
+    *(_param(case, dtype, id=f"{case.name}-{short(dtype)}-int8") for case in IN_INT8 for dtype in case.dtypes)])
 
 MIX = (HeadSpec.heavy(4, recent=1), HeadSpec.window(5), HeadSpec.full(),
        HeadSpec.heavy(3, score="mean", pinned=(1, 5, 33, 70, 1000)), HeadSpec.window(0),

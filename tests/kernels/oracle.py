@@ -48,18 +48,54 @@ def _rank(key: float, position: int) -> tuple[bool, float, int]:
     return (False, 0.0, position) if math.isnan(key) else (True, key, position)
 
 
+def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What section 3.13 stores of finite vectors ``[..., D]``: bytes int8 ``[..., D]`` and scales float32 ``[...]``.
+
+    A quotient or product of two float32 numbers that float64 gives and float32 then rounds is the one that IEEE
+    float32 gives: 53 bits are more than twice 24 and 2.
+    """
+    exact = x.float().double()
+    amax = exact.abs().amax(-1)
+    scales = (amax / 127).float()
+    scales[scales < torch.finfo(torch.float32).smallest_normal] = 0.0
+    inverse = (127 / amax).float().double()
+    nearest = (exact * inverse[..., None]).float().round()
+    data = torch.where(scales[..., None] > 0, nearest.clamp(-127, 127), 0.0)
+    return data.to(torch.int8), scales
+
+
 class Oracle:
-    """What one layer must do, for B rows of H KV heads with G query heads each."""
+    """What one layer must do, for B rows of H KV heads with G query heads each.
+
+    Attributes:
+        k, v: float64 ``[B, H, length, D]``, every key and value given, as they are read.
+        contents: what slots must hold of them, ``[B, H, length, ...]`` each: keys, values and, in 8 bits, their scales.
+    """
 
     def __init__(self, specs: Sequence[HeadSpec], *, row_buffer: int, keep_prompt: bool, batch: int, group: int,
-                 head_dim: int, length: int, scale: float | None = None) -> None:
+                 head_dim: int, length: int, scale: float | None = None, kv_format: str = "auto") -> None:
         self.specs, self.row_buffer, self.keep_prompt, self.group = list(specs), row_buffer, keep_prompt, group
         self.scale = 1 / math.sqrt(head_dim) if scale is None else scale
         self.k = torch.zeros(batch, len(specs), length, head_dim, dtype=torch.float64)
         self.v = torch.zeros_like(self.k)
+        self.contents = (self.k, self.v)
+        if kv_format == "int8":
+            data = (torch.zeros_like(self.k, dtype=torch.int8) for _ in range(2))
+            scales = (torch.zeros(batch, len(specs), length) for _ in range(2))
+            self.contents = (*data, *scales)
         self.kept: list[list[dict[int, Token]]] = [[{} for _ in specs] for _ in range(batch)]
         self.forgotten = torch.zeros(batch, len(specs), dtype=torch.float64)  # scores of evicted tokens
         self.prompt_len, self.step = [0] * batch, [0] * batch
+
+    def _store(self, row: int, where: slice, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Remember k and v ``[H, n, D]`` of positions ``where``."""
+        if len(self.contents) == 2:
+            self.k[row, :, where], self.v[row, :, where] = k.double(), v.double()
+            return
+        for place, (given, history) in enumerate(((k, self.k), (v, self.v))):
+            data, scales = quantised(given)
+            self.contents[place][row, :, where], self.contents[place + 2][row, :, where] = data, scales
+            history[row, :, where] = data.double() * scales.double()[..., None]
 
     def reset(self, row: int) -> None:
         """Empty a row."""
@@ -71,7 +107,7 @@ class Oracle:
         """Restart ``row`` with a prompt: k, v ``[H, P, D]`` valid in ``[0, length)``, scores ``[H, P]``."""
         self.reset(row)
         self.prompt_len[row] = length
-        self.k[row, :, :length], self.v[row, :, :length] = k[:, :length].double(), v[:, :length].double()
+        self._store(row, slice(length), k[:, :length], v[:, :length])
         for head, spec in enumerate(self.specs):
             tokens = {p: Token(0.0 if scores is None else float(scores[head, p])) for p in range(length)}
             stay = set(tokens) if self.keep_prompt else survivors(tokens, spec, length)
@@ -87,7 +123,7 @@ class Oracle:
         mask = torch.zeros(batch, heads, 1, length, dtype=torch.bool)
         for row in range(batch):
             position = self.prompt_len[row] + self.step[row]
-            self.k[row, :, position], self.v[row, :, position] = k[row].double(), v[row].double()
+            self._store(row, slice(position, position + 1), k[row, :, None], v[row, :, None])
             for head in range(heads):
                 self.kept[row][head][position] = Token()
                 mask[row, head, 0, list(self.kept[row][head])] = True

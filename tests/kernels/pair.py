@@ -11,9 +11,10 @@ from ssd_kernels import CachePlan, CompressedCache
 from .cases import Case
 from .oracle import Oracle
 
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SCORE_RTOL, SCORE_ATOL = 2e-5, 1e-6
 POISONED_POSITION = 2**30
+POISONED_BYTE = -128  # which no vector has: NaN is not to be had
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -24,8 +25,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def poison(cache: CompressedCache) -> None:
     """Fill all slots with NaN and impossible positions, as docs/specification.md, section 3.7 asks of tests."""
     for state in cache._layers:
-        for tensor in (state.keys, state.values, state.scores, *state.shared[:2]):
-            tensor.fill_(float("nan"))
+        for tensor in (*state.slabs, *state.prompt_slabs, state.scores):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else POISONED_BYTE)
         state.positions.fill_(POISONED_POSITION)
 
 
@@ -37,7 +38,13 @@ def on_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 def snapshot(cache: CompressedCache) -> list[torch.Tensor]:
     """Every byte of the cache, to be compared with `assert_untouched`."""
-    return [bits(tensor).clone() for state in cache._layers for tensor in (*state.tensors, *state.shared)]
+    return [bits(tensor).clone() for state in cache._layers for tensor in state.everything]
+
+
+def of_rows(cache: CompressedCache) -> tuple[torch.Tensor, ...]:
+    """What steps change in the first layer, ``[B, ...]`` each."""
+    state = cache._layers[0]
+    return *state.tensors[:5], *state.scales[:2]
 
 
 def assert_untouched(cache: CompressedCache, before: list[torch.Tensor]) -> None:
@@ -52,7 +59,8 @@ class Pair:
     def __init__(self, plan: CachePlan, case: Case, *, batch: int = 2, group: int = 1, head_dim: int = 40,
                  max_prompt: int = 5, steps: int = 20, dtype: torch.dtype = torch.float32, scale: float | None = None,
                  track_scores: bool = False, seed: int = 0, shared_prompts: int | None = None) -> None:
-        self.plan, self.case, self.dtype, self.scale, self.track_scores = plan, case, dtype, scale, track_scores
+        self.plan = plan = case.stored(plan)
+        self.case, self.dtype, self.scale, self.track_scores = case, dtype, scale, track_scores
         self.batch, self.heads, self.group, self.head_dim = batch, plan.num_heads, group, head_dim
         self.max_prompt, self.steps = max_prompt, steps
         self.random = torch.Generator().manual_seed(seed)
@@ -62,7 +70,8 @@ class Pair:
                                      shared_prompts=shared_prompts)
         poison(self.cache)
         self.oracles = [Oracle(specs, row_buffer=plan.row_buffer, keep_prompt=plan.keep_prompt, batch=batch,
-                               group=group, head_dim=head_dim, length=max_prompt + steps, scale=scale)
+                               group=group, head_dim=head_dim, length=max_prompt + steps, scale=scale,
+                               kv_format=plan.kv_format)
                         for specs in plan.layers]
 
     def draw(self, *shape: int, factor: float = 1.0) -> torch.Tensor:
@@ -139,8 +148,8 @@ class Pair:
     def check(self, layer: int) -> None:
         """Kept positions, scores and slot contents of every row and head against the oracle."""
         oracle, state = self.oracles[layer], self.cache._layers[layer]
-        slabs = [tensor.cpu() for tensor in (state.keys, state.values)]
-        prompts = [None, None] if not state.shared else [tensor.cpu() for tensor in state.shared[:2]]
+        slabs = [tensor.cpu() for tensor in state.slabs]
+        prompts = [tensor.cpu() for tensor in state.prompt_slabs] or [None] * len(slabs)
         for head, spec in enumerate(self.plan.layers[layer]):
             all_positions = self.cache.positions(layer, head)
             scored = spec.kind == "heavy" or self.track_scores
@@ -162,8 +171,8 @@ class Pair:
                 assert len(set(slots.values())) == len(slots), where
                 assert all(0 <= slot < span.capacity for slot in slots.values()), where
                 apart = oracle.prompt_len[row] if state.shared else 0
-                for slab, prompt, history in zip(slabs, prompts, (oracle.k, oracle.v), strict=True):
-                    given = history[row, head, positions.cpu()].to(self.dtype)
+                for slab, prompt, history in zip(slabs, prompts, oracle.contents, strict=True):
+                    given = history[row, head, positions.cpu()].to(slab.dtype)
                     found = slab[row, span.offset + stored[apart:] - apart]
                     if prompt is not None:
                         shared = prompt[state.shared[2][row]].unflatten(0, (self.heads, self.max_prompt))

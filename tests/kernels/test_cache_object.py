@@ -11,14 +11,14 @@ import torch
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
 
-from .cases import Case, each_backend, mixed, uniform
+from .cases import Case, each_backend, each_format, each_format_of, mixed, uniform
 from .pair import assert_untouched, snapshot
 
 B, H, D, P, N = 2, 4, 40, 3, 8
 
 
 def _cache(case: Case, plan: CachePlan | None = None) -> CompressedCache:
-    return CompressedCache(plan or mixed(H), B, H, D, P, N, device=case.device, backend=case.name)
+    return CompressedCache(case.stored(plan or mixed(H)), B, H, D, P, N, device=case.device, backend=case.name)
 
 
 def _step(cache: CompressedCache, seed: int = 0) -> torch.Tensor:
@@ -26,7 +26,7 @@ def _step(cache: CompressedCache, seed: int = 0) -> torch.Tensor:
     return cache.decode(0, *torch.randn(3, B, H, D, generator=random).to(cache.device))
 
 
-@each_backend
+@each_format
 def test_results_carry_no_gradient(case: Case) -> None:
     """"Inference only", whatever is given: a cache that held on to graphs would fill the memory."""
     cache = _cache(case)
@@ -34,10 +34,10 @@ def test_results_carry_no_gradient(case: Case) -> None:
     cache.prefill(0, 2 * given, 3 * given, [P, 1])
     out = cache.decode(0, *(factor * given[:, :, 0] for factor in (2, 3, 4)))
     assert not out.requires_grad
-    assert not any(tensor.requires_grad for tensor in cache._layers[0].tensors)
+    assert not any(tensor.requires_grad for tensor in cache._layers[0].everything)
 
 
-@each_backend
+@each_format
 def test_a_cache_made_in_inference_mode_serves_outside_it(case: Case) -> None:
     with torch.inference_mode():
         cache = _cache(case)
@@ -47,10 +47,10 @@ def test_a_cache_made_in_inference_mode_serves_outside_it(case: Case) -> None:
     assert torch.equal(_step(cache), first)
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_copies_go_their_own_way(name: str) -> None:
+@each_format_of("cpu", "reference")
+def test_copies_go_their_own_way(case: Case) -> None:
     """Copied between two steps; a copy's steps are written to the copy, and give what the original's give."""
-    cache = _cache(Case(name))
+    cache = _cache(case)
     _step(cache)
     for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         before = snapshot(cache)
@@ -60,7 +60,7 @@ def test_copies_go_their_own_way(name: str) -> None:
         assert other.positions(0, 0)[0].tolist() == [0, 1]
 
 
-@each_backend
+@each_format
 def test_a_layer_with_other_tensors_is_another(case: Case) -> None:
     """What a backend remembers of a layer's addresses does not go along."""
     cache = _cache(case)

@@ -9,15 +9,15 @@ import torch
 
 from ssd_kernels import CachePlan, HeadSpec
 
-from .cases import PART, Case, each_backend, each_dtype, mixed, uniform
-from .pair import Pair, bits
+from .cases import PART, Case, each_backend, each_dtype, each_format, each_storage, mixed, uniform
+from .pair import Pair, bits, of_rows
 
 STEPS = 20
 BUFFERS = pytest.mark.parametrize("row_buffer", [0, 1, 3, 4, 6, STEPS, STEPS + 7], ids="R{}".format)
 PROMPT = pytest.mark.parametrize("keep_prompt", [True, False], ids=["keep_prompt", "evict_prompt"])
 
 
-@each_dtype
+@each_storage
 @PROMPT
 @pytest.mark.parametrize("row_buffer", [0, 4], ids="R{}".format)
 def test_every_kind_of_head(case: Case, dtype: torch.dtype, row_buffer: int, keep_prompt: bool) -> None:
@@ -27,7 +27,7 @@ def test_every_kind_of_head(case: Case, dtype: torch.dtype, row_buffer: int, kee
     pair.run(STEPS)
 
 
-@each_backend
+@each_format
 @PROMPT
 @BUFFERS
 def test_row_buffer(case: Case, row_buffer: int, keep_prompt: bool) -> None:
@@ -57,7 +57,7 @@ def test_smallest_sizes(case: Case, spec: HeadSpec, row_buffer: int, keep_prompt
     pair.run(14)
 
 
-@each_backend
+@each_format
 @PROMPT
 @pytest.mark.parametrize(("keep", "row_buffer"), [(13, 6), (17, 16), (31, 2), (33, 0), (61, 5)],
                          ids=["M13-R6", "M17-R16", "M31-R2", "M33-R0", "M61-R5"])
@@ -93,7 +93,7 @@ def test_all_full_is_dense_causal_attention(case: Case, dtype: torch.dtype, row_
         pair.compare_outputs(0, out, dense[:, :, t], native[:, :, t].double())
 
 
-@each_backend
+@each_format
 @PROMPT
 @pytest.mark.parametrize("row_buffer", [0, 5, STEPS + 1], ids="R{}".format)
 @pytest.mark.parametrize("extra", [0, 1, 10**6])
@@ -129,7 +129,7 @@ def test_mass_is_conserved(case: Case, dtype: torch.dtype) -> None:
                 assert scores.sum().item() == pytest.approx((step + 1) * group, rel=1e-5)
 
 
-@each_backend
+@each_format
 @PROMPT
 @pytest.mark.parametrize("row_buffer", [0, 4], ids="R{}".format)
 def test_mass_is_conserved_through_evictions(case: Case, row_buffer: int, keep_prompt: bool) -> None:
@@ -158,7 +158,7 @@ def test_evicted_score_is_forgotten(case: Case) -> None:
         assert scores.tolist() == [0.75, 0.5, 0.25]
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("row_buffer", [0, 4], ids="R{}".format)
 def test_track_scores_gives_every_head_scores(case: Case, row_buffer: int) -> None:
     """Rule 3: "and any head when a caller asks for scores"; the other results stay as they are."""
@@ -171,7 +171,7 @@ def test_track_scores_gives_every_head_scores(case: Case, row_buffer: int) -> No
         plain.cache.scores(0, 1)
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("scale", [0.0, 0.05, 1.0, -0.3], ids="scale{}".format)
 def test_scale_argument(case: Case, scale: float) -> None:
     """Rule 2: "scale = 1/sqrt(head_dim) unless given"."""
@@ -226,14 +226,14 @@ def test_no_softmax_gives_nan(case: Case, value: float, where: slice, length: in
     assert pair.cache.scores(0, 0)[0].isfinite().all() and pair.cache.scores(0, 1)[0].isnan().all()
 
 
-@each_backend
+@each_format
 def test_no_prompt_and_no_prefill(case: Case) -> None:
     """A cache may be decoded straight away: every row starts with an empty prompt."""
     pair = Pair(mixed(8, 3), case, max_prompt=0, steps=12)
     pair.run(12)
 
 
-@each_backend
+@each_format
 @PROMPT
 def test_prompts_longer_than_what_heads_keep(case: Case, keep_prompt: bool) -> None:
     """"with `keep_prompt=False` rule 4 is applied to it once, at the end of prefill": P far above W and M."""
@@ -242,7 +242,7 @@ def test_prompts_longer_than_what_heads_keep(case: Case, keep_prompt: bool) -> N
     pair.run(12)
 
 
-@each_backend
+@each_format
 @PROMPT
 def test_prefill_scores(case: Case, keep_prompt: bool) -> None:
     """"Prefill stores the prompt with scores 0 (or the given `scores` [B, Hkv, P])"; P may exceed the lengths."""
@@ -251,7 +251,7 @@ def test_prefill_scores(case: Case, keep_prompt: bool) -> None:
     pair.run(12)
 
 
-@each_backend
+@each_format
 def test_layers_are_independent(case: Case) -> None:
     """Every layer follows its own head specs and keeps its own tokens."""
     pair = Pair(mixed(4, 3, num_layers=3), case, steps=12)
@@ -259,7 +259,7 @@ def test_layers_are_independent(case: Case) -> None:
     pair.run(12)
 
 
-@each_backend
+@each_format
 @PROMPT
 @pytest.mark.parametrize("row_buffer", [0, 4], ids="R{}".format)
 def test_rows_restart_midway(case: Case, row_buffer: int, keep_prompt: bool) -> None:
@@ -274,7 +274,7 @@ def test_rows_restart_midway(case: Case, row_buffer: int, keep_prompt: bool) -> 
     pair.run(9)
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("how", ["prefill", "reset"])
 def test_other_rows_do_not_notice_a_restart(case: Case, how: str) -> None:
     """The other rows' outputs, slots and scores are bitwise those of a cache in which nothing restarted."""
@@ -292,7 +292,7 @@ def test_other_rows_do_not_notice_a_restart(case: Case, how: str) -> None:
         outs.append(out)
     for row in (0, 2):
         assert torch.equal(outs[0][:, row], outs[1][:, row])
-        for one, other in zip(*(pair.cache._layers[0].tensors[:5] for pair in pairs), strict=True):
+        for one, other in zip(*(of_rows(pair.cache) for pair in pairs), strict=True):
             assert torch.equal(bits(one[row]), bits(other[row]))
     assert not torch.equal(outs[0][:, 1], outs[1][:, 1])
 
@@ -311,7 +311,7 @@ def test_reset_empties_rows(case: Case) -> None:
     pair.run(9)
 
 
-@each_dtype
+@each_storage
 def test_whole_picture_twice(case: Case, dtype: torch.dtype) -> None:
     """A second picture in the same cache, after all steps of the first, sees nothing of it."""
     pair = Pair(mixed(4, 4), case, steps=9, dtype=dtype)

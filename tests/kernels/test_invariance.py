@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .cases import F32, Case, each_backend, each_compiled, mixed
-from .pair import Pair, bits
+from .cases import F32, Case, each_compiled_format, each_format, mixed
+from .pair import Pair, bits, of_rows
 
 STEPS = 15
 ROWS = 5
@@ -24,10 +24,10 @@ def _play(case: Case, rows: list[int], dtype: torch.dtype, row_buffer: int) -> t
 
     pair.cache.prefill(0, draw(8, 5, 40), draw(8, 5, 40), [(row + 1) % 6 for row in rows])
     outs = [pair.cache.decode(0, draw(16, 40), draw(8, 40), draw(8, 40)) for _ in range(STEPS)]
-    return torch.stack(outs, 1), *pair.cache._layers[0].tensors[:5]
+    return torch.stack(outs, 1), *of_rows(pair.cache)
 
 
-@each_compiled
+@each_compiled_format
 @pytest.mark.parametrize("row_buffer", [0, 4], ids="R{}".format)
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=["f32", "bf16"])
 def test_a_row_does_not_depend_on_its_batch(case: Case, dtype: torch.dtype, row_buffer: int) -> None:
@@ -42,7 +42,7 @@ def test_a_row_does_not_depend_on_its_batch(case: Case, dtype: torch.dtype, row_
         assert torch.equal(bits(many[backwards]), bits(other))
 
 
-@each_compiled
+@each_compiled_format
 @pytest.mark.parametrize("row_buffer", [0, 4], ids="R{}".format)
 def test_a_result_does_not_depend_on_threads(case: Case, row_buffer: int) -> None:
     """Batch invariance under other numbers of threads, more than there are cores or items included."""
@@ -59,7 +59,7 @@ def test_a_result_does_not_depend_on_threads(case: Case, row_buffer: int) -> Non
             assert torch.equal(bits(one), bits(two)) and torch.equal(bits(one[1]), bits(three[0]))
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("row_buffer", [0, 4], ids="R{}".format)
 def test_output_does_not_depend_on_slot_order(case: Case, row_buffer: int) -> None:
     """"Output is independent of slot order": shuffle heavy heads' slots between steps, prompt and evictable apart."""
@@ -74,7 +74,7 @@ def test_output_does_not_depend_on_slot_order(case: Case, row_buffer: int) -> No
                 order = torch.cat([torch.randperm(prompt_len), prompt_len + torch.randperm(count - prompt_len)])
                 if span.kind != "heavy":
                     continue
-                for tensor, offset in ((state.keys, span.offset), (state.values, span.offset),
+                for tensor, offset in (*((slab, span.offset) for slab in state.slabs),
                                        (state.scores, span.score_offset), (state.positions, span.score_offset)):
                     tensor[row, offset:offset + count] = tensor[row, offset + order]
         pair.check(0)

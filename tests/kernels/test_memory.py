@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from ssd_kernels import CompressedCache
+from ssd_kernels.state import LayerState
 
-from .cases import Case, each_backend, each_dtype, mixed
-from .pair import Pair, bits
+from .cases import Case, each_backend, each_dtype, each_format, each_storage, mixed
+from .pair import POISONED_BYTE, Pair, bits, of_rows
 
 PAD = 4096  # guard elements on both sides of every tensor
 INT32 = (-(2**31), -(2**31) + 1, -1000, -1, 2**30, 2**31 - 1)
@@ -22,10 +24,12 @@ class Guarded:
     def __init__(self, cache: CompressedCache) -> None:
         self.guards: list[tuple[torch.Tensor, torch.Tensor]] = []
         for state in cache._layers:
-            shared = ("prompt_keys", "prompt_values", "prompt_of") if state.shared else ()
-            for name in ("keys", "values", "scores", "positions", "cursors", "pinned", *shared):
-                tensor = getattr(state, name)
+            for name, tensor in list(vars(state).items()):
+                if not isinstance(tensor, torch.Tensor) or name == "table":
+                    continue
                 fill = float("nan") if tensor.is_floating_point() else 0x5A5A5A5A
+                if tensor.dtype == torch.int8:
+                    fill = POISONED_BYTE
                 whole = torch.full((tensor.numel() + 2 * PAD,), fill, dtype=tensor.dtype, device=tensor.device)
                 inside = whole[PAD:-PAD].view(tensor.shape)
                 inside.copy_(tensor)
@@ -40,7 +44,7 @@ class Guarded:
             assert torch.equal(bits(whole[-PAD:]), bits(before[-PAD:])), "written behind the tensor"
 
 
-@each_dtype
+@each_storage
 @pytest.mark.parametrize("keep_prompt", [True, False], ids=["keep_prompt", "evict_prompt"])
 @pytest.mark.parametrize("row_buffer", [0, 4], ids="R{}".format)
 def test_guards_stay_whole(case: Case, dtype: torch.dtype, row_buffer: int, keep_prompt: bool) -> None:
@@ -54,7 +58,13 @@ def test_guards_stay_whole(case: Case, dtype: torch.dtype, row_buffer: int, keep
     guarded.check()
 
 
-@each_backend
+def _written(state: LayerState, before: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Slots ``[B, S]`` of which a key, a value or a scale differs from ``before``, the `bits` of the layer's slabs."""
+    changed = [bits(slab) != old for slab, old in zip(state.slabs, before, strict=True)]
+    return torch.stack([each.flatten(2).any(-1) if each.dim() > 2 else each for each in changed]).any(0)
+
+
+@each_format
 @pytest.mark.parametrize("row_buffer", [0, 4], ids="R{}".format)
 def test_eviction_moves_no_data(case: Case, row_buffer: int) -> None:
     """A step writes the appended slot, and at a refresh one slot for each token that left; nothing else."""
@@ -62,32 +72,33 @@ def test_eviction_moves_no_data(case: Case, row_buffer: int) -> None:
     pair.prefill([3, 1])
     state = pair.cache._layers[0]
     for _ in range(20):
-        before, held = bits(state.keys).clone(), [[len(kept) for kept in row] for row in pair.oracles[0].kept]
+        before = [bits(slab).clone() for slab in state.slabs]
+        held = [[len(kept) for kept in row] for row in pair.oracles[0].kept]
         pair.step()
-        changed = (bits(state.keys) != before).any(-1)
+        changed = _written(state, before)
         for row, (head, span) in itertools.product(range(2), enumerate(state.layout.heads)):
             left = held[row][head] + 1 - len(pair.oracles[0].kept[row][head])
             written = int(changed[row, span.offset:span.offset + span.capacity].sum())
             assert written <= 1 + (left if span.kind == "heavy" else 0), (row, head, written, left)
 
 
-@each_backend
+@each_format
 def test_a_row_writes_only_its_own_slots(case: Case) -> None:
     """Prefill of some rows leaves every byte of the others alone, and every byte beyond the prompt."""
     pair = Pair(mixed(8), case, batch=3, max_prompt=5)
     state = pair.cache._layers[0]
-    before = [bits(tensor).clone() for tensor in state.tensors]
+    before, slabs = ([bits(tensor).clone() for tensor in tensors] for tensors in (of_rows(pair.cache), state.slabs))
     pair.prefill([2], rows=[1])
-    for old, tensor in zip(before, state.tensors[:5], strict=False):
+    for old, tensor in zip(before, of_rows(pair.cache), strict=True):
         assert torch.equal(old[[0, 2]], bits(tensor)[[0, 2]])
-    written = (bits(state.keys) != before[0]).any(-1)[1]
+    written = _written(state, slabs)[1]
     for span in state.layout.heads:
         assert written[span.offset:span.offset + span.capacity].tolist() == [True] * 2 + [False] * (span.capacity - 2)
 
 
 def _step_with_damage(pair: Pair, guarded: Guarded, row: int) -> None:
     """Decode once: either refused with everything untouched, or the damaged row is left as it is."""
-    tensors = pair.cache._layers[0].tensors
+    tensors = of_rows(pair.cache)
     before = [bits(tensor).clone() for tensor in tensors]
     inputs = [pair.draw(pair.batch, pair.heads, pair.head_dim).to(pair.case.device) for _ in range(3)]
     try:
@@ -96,12 +107,12 @@ def _step_with_damage(pair: Pair, guarded: Guarded, row: int) -> None:
         rows = slice(None)
     else:
         rows = slice(row, row + 1)
-    for old, tensor in zip(before[:5], tensors, strict=False):
+    for old, tensor in zip(before, tensors, strict=True):
         assert torch.equal(old[rows], bits(tensor)[rows])
     guarded.check()
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("keep_prompt", [True, False], ids=["keep_prompt", "evict_prompt"])
 @pytest.mark.parametrize("cursor", ["prompt_len", "step"])
 def test_damaged_cursors(case: Case, cursor: str, keep_prompt: bool) -> None:

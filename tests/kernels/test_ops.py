@@ -19,6 +19,7 @@ from .cases import (
     Case,
     each_backend,
     each_compiled,
+    each_format,
     each_on_the_host,
     each_without_table,
     mixed,
@@ -32,8 +33,8 @@ OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "tes
 
 
 def _cache(case: Case, dtype: torch.dtype = F32, layers: int = 1) -> CompressedCache:
-    return CompressedCache(mixed(H, 3, num_layers=layers), batch_size=B, num_query_heads=HQ, head_dim=D, max_prompt=P,
-                           num_visual_tokens=N, dtype=dtype, device=case.device, backend=case.name)
+    return CompressedCache(case.stored(mixed(H, 3, num_layers=layers)), batch_size=B, num_query_heads=HQ, head_dim=D,
+                           max_prompt=P, num_visual_tokens=N, dtype=dtype, device=case.device, backend=case.name)
 
 
 def _started(case: Case, dtype: torch.dtype = F32, layers: int = 1) -> CompressedCache:
@@ -62,24 +63,28 @@ def _prefill_arguments(cache: CompressedCache, scores: torch.Tensor | None) -> l
             cache.backend]
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
 def test_opcheck_decode(case: Case, dtype: torch.dtype) -> None:
     """"registered with fakes and mutation annotations (`torch.library.opcheck` passes)"."""
-    result = torch.library.opcheck(OPS.decode.default, _decode_arguments(_started(case, dtype), case, dtype))
+    cache = _started(case, dtype)
+    result = torch.library.opcheck(OPS.decode.default, _decode_arguments(cache, case, dtype),
+                                   ops.scale_arguments(cache._layers[0]))
     assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("scored", [False, True], ids=["no-scores", "scores"])
 def test_opcheck_prefill(case: Case, scored: bool) -> None:
     """The same for prefill, with and without given scores."""
     scores = torch.rand(1, H, P, device=case.device) if scored else None
-    result = torch.library.opcheck(OPS.prefill.default, _prefill_arguments(_started(case), scores))
+    cache = _started(case)
+    result = torch.library.opcheck(OPS.prefill.default, _prefill_arguments(cache, scores),
+                                   ops.scale_arguments(cache._layers[0]))
     assert result == dict.fromkeys(OPCHECKS, "SUCCESS")
 
 
-@each_backend
+@each_format
 def test_operators_compute_what_the_cache_does(case: Case) -> None:
     """The dispatcher and the short path give the same bits and the same cache."""
     direct, dispatched = _started(case), _started(case)
@@ -87,7 +92,7 @@ def test_operators_compute_what_the_cache_does(case: Case) -> None:
         expected = direct.decode(0, *_inputs(case, seed=seed))
         state = dispatched._layers[0]
         out = OPS.decode(*_inputs(case, seed=seed), *state.tensors, *ops.layout_arguments(state.layout), D**-0.5,
-                         case.name)
+                         case.name, **ops.scale_arguments(state))
         assert torch.equal(out, expected) and out.is_contiguous()
     for one, other in zip(snapshot(direct), snapshot(dispatched), strict=True):
         assert torch.equal(one, other)
@@ -104,7 +109,7 @@ def test_prefill_operator(case: Case) -> None:
     assert torch.equal(cache._layers[0].keys[1, span.offset:span.offset + 4], arguments[0][0, 2, :4])
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
 def test_compiled_decode_equals_eager(case: Case, engine: str) -> None:
     """"`torch.compile(fullgraph=True)` ... work[s]", in-place cache update included, compiled once."""
@@ -122,7 +127,8 @@ def test_compiled_decode_equals_eager(case: Case, engine: str) -> None:
         torch.testing.assert_close(fast(compiled, *inputs), step(eager, *inputs), rtol=1e-5, atol=1e-6)
         for one, other in zip(eager._layers, compiled._layers, strict=True):
             assert torch.equal(one.cursors, other.cursors) and torch.equal(one.positions, other.positions)
-            assert torch.equal(bits(one.keys), bits(other.keys))
+            for slab, twin in zip(one.slabs, other.slabs, strict=True):
+                assert torch.equal(bits(slab), bits(twin))
     assert counter.frame_count == 1, "decoding recompiled"
 
 

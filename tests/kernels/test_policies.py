@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +12,7 @@ from ssd_kernels import CachePlan, HeadSpec, policies
 from ssd_kernels.layout import LayerLayout
 from ssd_kernels.policies import NEED_PROFILE, POLICIES, HeadProfile
 
-
-@dataclass(frozen=True)
-class Shape:
-    num_layers: int
-    num_heads: int
-    num_visual_tokens: int
-    columns: int
-
+from .shapes import Shape
 
 JANUS, SMALL = Shape(24, 16, 576, 24), Shape(3, 2, 36, 6)
 SIZES = {576: (4, 16, 48, 96, 192, 288), 36: (1, 3, 6, 12, 20)}
@@ -45,7 +38,8 @@ def profile_of(shape: Shape, seed: int = 0) -> HeadProfile:
         place_mass=torch.full((*head, 2, tokens), 1 / tokens),
         guidance_difference=torch.rand(*head, tokens, generator=generator), error=error,
         sensitivity=0.5 + torch.rand(shape.num_layers, generator=generator), sizes=sizes, kinds=KINDS,
-        row_buffers=(0, columns), places=(columns, tokens - 2), columns=columns, radius=1, meta={"prompts": ["a", "b"]})
+        row_buffers=(0, columns), places=(columns, tokens - 2), columns=columns, radius=1, meta={"prompts": ["a", "b"]},
+        int8_error=1e-6 * torch.rand(head, generator=generator))
 
 
 PROFILES = {JANUS: profile_of(JANUS), SMALL: profile_of(SMALL)}
@@ -76,21 +70,99 @@ def test_budgets_are_used_up_and_never_exceeded(name: str, row_buffer: int | Non
     assert (plan.num_layers, plan.num_heads) == (shape.num_layers, shape.num_heads)
 
 
-@pytest.mark.parametrize("row_buffer", [0, 24])
-@pytest.mark.parametrize("budget", [0.1, 0.15, 0.2, 0.3, 0.5])
-def test_policies_have_equal_bytes(budget: float, row_buffer: int) -> None:
+@pytest.mark.parametrize("budget, row_buffer, kv_format", [
+    *((budget, row_buffer, "auto") for budget in (0.1, 0.15, 0.2, 0.3, 0.5) for row_buffer in (0, 24)),
+    (0.1, 0, "int8"), (0.1, 24, "int8")])
+def test_policies_have_equal_bytes(budget: float, row_buffer: int, kv_format: str) -> None:
     """Keys and values within one slot per head on average of what was asked for; scores and positions besides."""
     options = {"batch_size": 2, "head_dim": 128, "max_prompt": 16, "dtype": torch.bfloat16}
-    heads, slot = 24 * 16, 2 * 2 * 128 * 2  # keys and values of two rows in bfloat16
-    asked = heads * slot * (budget * 576 + 16)
+    heads, full = 24 * 16, 2 * 2 * 128 * 2 * 576
+    slot = 2 * 2 * (128 * 2 if kv_format == "auto" else 128 + 4)  # of two rows
+    asked = heads * (budget * full + 16 * slot)
     for name in sorted(set(POLICIES) - {"full"}):
-        plan = build(name, JANUS, budget, row_buffer)
+        plan = build(name, JANUS, None, row_buffer, byte_budget=budget, dtype=torch.bfloat16, kv_format=kv_format)
         scored = sum(LayerLayout.build(layer, plan, 16, 576).scored_slots for layer in plan.layers)
         # Table, mask and cursors, a few words per head; 8 bytes per scored slot and row, one part in 64 of its tokens.
         besides = 24 * (16 * 4 * (8 + 18) + 2 * 8) + 2 * 8 * scored
-        assert 0 <= scored <= heads * (budget * 576 + 16)
+        assert 0 <= scored <= heads * (budget * full / slot + 16)
         slabs = plan.nbytes(**options) - besides
         assert asked - heads * slot < slabs <= asked + 1, name
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+@pytest.mark.parametrize("kv_format, dtype, share", [
+    ("int8", torch.float32, 132 / 512), ("int8", torch.bfloat16, 132 / 256), ("auto", torch.bfloat16, 1.0)])
+def test_budgets_in_bytes_are_budgets_in_tokens(name: str, kv_format: str, dtype: torch.dtype, share: float) -> None:
+    """The same heads as at as many tokens, and every token where the bytes suffice for all; errors speak of bytes."""
+    options = {"dtype": dtype, "kv_format": kv_format}
+    for row_buffer in (0, 6):
+        for byte_budget in (0.02, 0.1, 0.3, 0.6, 1.0):
+            tokens = min(1.0, byte_budget / share)
+            try:
+                expected = build(name, SMALL, tokens, row_buffer)
+            except policies.BudgetTooSmall as error:
+                with pytest.raises(policies.BudgetTooSmall, match=r"^byte_budget must be at least .*, kv_format="
+                                                                  rf"'{kv_format}', .* got {byte_budget}$") as refused:
+                    build(name, SMALL, None, row_buffer, byte_budget=byte_budget, **options)
+                assert byte_budget < refused.value.smallest == pytest.approx(error.smallest * share)
+                told = float(str(refused.value).split("at least ")[1].split()[0])
+                build(name, SMALL, None, row_buffer, byte_budget=told, **options)
+                continue
+            plan = build(name, SMALL, None, row_buffer, byte_budget=byte_budget, **options)
+            assert (plan.layers, plan.row_buffer) == (expected.layers, expected.row_buffer)
+            assert plan.kv_format == kv_format and expected.kv_format == "auto"
+            got = plan.byte_budget(36, head_dim=128, dtype=dtype)
+            unused = 0 if tokens < 1 else byte_budget - share
+            assert byte_budget - unused - 1.01 * share / 36 < got <= byte_budget + 1e-9
+
+
+def test_a_format_of_a_budget_in_tokens_changes_nothing_else() -> None:
+    for name in POLICIES:
+        plan, budget = build(name, SMALL, 1.0 if name == "full" else 0.5), 1.0 if name == "full" else 0.5
+        stored = build(name, SMALL, budget, kv_format="int8")
+        assert stored.kv_format == "int8" and stored != plan
+        assert (stored.layers, stored.row_buffer, stored.keep_prompt) == (plan.layers, plan.row_buffer, True)
+
+
+def test_the_best_format_is_the_one_predicted_to_cost_less() -> None:
+    profile, options = PROFILES[SMALL], {"dtype": torch.float32, "kv_format": "best"}
+    costly = replace(profile, int8_error=1e3 * torch.ones(3, 2))
+    for name in ("adaptive", "h2o"):
+        for byte_budget in (0.2, 0.5, 1.0):
+            for heads in (profile, costly):
+                both = [policies.build(name, SMALL, None, 0, byte_budget=byte_budget, dtype=torch.float32,
+                                       kv_format=each, profile=heads) for each in ("auto", "int8")]
+                costs = [policies.predicted_cost(plan, heads) for plan in both]
+                best = policies.build(name, SMALL, None, 0, byte_budget=byte_budget, profile=heads, **options)
+                assert best == both[costs.index(min(costs))]
+                # More tokens in 8 bits, unless 8 bits cost much or all tokens fit as they are.
+                assert best.kv_format == ("int8" if heads is profile and byte_budget < 1 else "auto")
+    # 6 of 36 slots are needed for the row buffer alone, of which 8 bits take .26 of the bytes.
+    assert policies.build("adaptive", SMALL, None, 6, byte_budget=0.1, profile=costly, **options).kv_format == "int8"
+    with pytest.raises(policies.BudgetTooSmall, match="byte_budget must be at least 0.0502 .*'int8'.* got 0.02"):
+        policies.build("adaptive", SMALL, None, 6, byte_budget=0.02, profile=profile, **options)
+
+
+@pytest.mark.parametrize("changes, error, message", [
+    ({"budget": 0.2}, ValueError, "must be given, and not both, got budget=0.2 and byte_budget=0.2"),
+    ({"byte_budget": None}, ValueError, "must be given, and not both, got budget=None and byte_budget=None"),
+    ({"byte_budget": 1.2}, ValueError, r"byte_budget must be within \(0, 1\], got 1.2"),
+    ({"byte_budget": "5%"}, TypeError, "byte_budget must be a number, got '5%'"),
+    ({"dtype": None}, TypeError, "dtype must be the torch.dtype of the model's caches.* got None"),
+    ({"dtype": "bfloat16"}, TypeError, "dtype must be the torch.dtype .* got 'bfloat16'"),
+    ({"kv_format": "int4"}, ValueError, "kv_format must be one of 'auto', 'int8', 'best', got 'int4'"),
+    ({"kv_format": 8}, ValueError, "kv_format must be one of 'auto', 'int8', 'best', got 8"),
+    ({"kv_format": "best"}, ValueError, "kv_format='best' needs a profile of the model's heads, got None"),
+    ({"kv_format": "best", "byte_budget": None, "budget": 0.2}, ValueError, "kv_format='best' needs byte_budget"),
+    ({"kv_format": "best", "profile": PROFILES[SMALL]}, ValueError, "profile must be of a model with"),
+    ({"kv_format": "best", "profile": replace(PROFILES[JANUS], int8_error=None)}, ValueError,
+     "needs a profile that says what storage in 8 bits costs"),
+    ({"shape": PROFILES[JANUS]}, TypeError, "shape.head_dim must be an int, got None"),
+])
+def test_bad_budgets_in_bytes(changes: dict, error: type[Exception], message: str) -> None:
+    options = {"shape": JANUS, "byte_budget": 0.2, "dtype": torch.bfloat16, **changes}
+    with pytest.raises(error, match=message):
+        policies.build("window", **options)
 
 
 def specs(plan: CachePlan) -> list[HeadSpec]:
@@ -244,7 +316,7 @@ def test_profiles_without_a_newer_kind_still_serve() -> None:
 def test_full_keeps_everything() -> None:
     plan = policies.build("full", JANUS, 1.0)
     assert plan.budget(576) == 1 and plan.row_buffer == 0
-    with pytest.raises(ValueError, match="budget of policy full must be 1, got 0.2"):
+    with pytest.raises(ValueError, match="budget must be at least 1 for policy full, which keeps every token, got 0.2"):
         policies.full(JANUS, 0.2)
 
 
@@ -272,6 +344,14 @@ def test_profiles_are_saved_and_checked(tmp_path: Path) -> None:
     replace(profile, error=profile.error[..., :-1]).save(path)
     with pytest.raises(ValueError, match=r"error must be \[3, 2, 2, 5, 5\]"):
         HeadProfile.load(path)
+    for wrong, message in ((torch.zeros(3, 1), r"int8_error must be \[3, 2\], got \[3, 1\]"),
+                           (-torch.ones(3, 2), "int8_error must not be negative")):
+        replace(profile, int8_error=wrong).save(path)
+        with pytest.raises(ValueError, match=message):
+            HeadProfile.load(path)
+    replace(profile, int8_error=None).save(path)
+    older = HeadProfile.load(path)
+    assert older.int8_error is None and not older.int8_cost.any()
 
 
 @pytest.mark.parametrize("name, options, error, message", [
@@ -323,6 +403,17 @@ def test_head_costs_are_each_heads_own() -> None:
     assert found.dtype == torch.float64
     assert torch.equal(found, torch.tensor(expected, dtype=torch.float64))
     assert policies.predicted_cost(plan, profile) == pytest.approx(float(sum(map(sum, expected))), rel=1e-12)
+
+
+def test_8_bits_cost_every_head_its_own_besides() -> None:
+    profile = PROFILES[SMALL]
+    plan = CachePlan([[HeadSpec.window(3), HeadSpec.full()]] * 3, 6)
+    stored = replace(plan, kv_format="int8")
+    added = policies.head_costs(stored, profile) - policies.head_costs(plan, profile)
+    assert torch.allclose(added, profile.int8_error.double() * profile.sensitivity.double()[:, None], rtol=1e-9, atol=0)
+    assert (added > 0).all() and len(added.unique()) == added.numel()
+    older = replace(profile, int8_error=None)
+    assert policies.predicted_cost(stored, older) == policies.predicted_cost(plan, profile)
 
 
 @pytest.mark.parametrize("layers, heads", [(2, 2), (4, 2), (3, 1), (3, 3)])

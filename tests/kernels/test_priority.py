@@ -7,7 +7,7 @@ import torch
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
 
-from .cases import Case, each_backend, uniform
+from .cases import Case, each_backend, each_format, uniform
 from .pair import Pair
 
 BUFFERS = pytest.mark.parametrize("row_buffer", [0, 1, 4], ids="R{}".format)
@@ -28,7 +28,7 @@ def _set_scores(pair: Pair, scores: dict[int, float]) -> None:
         pair.oracles[0].kept[0][0][position].score = score
 
 
-@each_backend
+@each_format
 @BUFFERS
 @pytest.mark.parametrize("score", ["sum", "mean", "position", "decayed"])
 def test_pinned_tokens_stay_whatever_their_score(case: Case, score: str, row_buffer: int) -> None:

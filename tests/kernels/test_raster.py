@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 from ssd_kernels.policies import Raster, margin, raster_of, rows, ssd_guarded, window
 from ssd_kernels.policies.profile import HeadProfile
 
+from .shapes import Shape
+
 EMU3 = Raster(6, 5, line_tokens=1, tail=3)
 LEADING = Raster(5, 6, line_tokens=2, head=3, tail=1)
-
-
-@dataclass(frozen=True)
-class Shape:
-    num_layers: int
-    num_heads: int
-    num_visual_tokens: int
-    columns: int
-    raster: Raster | None = None
 
 
 def shape_of(raster: Raster) -> Shape:

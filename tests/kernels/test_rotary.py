@@ -9,7 +9,7 @@ import torch
 
 from ssd_kernels import CompressedCache, ops, reference
 
-from .cases import BF16, F32, Case, each_backend, each_dtype, mixed
+from .cases import BF16, F32, Case, each_backend, each_storage, mixed
 from .pair import assert_untouched, poison, snapshot
 
 B, H, GROUP, D, PROMPT, STEPS = 2, 4, 2, 40, 5, 12
@@ -24,8 +24,9 @@ def caches(case: Case, dtype: torch.dtype) -> list[CompressedCache]:
     """Two equal caches with prompts of different lengths."""
     made = []
     for _ in range(2):
-        cache = CompressedCache(mixed(H, 3), batch_size=B, num_query_heads=H * GROUP, head_dim=D, max_prompt=PROMPT,
-                                num_visual_tokens=STEPS, dtype=dtype, device=case.device, backend=case.name)
+        cache = CompressedCache(case.stored(mixed(H, 3)), batch_size=B, num_query_heads=H * GROUP, head_dim=D,
+                                max_prompt=PROMPT, num_visual_tokens=STEPS, dtype=dtype, device=case.device,
+                                backend=case.name)
         poison(cache)
         prompt = torch.randn(B, H, PROMPT, D, generator=torch.Generator().manual_seed(1)).to(dtype).to(case.device)
         cache.prefill(0, prompt, prompt, [PROMPT, 2])
@@ -43,9 +44,12 @@ def test_rotate_is_llamas() -> None:
     torch.testing.assert_close(reference.rotate(x, (cos, sin), positions), expected, rtol=1e-6, atol=1e-6)
 
 
-@each_dtype
+@each_storage
 def test_rotating_inside_is_rotating_before(case: Case, dtype: torch.dtype) -> None:
-    """Rows at different positions, refreshes included: same kept sets, and what is kept is what was rotated."""
+    """Rows at different positions, refreshes included: same kept sets, and what is kept is what was rotated.
+
+    In 8 bits such a rounding may turn a byte into the next; outputs are compared where it did not.
+    """
     inside, before = caches(case, dtype)
     rotary = tables(device=case.device)
     random = torch.Generator().manual_seed(2)
@@ -53,19 +57,28 @@ def test_rotating_inside_is_rotating_before(case: Case, dtype: torch.dtype) -> N
     close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 2 * torch.finfo(dtype).eps}
     if dtype.itemsize > 2:
         close = {"rtol": 1e-5, "atol": 1e-5}
+    compared = 0
     for step in range(8):
         q, k, v = (torch.randn(B, heads, D, generator=random).to(dtype).to(case.device)
                    for heads in (H * GROUP, H, H))
         positions = [PROMPT + step, 2 + step]
         out = inside.decode(0, q, k, v, rotary=rotary)
         wanted = before.decode(0, reference.rotate(q, rotary, positions), reference.rotate(k, rotary, positions), v)
-        torch.testing.assert_close(out, wanted, **close)
         for head in range(H):
             for mine, other in zip(inside.positions(0, head), before.positions(0, head), strict=True):
                 assert torch.equal(mine, other)
-        for mine, other in ((inside._layers[0].keys, before._layers[0].keys),
-                            (inside._layers[0].values, before._layers[0].values)):
-            torch.testing.assert_close(mine, other, equal_nan=True, **close)
+        turned = 0
+        for mine, other in zip(inside._layers[0].slabs, before._layers[0].slabs, strict=True):
+            if mine.dtype == torch.int8:
+                turned += int((mine != other).sum())
+                assert ((mine.int() - other.int()).abs() <= 1).all()
+            else:
+                torch.testing.assert_close(mine, other, equal_nan=True, **close)
+            mine.copy_(other)
+        if turned == 0:
+            torch.testing.assert_close(out, wanted, **close)
+            compared += 1
+    assert compared > 4
 
 
 @each_backend

@@ -26,6 +26,10 @@ FILTERS = [(1.0, 0, 1.0), (0.7, 50, 1.0), (1.3, 0, 0.9), (0.9, 50, 0.8), (1.0, 1
            (1.0, 0, 0.0)]
 
 
+def each_of(pictures: int, temperature: float, top_k: int, top_p: float) -> filters.PerPicture:
+    return filters.PerPicture.same(pictures, temperature, top_k, top_p, torch.device("cpu"))
+
+
 def by_transformers(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
     """Which codes its warpers leave."""
     warpers: list[Any] = [TemperatureLogitsWarper(temperature)]
@@ -53,7 +57,7 @@ def test_the_same_codes_stay(seed: int, codes: int, levels: int, top_k: int, top
     is up to torch's sort, which is not stable, and here the later ones."""
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(8, codes, generator=generator) * levels).round() * (3 / levels)
-    kept, weights = filters.warped(logits, temperature, top_k, top_p)
+    kept, weights = filters.warped(logits, each_of(8, temperature, top_k, top_p))
     expected = by_transformers(logits, temperature, top_k, top_p)
     clear = ~on_a_border(logits, temperature, top_k, top_p) if top_p < 1 else torch.ones(8, dtype=torch.bool)
     for stays in (kept, expected):
@@ -91,7 +95,7 @@ def test_the_border_of_masses_does_not_overflow() -> None:
 def test_the_likeliest_code_stays_however_small_top_p_is(top_p: float) -> None:
     torch.manual_seed(0)
     logits = torch.randn(8, sampling.MAX_CODES) * torch.tensor([0.01, 3.0]).repeat(4)[:, None]
-    kept, _ = filters.warped(logits, 1.0, 0, top_p)
+    kept, _ = filters.warped(logits, each_of(8, 1.0, 0, top_p))
     assert torch.equal(kept, by_transformers(logits, 1.0, 0, top_p))
     assert torch.equal(kept.int().argmax(1), logits.argmax(1))
 

@@ -10,7 +10,7 @@ import torch
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
 from ssd_kernels.layout import RECENT
 
-from .cases import Case, each_backend
+from .cases import Case, each_backend, each_format
 
 H, D, STEPS = 4, 32, 40
 SPECS = (HeadSpec.heavy(8, 4, "mean"), HeadSpec.window(8), HeadSpec.heavy(9, 2), HeadSpec.full())
@@ -19,7 +19,7 @@ SPECS = (HeadSpec.heavy(8, 4, "mean"), HeadSpec.window(8), HeadSpec.heavy(9, 2),
 def drawn(case: Case, plan: CachePlan, recent: list[int] | None, at: int) -> tuple[list, CompressedCache]:
     """Outputs of all steps, with ``set_recent`` after step ``at``."""
     random = torch.Generator().manual_seed(0)
-    cache = CompressedCache(plan, 2, H, D, max_prompt=3, num_visual_tokens=STEPS, device=case.device,
+    cache = CompressedCache(case.stored(plan), 2, H, D, max_prompt=3, num_visual_tokens=STEPS, device=case.device,
                             backend=case.name)
     cache.prefill(0, *torch.randn(2, 2, H, 3, D, generator=random).to(case.device), [3, 2])
     outputs = []
@@ -30,7 +30,7 @@ def drawn(case: Case, plan: CachePlan, recent: list[int] | None, at: int) -> tup
     return outputs, cache
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("row_buffer", [0, 4])
 @pytest.mark.parametrize("at", [0, 5, 8])
 def test_equals_a_plan_that_said_so_from_the_start(case: Case, row_buffer: int, at: int) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .cases import BF16, Case, each_backend, each_dtype, mixed
-from .pair import Pair, bits
+from .cases import BF16, Case, each_dtype, each_format, each_storage, mixed
+from .pair import Pair, snapshot
 
 # batch, KV heads, group, head_dim, row buffer
 SHAPES = [(3, 5, 1, 40, 4), (5, 3, 3, 72, 0), (1, 7, 2, 96, 5), (7, 1, 5, 248, 0), (2, 4, 7, 104, 3),
           (2, 2, 1, 32, 0), (2, 2, 4, 64, 4), (2, 2, 1, 128, 4), (1, 2, 8, 256, 0)]
 
 
-@each_dtype
+@each_storage
 @pytest.mark.parametrize(("batch", "heads", "group", "head_dim", "row_buffer"), SHAPES,
                          ids=["B{}-H{}-G{}-D{}-R{}".format(*shape) for shape in SHAPES])
 def test_shapes(case: Case, dtype: torch.dtype, batch: int, heads: int, group: int, head_dim: int,
@@ -25,7 +25,7 @@ def test_shapes(case: Case, dtype: torch.dtype, batch: int, heads: int, group: i
     pair.run(12)
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("group", [1, 2, 4, 8], ids="G{}".format)
 @pytest.mark.parametrize("head_dim", [40, 128], ids="D{}".format)
 def test_grouped_queries_share_the_kept_set(case: Case, head_dim: int, group: int) -> None:
@@ -35,7 +35,7 @@ def test_grouped_queries_share_the_kept_set(case: Case, head_dim: int, group: in
     pair.run(14)
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("batch", [1, 2, 5, 16, 33, 64], ids="B{}".format)
 def test_batch_sizes(case: Case, batch: int) -> None:
     """Any number of rows, each with its own prompt length and kept set."""
@@ -44,7 +44,7 @@ def test_batch_sizes(case: Case, batch: int) -> None:
     pair.run(7)
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("head_dim", [40, 128], ids="D{}".format)
 def test_longer_sequences(case: Case, head_dim: int) -> None:
     """Kept sets of a hundred slots and more: several blocks of any kernel, rings that wrap many times."""
@@ -54,7 +54,7 @@ def test_longer_sequences(case: Case, head_dim: int) -> None:
     pair.run(steps)
 
 
-@each_dtype
+@each_storage
 def test_strided_inputs(case: Case, dtype: torch.dtype) -> None:
     """q, k, v may be views with a unit stride in the last dimension: slices of a fused projection, transposes."""
     batch, heads, group, dim = 3, 4, 2, 40
@@ -72,7 +72,7 @@ def test_strided_inputs(case: Case, dtype: torch.dtype) -> None:
         assert torch.equal(strided.step(q, shifted, transposed), expected)
 
 
-@each_dtype
+@each_storage
 def test_broadcast_inputs(case: Case, dtype: torch.dtype) -> None:
     """Stride 0 over rows and heads: one query, key and value expanded to all."""
     pair = Pair(mixed(4), case, batch=3, dtype=dtype)
@@ -81,7 +81,7 @@ def test_broadcast_inputs(case: Case, dtype: torch.dtype) -> None:
         pair.step(*(pair.draw(1, 1, 40).expand(3, 4, 40) for _ in range(3)))
 
 
-@each_dtype
+@each_storage
 def test_prefill_takes_any_strides(case: Case, dtype: torch.dtype) -> None:
     """k and v as models make them, `[N, P, H, D]` transposed; scores strided too; rows and lengths as tensors."""
     pairs = [Pair(mixed(4, keep_prompt=False), case, batch=3, max_prompt=9, dtype=dtype) for _ in range(2)]
@@ -91,8 +91,8 @@ def test_prefill_takes_any_strides(case: Case, dtype: torch.dtype) -> None:
     assert not (k.is_contiguous() or v.is_contiguous() or scores.is_contiguous())
     pairs[0].cache.prefill(0, k, v, torch.tensor([9, 4]), scores=scores, rows=torch.tensor([2, 0]))
     pairs[1].cache.prefill(0, k.contiguous(), v.contiguous(), [9, 4], scores=scores.contiguous(), rows=[2, 0])
-    for one, other in zip(*(pair.cache._layers[0].tensors for pair in pairs), strict=True):
-        assert torch.equal(bits(one), bits(other))
+    for one, other in zip(*(snapshot(pair.cache) for pair in pairs), strict=True):
+        assert torch.equal(one, other)
     assert len(pairs[0].cache.positions(0, 2)[2]) == 9
 
 

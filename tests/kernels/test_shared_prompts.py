@@ -12,7 +12,7 @@ import torch
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec, ops
 
-from .cases import BF16, F32, PART, Case, each_backend, each_dtype, mixed, uniform
+from .cases import BF16, F32, PART, Case, each_backend, each_format, each_format_of, each_storage, mixed, uniform
 from .pair import Pair, assert_untouched, bits, poison, snapshot
 from .test_memory import INT32, Guarded
 
@@ -20,7 +20,7 @@ B, H, D, P, N = 4, 8, 40, 9, 16
 STEPS = 14
 
 
-@each_dtype
+@each_storage
 @pytest.mark.parametrize(("row_buffer", "track_scores"), [(0, True), (4, False)], ids=["R0-track_scores", "R4-plain"])
 def test_kinds_of_heads_behind_shared_prompts(case: Case, dtype: torch.dtype, row_buffer: int,
                                               track_scores: bool) -> None:
@@ -35,7 +35,7 @@ def test_kinds_of_heads_behind_shared_prompts(case: Case, dtype: torch.dtype, ro
     pair.run(5)
 
 
-@each_backend
+@each_format
 def test_large_heads(case: Case) -> None:
     """Windows and sets that wrap around and refresh, behind a prompt of its own for each row: nothing is shared."""
     plan = CachePlan([[HeadSpec.window(13), HeadSpec.heavy(17, recent=3), HeadSpec.full()]], row_buffer=6)
@@ -51,6 +51,7 @@ def _inputs(random: torch.Generator, case: Case, dtype: torch.dtype, *shape: int
 def _both(plan: CachePlan, case: Case, dtype: torch.dtype, group: int, head_dim: int, longest: int, steps: int,
           shared_prompts: int, track_scores: bool = False) -> tuple[CompressedCache, CompressedCache]:
     """A cache whose rows share prompts, and one whose rows have copies; slots are poisoned."""
+    plan = case.stored(plan)
     caches = [CompressedCache(plan, B, plan.num_heads * group, head_dim, longest, steps, dtype, case.device, case.name,
                               track_scores, count) for count in (shared_prompts, None)]
     for cache in caches:
@@ -69,7 +70,7 @@ def _assert_equal_bits(shared: CompressedCache, copies: CompressedCache, prompts
                 assert torch.equal(bits(one[first:]), bits(other[first:])) and not one[first:].isnan().any()
 
 
-@each_dtype
+@each_storage
 @pytest.mark.parametrize(("group", "head_dim", "row_buffer", "rotary"), [
     (1, 40, 0, True), (2, 72, 4, False), (1, 128, 4, True), (3, 64, 0, True), (1, 64, 4, False), (1, 104, 0, False)],
     ids=["G1-D40-R0-rotary", "G2-D72-R4", "G1-D128-R4-rotary", "G3-D64-R0-rotary", "G1-D64-R4", "G1-D104-R0"])
@@ -98,7 +99,7 @@ def test_bits_are_those_of_copies(case: Case, dtype: torch.dtype, group: int, he
             _assert_equal_bits(shared, copies, held)
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("group", [1, 2], ids="G{}".format)
 @pytest.mark.parametrize("length", [PART - 1, PART, 2 * PART + 1], ids="P{}".format)
 def test_prompts_longer_than_a_block(case: Case, length: int, group: int) -> None:
@@ -120,8 +121,8 @@ def test_prompts_longer_than_a_block(case: Case, length: int, group: int) -> Non
 
 def _cache(case: Case, plan: CachePlan | None = None, shared_prompts: int | None = 2, **changes: Any
            ) -> CompressedCache:
-    return CompressedCache(plan or mixed(H, 3, num_layers=2), B, H, D, P, N, device=case.device, backend=case.name,
-                           shared_prompts=shared_prompts, **changes)
+    return CompressedCache(case.stored(plan or mixed(H, 3, num_layers=2)), B, H, D, P, N, device=case.device,
+                           backend=case.name, shared_prompts=shared_prompts, **changes)
 
 
 def _ones(case: Case, *shape: int) -> torch.Tensor:
@@ -160,7 +161,7 @@ def test_rows_let_go_of_their_prompts(case: Case) -> None:
     _start(cache, case, None, [1, 0, 1, 0])
 
 
-@each_backend
+@each_format
 def test_a_restart_leaves_other_rows_their_prompt(case: Case) -> None:
     """A prompt that another row still reads is not overwritten, whatever restarts in what order."""
     pair = Pair(mixed(H, 3), case, batch=B, max_prompt=P, steps=30, shared_prompts=4)
@@ -247,15 +248,16 @@ def test_caches_that_cannot_share() -> None:
         _start(cache, Case("reference"), None, [0, 0, 0, 0])
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("track_scores", [False, True])
 def test_prompts_take_their_memory_once(case: Case, track_scores: bool) -> None:
     """`nbytes` is what is allocated, and what a formula says: each different prompt once per layer."""
-    plan = mixed(H, 3, num_layers=3)
+    plan = case.stored(mixed(H, 3, num_layers=3))
     cache = _cache(case, plan, track_scores=track_scores)
     copies = _cache(case, plan, None, track_scores=track_scores)
     unscored = 0 if track_scores else sum(spec.kind == "heavy" for heads in plan.layers for spec in heads)
-    saved = (B - 2) * H * P * 2 * D * 4 * 3 + B * unscored * P * 8 - 4 * B * 3
+    vector = 4 * D if case.kv_format == "auto" else D + 4
+    saved = (B - 2) * H * P * 2 * vector * 3 + B * unscored * P * 8 - 4 * B * 3
     assert cache.nbytes == copies.nbytes - saved
     if not track_scores:
         assert cache.nbytes == plan.nbytes(batch_size=B, head_dim=D, max_prompt=P, dtype=F32, num_visual_tokens=N,
@@ -274,7 +276,7 @@ def test_eight_samples_of_a_long_prompt() -> None:
     assert plan.nbytes(**sizes) / plan.nbytes(**sizes, shared_prompts=2) > 3.4
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("row_buffer", [0, 4], ids="R{}".format)
 def test_guards_stay_whole(case: Case, row_buffer: int) -> None:
     """Nothing outside the tensors is written, and what lies there does not reach any result."""
@@ -314,7 +316,7 @@ def test_damaged_prompt_numbers(case: Case) -> None:
     state.prompt_of[1] = whole
 
 
-@each_backend
+@each_format
 def test_a_row_does_not_depend_on_who_shares(case: Case) -> None:
     """A row's bits are the same alone and among others, whoever reads the same prompt."""
     random = torch.Generator().manual_seed(2)
@@ -322,7 +324,7 @@ def test_a_row_does_not_depend_on_who_shares(case: Case) -> None:
     inputs = [_inputs(random, case, F32, 3, B, H, D) for _ in range(8)]
     outs = []
     for rows, share, count in (([0, 1, 2, 3], [0, 1, 1, 2], 3), ([2], [1], 1), ([2, 0, 1], [1, 1, 1], 2)):
-        cache = CompressedCache(mixed(H, 3), len(rows), H, D, P, N, device=case.device, backend=case.name,
+        cache = CompressedCache(case.stored(mixed(H, 3)), len(rows), H, D, P, N, device=case.device, backend=case.name,
                                 shared_prompts=count)
         cache.prefill(0, k, v, [P, 6, 0], share=share)
         at = rows.index(2)
@@ -330,7 +332,7 @@ def test_a_row_does_not_depend_on_who_shares(case: Case) -> None:
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
-@each_backend
+@each_format
 @pytest.mark.parametrize("engine", ["eager", "aot_eager"])
 def test_compiled_decode(case: Case, engine: str) -> None:
     """`torch.compile(fullgraph=True)`, which goes through the operator, gives the same bits."""
@@ -357,13 +359,14 @@ def _operator(cache: CompressedCache, case: Case, shared: Sequence[Any]) -> torc
     return out
 
 
-@each_backend
+@each_format
 def test_opcheck(case: Case) -> None:
     """Mutation annotations and fakes hold for the operator's last arguments too."""
     state = _cache(case)._layers[0]
     arguments = (*[_ones(case, B, H, D)] * 3, *state.tensors, *ops.layout_arguments(state.layout), 1.0, case.name, None,
                  None, *ops.shared_arguments(state))
-    assert set(torch.library.opcheck(torch.ops.ssd_kernels.decode.default, arguments).values()) == {"SUCCESS"}
+    checks = torch.library.opcheck(torch.ops.ssd_kernels.decode.default, arguments, ops.scale_arguments(state))
+    assert set(checks.values()) == {"SUCCESS"}
 
 
 Change = Callable[[Any], Any]
@@ -398,10 +401,9 @@ def test_operators_refuse_what_does_not_fit(case: Case, name: str) -> None:
         assert_untouched(cache, before)
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_copies_go_their_own_way(name: str) -> None:
+@each_format_of("cpu", "reference")
+def test_copies_go_their_own_way(case: Case) -> None:
     """A copy of a cache knows who holds which prompt, and writes to its own."""
-    case = Case(name)
     cache = _cache(case)
     _start(cache, case, None, [0, 1, 1, 0])
     for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
@@ -414,10 +416,10 @@ def test_copies_go_their_own_way(name: str) -> None:
         _start(cache, case, [0], [0])
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_results_carry_no_gradient(name: str) -> None:
+@each_format_of("cpu", "reference")
+def test_results_carry_no_gradient(case: Case) -> None:
     """Whatever is given."""
-    cache = _cache(Case(name))
+    cache = _cache(case)
     given = torch.ones(1, H, P, D, requires_grad=True)
     cache.prefill(0, 2 * given, 3 * given, [P], share=[0] * B)
-    assert not any(tensor.requires_grad for tensor in (*cache._layers[0].tensors, *cache._layers[0].shared))
+    assert not any(tensor.requires_grad for tensor in cache._layers[0].everything)

@@ -166,8 +166,9 @@ def _noise(given: SimpleNamespace) -> None:
 
 def _sample(given: SimpleNamespace) -> None:
     held = given.held
-    chosen = filters.sample(held["row_logits"], held["scale"], held["seeds"], held["steps"], given.temperature,
-                             given.top_k, 1 - given.share / 2**30)
+    numbers = {"each": filters.PerPicture(held["temperature"], held["top_k"], held["share"])} if given.EACH else {
+        "temperature": given.temperature, "top_k": given.top_k, "top_p": 1 - given.share / 2**30}
+    chosen = filters.sample(held["row_logits"], held["scale"], held["seeds"], held["steps"], **numbers)
     held["tokens"].copy_(chosen)
 
 

@@ -18,6 +18,7 @@ from .options import (
     Backend,
     Device,
     Dtype,
+    FormatName,
     Guidance,
     Model,
     PolicyName,
@@ -34,6 +35,18 @@ if TYPE_CHECKING:
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 
+class SectionName(str, Enum):
+    """The sections of `evaluation.comparison_page`, written down here so that ``--help`` need not import numpy."""
+
+    goals = "goals"
+    runs = "runs"
+    fidelity = "fidelity"
+    quality = "quality"
+    sensitivity = "sensitivity"
+    prediction = "prediction"
+    int8 = "int8"
+
+
 class PartName(str, Enum):
     fidelity = "fidelity"
     quality = "quality"
@@ -44,12 +57,17 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder for results. A run that was stopped goes on when called again.")],
     page: Annotated[Path | None, typer.Option(help="Also put the tables into this Markdown page, each between its "
                                                    "comments, as in docs/policy-results.md.")] = None,
+    section: Annotated[list[SectionName] | None, typer.Option(
+        help="Which tables of the page; may be repeated. Default: all, int8 only with --kv int8.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Also draw plots into this folder (needs matplotlib).")] = None,
     part: Annotated[list[PartName] | None, typer.Option(help="What to measure; may be repeated. Default: all.")] = None,
     policy: Annotated[list[PolicyName] | None, typer.Option(help="May be repeated. Default: all.")] = None,
     budget: Annotated[list[float] | None, typer.Option(
-        help=f"Share of the picture's tokens that policies may keep; may be repeated. Default: "
-             f"{', '.join(map(str, BUDGETS))}.")] = None,
+        help=f"Share of the bytes of a full cache that policies may keep, which is that of the picture's tokens with "
+             f"--kv auto; may be repeated. Default: {', '.join(map(str, BUDGETS))}.")] = None,
+    kv: Annotated[list[FormatName] | None, typer.Option(
+        help="How plans store keys and values: auto, in the model's dtype, or int8; may be repeated. Default: "
+             "auto.")] = None,
     row_buffer: Annotated[list[int] | None, typer.Option(
         min=0, help="Steps between evictions; may be repeated. Default: 0 and one grid row (24).")] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts for quality. Default: "
@@ -72,24 +90,32 @@ def compare(
 ) -> None:
     """Compare policies at equal bytes: fidelity, quality, sensitivity and the goals; writes results.json.
 
-    --policy, --budget, --row-buffer, --prompts, --fidelity-prompts and --seeds make it smaller.
+    --policy, --budget, --kv, --row-buffer, --prompts, --fidelity-prompts and --seeds make it smaller.
     """
     for value in budget or []:
         if not 0 < value <= 1:
             raise ValueError(f"--budget must be within (0, 1], got {value}")
     parts = list(dict.fromkeys(part or PartName))
     names = [name for name in PolicyName if name in (policy or PolicyName)]
+    if FormatName.best in (kv or []):
+        raise ValueError("--kv must be auto or int8, got best: both are compared at as many bytes, and the page says "
+                         "which one a profile predicts to cost less")
+    formats = [name.value for name in FormatName if name in (kv or [FormatName.auto])]
+    if section and page is None:
+        raise ValueError("--section says nothing without --page")
+    chapters = [name.value for name in SectionName if name in (section or SectionName)
+                and (section or name is not SectionName.int8 or "int8" in formats)]
     judged = PartName.quality in parts or sensitivity_quality
     suites = (suite_prompts(SuiteName.shapes if judged else SuiteName.fidelity, prompts_file, prompts),
               suite_prompts(SuiteName.fidelity, prompts_file, fidelity_prompts))
     from ssd_kernels.files import check_folder
 
     from ..evaluation import comparison, report
-    from ..evaluation.comparison_page import SECTIONS, goal_lines, sections
+    from ..evaluation.comparison_page import goal_lines, sections
 
     check_folder(out)
     if page is not None:
-        report.check_page(page, SECTIONS)
+        report.check_page(page, chapters)
     if plots is not None:
         from ..extras import needs
 
@@ -105,7 +131,7 @@ def compare(
     run = comparison.Comparison(pipe, out, heads, texts, scenes, seeds, guidance, batch_size)
     chosen = [name.value for name in names]
     cases = comparison.grid(chosen, list(dict.fromkeys(budget or BUDGETS)),
-                            list(dict.fromkeys([0, pipe.shape.columns] if row_buffer is None else row_buffer)))
+                            list(dict.fromkeys([0, pipe.shape.columns] if row_buffer is None else row_buffer)), formats)
     variants = comparison.studies(chosen, pipe.shape.columns)
     steps = {
         PartName.fidelity: [comparison.Step("fidelity", "grid", "fidelity", cases)],
@@ -115,7 +141,7 @@ def compare(
     facts = {"command": shlex.join(["ssd-janus", *sys.argv[1:]]), "date": datetime.now(timezone.utc).date().isoformat(),
              "machine": _machine(pipe), "guidance": run.guidance, "fidelity_prompts": len(texts),
              "prompts": len(scenes), "seeds": seeds, "batch_size": batch_size,
-             "sensitivity_quality": sensitivity_quality}
+             "sensitivity_quality": sensitivity_quality, "dtype": str(pipe.dtype).removeprefix("torch.")}
 
     def publish(record: dict[str, Any]) -> None:
         images = {}
@@ -126,7 +152,8 @@ def compare(
             images = save_comparison(record["grid"].values(), plots, list(PolicyName.__members__))
         if page is not None:
             addresses = {name: Path(os.path.relpath(file, page.parent)).as_posix() for name, file in images.items()}
-            report.fill_page(page, sections(record, list(PolicyName.__members__), addresses))
+            made = sections(record, list(PolicyName.__members__), addresses)
+            report.fill_page(page, {name: made[name] for name in chapters})
 
     from ..progress import progress_bar
 
@@ -135,7 +162,7 @@ def compare(
     if as_json:
         print((out / "results.json").read_text(), end="")
         return
-    for line in goal_lines(run.record["goals"]):
+    for line in goal_lines([*run.record["goals"], *run.record["int8_goals"]]):
         console.print(line, soft_wrap=True)
     messages.print(f"results.json is in {out}", soft_wrap=True)
 

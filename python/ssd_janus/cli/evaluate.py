@@ -12,15 +12,18 @@ import typer
 from .options import (
     Backend,
     Budgets,
+    BudgetsBytes,
     Device,
     Dtype,
     Guidance,
+    Kvs,
     Model,
     Plans,
     Policies,
     ProfileFile,
     PromptsFile,
     RowBuffer,
+    check_plans_options,
     choose_plans,
     load,
     load_profile,
@@ -48,6 +51,8 @@ def evaluate(
     plan: Plans = None,
     policy: Policies = None,
     budget: Budgets = None,
+    budget_bytes: BudgetsBytes = None,
+    kv: Kvs = None,
     row_buffer: RowBuffer = None,
     profile: ProfileFile = None,
     seeds: Annotated[int, typer.Option(min=1, help="Pictures per prompt (shapes).")] = 1,
@@ -72,9 +77,7 @@ def evaluate(
                                   ("--no-pictures", not pictures, suite is SuiteName.fidelity)):
         if given and not needed:
             raise ValueError(f"{option} says nothing with --suite {suite.value}")
-    for option, given in (("--budget", budget), ("--row-buffer", row_buffer is not None), ("--profile", profile)):
-        if given and not policy:
-            raise ValueError(f"{option} says nothing without --policy")
+    check_plans_options(plan, policy, budget, budget_bytes, row_buffer, profile, kv)
     prompts = suite_prompts(suite, prompts_file, limit)
     from ssd_kernels.files import check_file, check_folder
 
@@ -86,8 +89,9 @@ def evaluate(
         with needs("plot", "matplotlib"):
             import matplotlib  # noqa: F401  # before the long part, not after
     pipe = load(model, device, dtype, backend)
-    heads = load_profile(profile, model, policy or [], pipe)
-    plans = choose_plans(pipe.shape, plan or [], policy or [], budget or [], row_buffer, heads)
+    heads = load_profile(profile, model, policy or [], pipe, formats=kv or [])
+    plans = choose_plans(pipe, plan or [], policy or [], budget_bytes or budget or [], row_buffer, heads,
+                         in_bytes=bool(budget_bytes), formats=kv or [])
     from ..evaluation import fidelity, quality, report
     from ..progress import progress_bar
     from ..prompts import fitting

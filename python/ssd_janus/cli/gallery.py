@@ -11,9 +11,11 @@ import typer
 from .options import (
     Backend,
     Budgets,
+    BudgetsBytes,
     Device,
     Dtype,
     Guidance,
+    Kvs,
     Model,
     Plans,
     Policies,
@@ -21,6 +23,7 @@ from .options import (
     PromptsFile,
     RowBuffer,
     Seed,
+    check_plans_options,
     choose_plans,
     load,
     load_profile,
@@ -36,6 +39,8 @@ def gallery(
     plan: Plans = None,
     policy: Policies = None,
     budget: Budgets = None,
+    budget_bytes: BudgetsBytes = None,
+    kv: Kvs = None,
     row_buffer: RowBuffer = None,
     profile: ProfileFile = None,
     prompts_file: PromptsFile = None,
@@ -47,6 +52,7 @@ def gallery(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line on stdout.")] = False,
 ) -> None:
     """Draw the same prompts under several plans on one sheet: prompts down, plans across, one seed."""
+    check_plans_options(plan, policy, budget, budget_bytes, row_buffer, profile, kv)
     from ssd_kernels.files import check_file
 
     from ..prompts import fitting, gather
@@ -54,8 +60,9 @@ def gallery(
     chosen = gather(prompts, prompts_file)
     check_file(out)
     pipe = load(model, device, dtype, backend)
-    heads = load_profile(profile, model, policy or [], pipe)
-    plans = choose_plans(pipe.shape, plan or [], policy or [], budget or [], row_buffer, heads)
+    heads = load_profile(profile, model, policy or [], pipe, formats=kv or [])
+    plans = choose_plans(pipe, plan or [], policy or [], budget_bytes or budget or [], row_buffer, heads,
+                         in_bytes=bool(budget_bytes), formats=kv or [])
     texts = [prompt.text for prompt in fitting(pipe, chosen)]
     from ..images import contact_sheet, save_picture
     from ..progress import progress_bar

@@ -13,9 +13,11 @@ from ssd_attach.units import show_bytes
 from .options import (
     DEFAULT_BUDGET,
     Backend,
+    BudgetBytes,
     Device,
     Dtype,
     Guidance,
+    Kv,
     LayoutName,
     Model,
     Parameters,
@@ -34,6 +36,8 @@ from .options import (
 from .terminal import console, messages, print_table, say, table
 
 if TYPE_CHECKING:
+    from ssd_kernels import CachePlan
+
     from ..pipeline import Pipeline
 
 
@@ -47,6 +51,8 @@ def generate(
                                                            "evicted.")] = None,
     budget: Annotated[float | None, typer.Option(help="Share of the picture's tokens that the policy may keep, row "
                                                       f"buffer included. Default: {DEFAULT_BUDGET}.")] = None,
+    budget_bytes: BudgetBytes = None,
+    kv: Kv = None,
     row_buffer: RowBuffer = None,
     parameter: Parameters = None,
     profile: ProfileFile = None,
@@ -70,7 +76,7 @@ def generate(
     verbose: Annotated[bool, typer.Option("--verbose", help="Also show what memory was used for.")] = False,
 ) -> None:
     """Draw prompts and write PNG files."""
-    check_plan_options(plan, policy, budget, row_buffer, parameter)
+    check_plan_options(plan, policy, budget, budget_bytes, row_buffer, parameter, kv)
     parameters = policy_parameters(policy, parameter)
     if redraw and layout is None:
         raise ValueError("--redraw needs --layout; without, everything is drawn anew")
@@ -84,8 +90,9 @@ def generate(
     chosen = gather(prompts, prompts_file, skip if skip_invalid else None)
     check_folder(out)
     pipe = load(model, device, dtype, backend)
-    heads = load_profile(profile, model, [policy] if policy else [], pipe)
-    cache_plan = choose_plan(pipe.shape, plan, policy, budget, row_buffer, heads, parameters)
+    heads = load_profile(profile, model, [policy] if policy else [], pipe, formats=[kv])
+    cache_plan = choose_plan(pipe, plan, policy, budget, row_buffer, heads, parameters,
+                             budget_bytes=budget_bytes, kv=kv)
     chosen = fitting(pipe, chosen, skip if skip_invalid else None)
     from ..drawing import draw
     from ..layouts import LAYOUTS
@@ -105,7 +112,7 @@ def generate(
         if as_json:
             record = {"file": str(drawn.file), "prompt": drawn.prompt, "image": drawn.image, "seed": drawn.seed,
                       "width": drawn.size[0], "height": drawn.size[1], "plan_budget": round(run.budget, 4),
-                      "guidance_scale": scale, "cache_bytes": run.cache_bytes,
+                      "kv_format": cache_plan.kv_format, "guidance_scale": scale, "cache_bytes": run.cache_bytes,
                       "full_cache_bytes": run.full_cache_bytes,
                       "pictures_per_second": round(run.pictures_per_second, 4), "backend": run.backend}
             print(json.dumps(record), flush=True)
@@ -115,13 +122,14 @@ def generate(
     done = summary(run) if run and runs == 1 and not kept else f"{count} pictures drawn"
     messages.print(done + (f", the other {kept} were there already" if kept else ""), soft_wrap=True)
     if verbose and run:
-        _show_memory(pipe)
+        _show_memory(pipe, cache_plan)
 
 
-def _show_memory(pipe: Pipeline) -> None:
+def _show_memory(pipe: Pipeline, plan: CachePlan) -> None:
     report = pipe.memory_report()
     rows = [("weights", show_bytes(report.weights), "always"),
-            ("cache", show_bytes(report.cache), "while tokens are drawn"),
+            ("cache" if plan.kv_format == "auto" else f"cache, {plan.kv_format}", show_bytes(report.cache),
+             "while tokens are drawn"),
             ("step buffers", f"at most {show_bytes(report.step)}", "while tokens are drawn"),
             ("decoding", show_bytes(report.decode), "afterwards, without the cache"),
             ("peak", show_bytes(report.peak), "of the two")]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from enum import Enum
 from pathlib import Path
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from ssd_kernels.policies import HeadProfile
 
     from ..pipeline import Pipeline, RunStats
-    from ..shape import ModelShape
 
 DEFAULT_BUDGET = 0.2
 
@@ -50,6 +48,14 @@ class PolicyName(str, Enum):
 class LayoutName(str, Enum):
     geneval = "geneval"
     dpg = "dpg"
+
+
+class FormatName(str, Enum):
+    """The formats of `ssd_kernels.kv_format`, and `ssd_kernels.policies.BEST`."""
+
+    auto = "auto"
+    int8 = "int8"
+    best = "best"
 
 
 class DtypeName(str, Enum):
@@ -86,15 +92,47 @@ Budgets = Annotated[list[float] | None, typer.Option(
                      f"{DEFAULT_BUDGET}.")]
 
 
-def check_plan_options(plan: Path | None, policy: PolicyName | None, budget: float | None,
-                       row_buffer: int | None, parameters: Sequence[str] | None) -> None:
+KV = ("How caches store keys and values: auto, in the model's dtype; int8, as signed bytes with a scale per token and "
+      "head; best, with --budget-bytes, whichever a profile predicts to lose less.")
+Kv = Annotated[FormatName | None, typer.Option("--kv", help=f"{KV} Default: auto.")]
+Kvs = Annotated[list[FormatName] | None, typer.Option("--kv", help=f"{KV} May be repeated. Default: auto.")]
+BUDGET_BYTES = "In place of --budget: share of the bytes that a full cache takes for the picture's tokens."
+BudgetBytes = Annotated[float | None, typer.Option("--budget-bytes", help=BUDGET_BYTES)]
+BudgetsBytes = Annotated[list[float] | None, typer.Option("--budget-bytes", help=f"{BUDGET_BYTES} May be repeated.")]
+
+
+def check_plan_options(plan: Path | None, policy: PolicyName | None, budget: float | None, budget_bytes: float | None,
+                       row_buffer: int | None, parameters: Sequence[str] | None, kv: FormatName | None) -> None:
     """Refuse combinations before the model is loaded."""
-    given = [name for name, value in (("--policy", policy), ("--budget", budget), ("--row-buffer", row_buffer),
-                                      ("--parameter", parameters or None)) if value is not None]
+    of_policies = [name for name, value in (("--budget", budget), ("--budget-bytes", budget_bytes),
+                                            ("--row-buffer", row_buffer), ("--parameter", parameters or None))
+                   if value is not None]
+    given = [*(["--policy"] if policy else []), *of_policies, *(["--kv"] if kv else [])]
     if plan is not None and given:
         raise ValueError(f"--plan already says what to keep and cannot be combined with {', '.join(given)}")
-    if policy is None and given:
-        raise ValueError(f"{', '.join(given)} needs --policy, one of {', '.join(PolicyName.__members__)}")
+    if policy is None and of_policies:
+        raise ValueError(f"{', '.join(of_policies)} needs --policy, one of {', '.join(PolicyName.__members__)}")
+    check_budgets(budget, budget_bytes, [kv])
+
+
+def check_plans_options(plans: Sequence[Path] | None, policies: Sequence[PolicyName] | None,
+                        budgets: Sequence[float] | None, budgets_bytes: Sequence[float] | None, row_buffer: int | None,
+                        profile: Path | None, formats: Sequence[FormatName] | None) -> None:
+    """As `check_plan_options`, for options that may be repeated, where plans may stand beside policies."""
+    given = {"--budget": budgets or None, "--budget-bytes": budgets_bytes or None, "--row-buffer": row_buffer,
+             "--profile": profile, **({"--kv": formats or None} if plans else {})}
+    for option, value in given.items():
+        if value is not None and not policies:
+            raise ValueError(f"{option} says nothing without --policy")
+    check_budgets(budgets or None, budgets_bytes or None, formats or [])
+
+
+def check_budgets(budget: object, budget_bytes: object, formats: Sequence[FormatName | None]) -> None:
+    """Refuse budgets in both units, and the best format without one in bytes."""
+    if budget is not None and budget_bytes is not None:
+        raise ValueError("--budget and --budget-bytes cannot be combined: both say how much is kept")
+    if FormatName.best in formats and budget_bytes is None:
+        raise ValueError("--kv best needs --budget-bytes: at as many tokens auto always loses least")
 
 
 def policy_parameters(policy: PolicyName | None, given: Sequence[str] | None) -> dict[str, float | str]:
@@ -106,12 +144,9 @@ def policy_parameters(policy: PolicyName | None, given: Sequence[str] | None) ->
     """
     if policy is None or not given:
         return {}
-    from ssd_attach.online import OnlinePlan
-    from ssd_kernels.policies import POLICIES
+    from ssd_attach.choice import parameters_of
 
-    function: Callable[..., CachePlan] = OnlinePlan if policy is PolicyName.online else POLICIES[policy.value]
-    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()
-                if parameter.kind is parameter.KEYWORD_ONLY and name != "profile"}
+    defaults = parameters_of(policy.value)
     found: dict[str, float | str] = {}
     for text in given:
         name, equals, value = text.partition("=")
@@ -142,51 +177,57 @@ def default_budget(policy: PolicyName) -> float:
     return 1.0 if policy is PolicyName.full else DEFAULT_BUDGET
 
 
-def choose_plan(shape: ModelShape, plan: Path | None, policy: PolicyName | None, budget: float | None,
-                row_buffer: int | None, profile: HeadProfile | None,
-                parameters: Mapping[str, Any] | None = None) -> CachePlan:
+def choose_plan(pipe: Pipeline, plan: Path | None, policy: PolicyName | None, budget: float | None,
+                row_buffer: int | None, profile: HeadProfile | None, parameters: Mapping[str, Any] | None = None, *,
+                budget_bytes: float | None = None, kv: FormatName | None = None) -> CachePlan:
     """One plan from the options of `generate`; ``parameters`` are those of `policy_parameters`."""
-    from ssd_kernels import CachePlan, policies
+    from ssd_attach.choice import make_plan
+    from ssd_kernels import CachePlan
 
     if plan is not None:
         from ssd_kernels.reading import naming
 
         loaded = CachePlan.load(plan)
         with naming(plan):
-            return shape.check(loaded)
+            return pipe.shape.check(loaded)
     name = PolicyName.full if policy is None else policy
-    if budget is None:
+    if budget is None and budget_bytes is None:
         budget = default_budget(name)
-    if name is PolicyName.online:
-        from ssd_attach.online import OnlinePlan
-
-        return OnlinePlan(shape, budget, row_buffer, **(parameters or {}))
-    return policies.build(name.value, shape, budget, row_buffer, profile=profile, **(parameters or {}))
+    return make_plan(name.value, pipe.shape, budget, row_buffer, byte_budget=budget_bytes, dtype=pipe.dtype,
+                     kv_format=(kv or FormatName.auto).value, profile=profile, **(parameters or {}))
 
 
-def choose_plans(shape: ModelShape, files: Sequence[Path], policies: Sequence[PolicyName], budgets: Sequence[float],
-                 row_buffer: int | None, profile: HeadProfile | None) -> dict[str, CachePlan]:
-    """Named plans from repeated options: every file, and every policy at every budget; the full plan if none."""
+def choose_plans(pipe: Pipeline, files: Sequence[Path], policies: Sequence[PolicyName], budgets: Sequence[float],
+                 row_buffer: int | None, profile: HeadProfile | None, *, in_bytes: bool = False,
+                 formats: Sequence[FormatName] = ()) -> dict[str, CachePlan]:
+    """Named plans from repeated options: every file, and every policy at every budget in every format, the full plan
+    only in every format; the full plan if neither files nor policies are given."""
     plans = {}
     for file in files:
         if not file.stem.strip("."):
             raise ValueError(f"--plan must be a file with a name of its own, got {file}")
         if file.stem in plans:
             raise ValueError(f"--plan files must have different names, got {file.stem} twice")
-        plans[file.stem] = choose_plan(shape, file, None, None, None, None)
-    for policy in dict.fromkeys(policies):
+        plans[file.stem] = choose_plan(pipe, file, None, None, None, None)
+    for policy in dict.fromkeys(policies if files or policies else [PolicyName.full]):
         for budget in [None] if policy is PolicyName.full else dict.fromkeys(budgets or [DEFAULT_BUDGET]):
-            name = "full" if budget is None else f"{policy.value}-{budget:g}"
-            if name in plans:
-                raise ValueError(f"--plan must not be a file named like a policy's plan, got {name}.json")
-            plans[name] = (shape.full_plan() if budget is None
-                           else choose_plan(shape, None, policy, budget, row_buffer, profile))
-    return plans or {"full": shape.full_plan()}
+            for kv in dict.fromkeys(formats or [FormatName.auto]):
+                name = policy.value if budget is None else f"{policy.value}-{budget:g}{'-bytes' if in_bytes else ''}"
+                name += "" if kv is FormatName.auto else f"-{kv.value}"
+                if name in plans:
+                    raise ValueError(f"--plan must not be a file named like a policy's plan, got {name}.json")
+                if budget is None and kv is FormatName.best:
+                    raise ValueError(f"--kv {kv.value} says nothing about policy full, which keeps every token; name "
+                                     "auto or int8")
+                tokens, share = (None, budget) if in_bytes else (budget, None)
+                plans[name] = choose_plan(pipe, None, policy, tokens, row_buffer, profile, budget_bytes=share, kv=kv)
+    return plans
 
 
 def load_profile(file: Path | None, model: str | None, policies: Sequence[PolicyName], pipe: Pipeline, *,
-                 anyway: bool = False) -> HeadProfile | None:
-    """The profile that these policies need, if any does: the given one, or the included model's own.
+                 formats: Sequence[FormatName | None] = (), anyway: bool = False) -> HeadProfile | None:
+    """The profile that these policies, or the choice of the best of ``formats``, need, if any does: the given one, or
+    the included model's own.
 
     With ``anyway`` also where none of them needs it, if there is one.
 
@@ -196,7 +237,7 @@ def load_profile(file: Path | None, model: str | None, policies: Sequence[Policy
 
     from ..checkpoints import fingerprint, included_profile
 
-    needed = bool(NEED_PROFILE.intersection(policy.value for policy in policies))
+    needed = bool(NEED_PROFILE.intersection(policy.value for policy in policies)) or FormatName.best in formats
     if file is None and model is None and (needed or anyway):
         with nullcontext() if needed else suppress(FileNotFoundError):
             file = included_profile()

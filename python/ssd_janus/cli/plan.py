@@ -12,12 +12,15 @@ from ssd_attach.units import show_bytes
 
 from .options import (
     DEFAULT_BUDGET,
+    BudgetBytes,
     Dtype,
+    Kv,
     Model,
     Parameters,
     PolicyName,
     ProfileFile,
     RowBuffer,
+    check_budgets,
     choose_plan,
     default_budget,
     load,
@@ -34,6 +37,8 @@ def plan(
     budget: Annotated[float | None, typer.Option(help="Share of the picture's tokens that the policy may keep, row "
                                                       f"buffer included. Default: {DEFAULT_BUDGET}; 1 for "
                                                       "full.")] = None,
+    budget_bytes: BudgetBytes = None,
+    kv: Kv = None,
     row_buffer: RowBuffer = None,
     parameter: Parameters = None,
     model: Model = None,
@@ -49,12 +54,13 @@ def plan(
         names = ", ".join(name for name in PolicyName.__members__ if name != "online")
         raise ValueError(f"--policy must be one of {names}, got online, which decides while a picture is drawn")
     parameters = policy_parameters(policy, parameter)
-    asked = default_budget(policy) if budget is None else budget
+    check_budgets(budget, budget_bytes, [kv])
+    asked = default_budget(policy) if budget is None and budget_bytes is None else budget
     pipe = load(model, "cpu", dtype, "auto")
-    known = load_profile(profile, model, [policy], pipe, anyway=True)
+    known = load_profile(profile, model, [policy], pipe, formats=[kv], anyway=True)
     if known is not None:
         known.check(pipe.shape)
-    chosen = choose_plan(pipe.shape, None, policy, asked, row_buffer, known, parameters)
+    chosen = choose_plan(pipe, None, policy, asked, row_buffer, known, parameters, budget_bytes=budget_bytes, kv=kv)
     from .. import plan_view
 
     heads = plan_view.records(chosen, known)
@@ -62,7 +68,9 @@ def plan(
     size, full = (each.nbytes(batch_size=2, head_dim=pipe.shape.head_dim, max_prompt=PROMPT, dtype=pipe.dtype,
                               num_visual_tokens=tokens) for each in (chosen, pipe.shape.full_plan()))
     facts: dict[str, Any] = {
-        "policy": policy.value, "parameters": parameters, "budget": asked, "budget_reached": chosen.budget(tokens),
+        "policy": policy.value, "parameters": parameters, "kv_format": chosen.kv_format, "budget": asked,
+        "budget_reached": chosen.budget(tokens), "byte_budget": budget_bytes,
+        "byte_budget_reached": chosen.byte_budget(tokens, head_dim=pipe.shape.head_dim, dtype=pipe.dtype),
         "row_buffer": chosen.row_buffer, "dtype": str(pipe.dtype).removeprefix("torch."), "prompt_tokens": PROMPT,
         "cache_bytes": size, "full_cache_bytes": full,
         "predicted_cost": None if known is None else sum(head["cost"] for head in heads),
@@ -85,13 +93,18 @@ def plan(
 
 def _title(facts: dict[str, Any]) -> str:
     own = "".join(f", {name}={value}" for name, value in facts["parameters"].items())
-    return (f"{facts['policy']}{own}: budget {facts['budget']:.1%} asked, {facts['budget_reached']:.2%} reached, row "
-            f"buffer {facts['row_buffer']}")
+    own += "" if facts["kv_format"] == "auto" else f", {facts['kv_format']}"
+    reached = f"{facts['budget_reached']:.2%}"
+    asked = f"budget {facts['budget']:.1%} asked, {reached} reached" if facts["byte_budget"] is None else (
+        f"{facts['byte_budget']:.1%} of the bytes asked, {facts['byte_budget_reached']:.2%} reached, with {reached} of "
+        "the tokens")
+    return f"{facts['policy']}{own}: {asked}, row buffer {facts['row_buffer']}"
 
 
 def _summary(facts: dict[str, Any]) -> str:
     cost = "" if facts["predicted_cost"] is None else f"; predicted cost {facts['predicted_cost']:.6f} nats per token"
     heads = ", ".join(f"{count} {name}" for name, count in facts["rules"].items())
-    return (f"{_title(facts)}; {show_bytes(facts['cache_bytes'])} for a guided picture in {facts['dtype']}, "
+    kept, of = (facts["dtype"], "") if facts["kv_format"] == "auto" else (facts["kv_format"], f" in {facts['dtype']}")
+    return (f"{_title(facts)}; {show_bytes(facts['cache_bytes'])} for a guided picture in {kept}, "
             f"{facts['cache_bytes'] / facts['full_cache_bytes']:.1%} of the full cache's "
-            f"{show_bytes(facts['full_cache_bytes'])}{cost}; heads: {heads}")
+            f"{show_bytes(facts['full_cache_bytes'])}{of}{cost}; heads: {heads}")

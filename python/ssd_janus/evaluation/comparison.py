@@ -1,7 +1,8 @@
 """Compare policies at equal bytes: which plans are measured, and one record of all results.
 
-Every plan has a folder ``OUT/fidelity/guidance-G/PLAN`` or ``OUT/quality/guidance-G/PLAN`` (`RunFolder`): a killed
-comparison goes on where it was, and a plan that several parts ask for is drawn once.
+Every plan has a folder ``OUT/fidelity/guidance-G/PLAN`` or ``OUT/quality/guidance-G/PLAN`` (`RunFolder`), whose name
+says the format, too, if it is not the model's dtype: a killed comparison goes on where it was, and a plan that several
+parts ask for is drawn once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ssd_attach.online import OnlinePlan
+import torch
+
+from ssd_attach.choice import make_plan
 from ssd_kernels import CachePlan, HeadSpec, policies
 from ssd_kernels.policies import HeadProfile, predicted_cost
 
@@ -35,12 +38,15 @@ class Case:
     """One plan of the comparison and how it is measured.
 
     Attributes:
-        policy, budget, row_buffer: what makes the plan.
+        policy, row_buffer: what makes the plan.
+        budget: share of the bytes that a full cache has for keys and values; stored in the model's dtype that is the
+            share of its tokens.
         parameters: of the policy's own, those that differ from its defaults; ``tau_quantile`` is a quantile of the
             profile's sparsity scores.
         competing: prompt tokens may be evicted as visual ones are.
         guidance: None for that of the whole comparison.
         study, setting: what a case of the sensitivity part varies; empty in the grid.
+        kv_format: how the plan stores keys and values.
     """
 
     policy: str
@@ -51,14 +57,17 @@ class Case:
     guidance: float | None = None
     study: str = ""
     setting: str = ""
+    kv_format: str = "auto"
 
     @property
     def plan_name(self) -> str:
         """Name of the plan's folder, the same for every case with this plan."""
+        stored = [] if self.kv_format == "auto" else [self.kv_format]
         if self.policy == "full":
-            return "full"
+            return "-".join(["full", *stored])
         parts = [self.policy, f"{self.budget:g}", f"r{self.row_buffer}",
-                 *(f"{name}{value:g}" for name, value in self.parameters), *(["competing"] if self.competing else [])]
+                 *(f"{name}{value:g}" for name, value in self.parameters), *(["competing"] if self.competing else []),
+                 *stored]
         return "-".join(parts)
 
     @property
@@ -67,11 +76,15 @@ class Case:
         return " / ".join((self.study, self.policy, self.setting)) if self.study else self.plan_name
 
 
-def grid(names: Sequence[str], budgets: Sequence[float], row_buffers: Sequence[int]) -> list[Case]:
-    """Every policy at every budget and row buffer, and the full cache once."""
-    cases = [Case(name, budget, row_buffer) for name in names if name != "full" for row_buffer in row_buffers
-             for budget in budgets]
-    return [Case("full", 1.0, 0), *cases] if "full" in names else cases
+def grid(names: Sequence[str], budgets: Sequence[float], row_buffers: Sequence[int],
+         kv_formats: Sequence[str] = ("auto",)) -> list[Case]:
+    """Every policy in every format at every budget in bytes and every row buffer, and the full cache once in each."""
+    cases: list[Case] = []
+    for kv_format in kv_formats:
+        cases += [Case("full", 1.0, 0, kv_format=kv_format)] if "full" in names else []
+        cases += [Case(name, budget, row_buffer, kv_format=kv_format) for name in names if name != "full"
+                  for row_buffer in row_buffers for budget in budgets]
+    return cases
 
 
 def studies(names: Sequence[str], row_buffer: int) -> list[Case]:
@@ -109,7 +122,8 @@ def studies(names: Sequence[str], row_buffer: int) -> list[Case]:
     return cases
 
 
-def build(case: Case, shape: ModelShape, profile: HeadProfile | None, prompt_tokens: int) -> CachePlan:
+def build(case: Case, shape: ModelShape, profile: HeadProfile | None, prompt_tokens: int,
+          dtype: torch.dtype) -> CachePlan:
     """The plan of a case.
 
     Args:
@@ -117,18 +131,16 @@ def build(case: Case, shape: ModelShape, profile: HeadProfile | None, prompt_tok
         shape: of the model.
         profile: of its heads, if one was given.
         prompt_tokens: slots that a competing prompt brings along, see `compete`.
+        dtype: of the model's caches, whose bytes the budget is a share of.
 
     Raises:
         TypeError, ValueError: as the policy, above all for a budget too small for the row buffer.
     """
-    if case.policy == "full":
-        return shape.full_plan()
-    if case.policy == "online":
-        return OnlinePlan(shape, case.budget, case.row_buffer)
     parameters = dict(case.parameters)
     if profile is not None and "tau_quantile" in parameters:
         parameters["tau"] = float(profile.sparsity.quantile(parameters.pop("tau_quantile")))
-    plan = policies.build(case.policy, shape, case.budget, case.row_buffer, profile=profile, **parameters)
+    plan = make_plan(case.policy, shape, None, case.row_buffer, byte_budget=case.budget, dtype=dtype,
+                     kv_format=case.kv_format, profile=profile, **parameters)
     return compete(plan, prompt_tokens) if case.competing else plan
 
 
@@ -142,7 +154,8 @@ def compete(plan: CachePlan, prompt_tokens: int) -> CachePlan:
     def grown(spec: HeadSpec) -> HeadSpec:
         return spec if spec.size is None else replace(spec, size=spec.size + prompt_tokens)
 
-    return CachePlan([[grown(spec) for spec in heads] for heads in plan.layers], plan.row_buffer, keep_prompt=False)
+    return CachePlan([[grown(spec) for spec in heads] for heads in plan.layers], plan.row_buffer, keep_prompt=False,
+                     kv_format=plan.kv_format)
 
 
 @dataclass(frozen=True)
@@ -185,7 +198,7 @@ class Comparison:
         guidance: None for the model's default.
         batch_size: pictures drawn at once.
         record: "parts" (how each was made), "profile" (what it cost), "grid" and "sensitivity" (results by
-            `Case.label`), "prediction", "goals".
+            `Case.label`), "prediction", "goals", "int8_goals".
         prompt_tokens: mean length of a prompt.
 
     Raises:
@@ -212,7 +225,8 @@ class Comparison:
             (self.out / "profile").mkdir(exist_ok=True)
             keep_settings(self.out / "profile", {"profile": _digest(self.profile)})
         file = self.out / "results.json"
-        empty: dict[str, Any] = {"parts": {}, "grid": {}, "sensitivity": {}, "prediction": None, "goals": []}
+        empty: dict[str, Any] = {"parts": {}, "grid": {}, "sensitivity": {}, "prediction": None, "goals": [],
+                                 "int8_goals": []}
         self.record = results.read_record(file) if file.exists() else empty
         known = self.record.get("profile")
         self.record["profile"] = known if self.profile is None else self._cost_of(self.profile)
@@ -271,8 +285,9 @@ class Comparison:
 
         kl, right = figures("fidelity", "kl_by_picture"), figures("quality", "by_prompt")
         impossible = {findings.key(entry) for entry in entries if "reason" in entry}
-        self.record["goals"] = [goal.as_json() for goal in findings.goals(
-            right, {key: {"": values} for key, values in kl.items()}, impossible)]
+        close = {key: {"": values} for key, values in kl.items()}
+        self.record["goals"] = [goal.as_json() for goal in findings.goals(right, close, impossible)]
+        self.record["int8_goals"] = [goal.as_json() for goal in findings.int8_goals(right, close, impossible)]
         pairs = {findings.key(entry): (entry["predicted_cost"], entry["fidelity"]["kl_mean"]) for entry in entries
                  if "predicted_cost" in entry and "fidelity" in entry}
         self.record["prediction"] = findings.prediction(pairs)
@@ -314,16 +329,18 @@ class Comparison:
                              "`ssd-janus profile`")
         entry = self.record[table].setdefault(case.label, {})
         entry.update(policy=case.policy, budget=case.budget, row_buffer=case.row_buffer, study=case.study,
-                     setting=case.setting, guidance=scale)
+                     setting=case.setting, guidance=scale, kv_format=case.kv_format)
+        shape, dtype = self.pipe.shape, self.pipe.dtype
         try:
-            plan = build(case, self.pipe.shape, self.profile, self.prompt_tokens)
+            plan = build(case, shape, self.profile, self.prompt_tokens, dtype)
         except ValueError as error:
             entry["reason"] = str(error)
             return None
         entry.pop("reason", None)
-        entry["reached"] = plan.budget(self.pipe.shape.num_visual_tokens)
-        # What an online plan keeps is not known before it has drawn, and keeping everything has nothing to predict.
-        if self.profile is not None and case.policy not in ("full", "online"):
+        entry["tokens"] = plan.budget(shape.num_visual_tokens)
+        entry["reached"] = plan.byte_budget(shape.num_visual_tokens, head_dim=shape.head_dim, dtype=dtype)
+        # What an online plan keeps is not known before it has drawn, and the full cache itself has nothing to predict.
+        if self.profile is not None and case.policy != "online" and case.plan_name != "full":
             entry["predicted_cost"] = predicted_cost(plan, self.profile)
         return plan
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from .findings import FULL, Key, contender, key, percent
 from .report import markdown_table
-from .statistics import Interval
+from .statistics import Interval, paired_difference
 
-SECTIONS = ("goals", "runs", "fidelity", "quality", "sensitivity", "prediction")
+SECTIONS = ("goals", "runs", "fidelity", "quality", "sensitivity", "prediction", "int8")
 ABSENT = "not measured\n"
 IMPOSSIBLE = "-"
 
@@ -25,12 +26,13 @@ def sections(record: Mapping[str, Any], order: Sequence[str], images: Mapping[st
     """
     rank = {name: number for number, name in enumerate(order)}
     entries = sorted(record["grid"].values(), key=lambda entry: (
-        rank[entry["policy"]], entry["row_buffer"], entry["budget"]))
+        rank[entry["policy"]], contender(entry), entry["row_buffer"], entry["budget"]))
     made = {"goals": _goals(record["goals"]), "runs": _runs(record["parts"]),
             "fidelity": _fidelity([entry for entry in entries if "fidelity" in entry or "reason" in entry]),
             "quality": _quality([entry for entry in entries if "quality" in entry or "reason" in entry]),
             "sensitivity": _sensitivity(list(record["sensitivity"].values())),
-            "prediction": _prediction(record["prediction"], entries)}
+            "prediction": _prediction(record["prediction"], entries),
+            "int8": _int8(entries, record)}
     if record["profile"] is not None:
         made["runs"] += _profile(record["profile"])
     return {name: text + (f'\n<img src="{images[name]}" width="800" alt="{name} of the policies">\n'
@@ -75,7 +77,7 @@ def _fidelity(entries: Sequence[Entry]) -> str:
                      for row_buffer in _row_buffers(entries, "fidelity") for title, show in tables)
     known = [entry for entry in entries if "fidelity" in entry and entry["fidelity"]["kl_interval"]]
     if known:
-        rows = [[entry["policy"], str(entry["row_buffer"]), f"{entry['reached']:.1%}", _kl(entry["fidelity"])]
+        rows = [[contender(entry), str(entry["row_buffer"]), f"{entry['reached']:.1%}", _kl(entry["fidelity"])]
                 for entry in known]
         table = markdown_table(["policy", "row buffer", "budget reached", "mean KL"], rows)
         text += f"\n<details><summary>Mean KL with 95% intervals over prompts</summary>\n\n{table}\n</details>\n"
@@ -89,7 +91,7 @@ def _quality(entries: Sequence[Entry]) -> str:
     if not measured:
         return ABSENT
     families = list(measured[0]["quality"]["families"])
-    rows = [[entry["policy"], f"{entry['reached']:.1%}", str(entry["row_buffer"]), str(entry["quality"]["pictures"]),
+    rows = [[contender(entry), f"{entry['reached']:.1%}", str(entry["row_buffer"]), str(entry["quality"]["pictures"]),
              *(_score(entry["quality"]["families"][name]) for name in families)] for entry in measured]
     head = ["policy", "budget reached", "row buffer", "pictures", *(name.replace("_", " ") for name in families)]
     return (f"{text}\n<details><summary>The families</summary>\n\n{markdown_table(head, rows)}\n</details>\n").lstrip()
@@ -102,11 +104,11 @@ def _by_budget(entries: Sequence[Entry], measure: str, row_buffer: int, title: s
     budgets = sorted({entry["budget"] for entry in chosen})
     cells: dict[str, dict[float, str]] = {}
     for entry in chosen:
-        cells.setdefault(entry["policy"], {})[entry["budget"]] = (
+        cells.setdefault(contender(entry), {})[entry["budget"]] = (
             show(entry[measure]) if measure in entry else IMPOSSIBLE)
     rows = [[name, *(row.get(budget, "") for budget in budgets)] for name, row in cells.items()]
     return (f"{title[0].upper()}{title[1:]}, row buffer {row_buffer}:\n\n"
-            + markdown_table(["policy", *(f"{budget:.0%}" for budget in budgets)], rows))
+            + markdown_table(["policy", *map(percent, budgets)], rows))
 
 
 def _sensitivity(entries: Sequence[Entry]) -> str:
@@ -143,7 +145,36 @@ def _prediction(found: Mapping[str, Any] | None, entries: Sequence[Entry]) -> st
     return (f"Spearman's rank correlation over {found['plans']} plans: **{found['spearman']:.2f}**. Larger budgets "
             "alone bring much of that, so the table has it for the plans of each budget (their number in brackets):"
             "\n\n"
-            + markdown_table(["row buffer", *(f"{budget:.0%}" for budget in budgets)], rows) + "\n" + tables)
+            + markdown_table(["row buffer", *map(percent, budgets)], rows) + "\n" + tables)
+
+
+def _int8(entries: Sequence[Entry], record: Mapping[str, Any]) -> str:
+    """Plans in both formats at equal bytes, prompt by prompt; nothing without plans in 8 bits."""
+    measured = [entry for entry in entries if "quality" in entry or "fidelity" in entry]
+    if not any(entry.get("kv_format") == "int8" for entry in measured):
+        return ABSENT
+    by_key = {key(entry): entry for entry in measured}
+    rows = []
+    for entry in measured:
+        scored, close = entry.get("quality"), entry.get("fidelity")
+        beside: Key = (entry["policy"], entry["budget"], entry["row_buffer"])
+        tokens = entry.get("tokens", entry["reached"])  # records without are older than other formats
+        rows.append([contender(entry), str(entry["row_buffer"]), f"{entry['reached']:.1%}", f"{tokens:.1%}",
+                     _score(scored["overall"]) if scored else "",
+                     _lead(entry, by_key.get(FULL)), _lead(entry, by_key.get(beside)),
+                     _kl(close) if close else "",
+                     f"{entry['predicted_cost']:.3g}" if entry.get("predicted_cost") else ""])
+    head = ["policy", "row buffer", "bytes", "tokens", "right pictures", "less the full cache's",
+            "less those in the model's dtype", "mean KL", "predicted cost"]
+    return f"{_goals(record.get('int8_goals', ()))}\n{markdown_table(head, rows)}\n{_runs(record['parts'])}"
+
+
+def _lead(ours: Entry, theirs: Entry | None) -> str:
+    """By how much more pictures are right, prompt by prompt."""
+    if theirs is None or theirs is ours or not ("quality" in ours and "quality" in theirs):
+        return ""
+    lead = paired_difference(ours["quality"]["by_prompt"], theirs["quality"]["by_prompt"])
+    return "" if lead is None else f"{lead.mean:+.3f} [{lead.low:+.3f}, {lead.high:+.3f}]"
 
 
 def _rho(group: Mapping[str, Any] | None) -> str:

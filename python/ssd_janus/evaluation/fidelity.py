@@ -104,9 +104,8 @@ class Recorder(LogitsProcessor):
         return torch.full_like(scores, FORBIDDEN).scatter_(1, tokens[:, None], 0.0)
 
 
-def caches_beside(cache: CompressedCache, plans: Sequence[CachePlan], num_query_heads: int,
-                  backend: str) -> list[CompressedCache]:
-    """Caches under other plans for the rows of ``cache``.
+def caches_beside(cache: CompressedCache, plans: Sequence[CachePlan], backend: str) -> list[CompressedCache]:
+    """Caches under other plans for the rows of ``cache``, as many query heads for each KV head as there.
 
     Raises:
         ValueError: they do not fit into what memory there is.
@@ -118,7 +117,8 @@ def caches_beside(cache: CompressedCache, plans: Sequence[CachePlan], num_query_
         raise ValueError(f"batch_size must be smaller: measuring takes {needed / 1e9:.3g} GB of caches besides for "
                          f"{cache.batch_size} rows, and {free / 1e9:.3g} GB are free, enough for "
                          f"{cache.batch_size * free // needed} rows")
-    return [CompressedCache(plan, num_query_heads=num_query_heads, device=cache.device, backend=backend, **sizes)
+    group = cache.num_query_heads // cache.plan.num_heads
+    return [CompressedCache(plan, num_query_heads=group * plan.num_heads, device=cache.device, backend=backend, **sizes)
             for plan in plans]
 
 
@@ -137,7 +137,7 @@ class AttentionError:
     def prefill(self, cache: CompressedCache, layer: int, keys: torch.Tensor, values: torch.Tensor,
                 prompt_lens: list[int]) -> None:
         if self.shadow is None:
-            (self.shadow,) = caches_beside(cache, [self.plan], cache.num_query_heads, self.backend)
+            (self.shadow,) = caches_beside(cache, [self.plan], self.backend)
         self.shadow.prefill(layer, keys, values, prompt_lens)
 
     def decode(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None,

@@ -7,16 +7,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..extras import needs
-from .statistics import FEWEST, Groups, mean_of, paired_difference
+from .statistics import FEWEST, Groups, mean_interval, mean_of, paired_difference
 
 PUBLISHED = ("streaming_llm", "h2o", "rows", "ssd", "margin")
 RIVALS = ("streaming_llm", "h2o")
 LOW_BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3)
-FULL = ("full", 1.0, 0)
+INT8 = " int8"  # ends the name of a policy whose plans store keys and values in 8 bits
+FULL, FULL_INT8 = ("full", 1.0, 0), (f"full{INT8}", 1.0, 0)
 TOLERANCE = 0.02
+INT8_TOLERANCE = 2e-4  # nats per token
 ROUNDING = 1e-9  # what equal means may differ by
 
-Key = tuple[str, float, int]  # policy, budget asked for, row buffer
+Key = tuple[str, float, int]  # contender, budget asked for in bytes, row buffer
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,20 @@ class _Measure:
         return f"{value:.3f}" if self.more_is_better else f"{value:.3g}"
 
 
+def contender(entry: Mapping[str, Any]) -> str:
+    """The policy of an entry, and the format if it is not the model's dtype, which older records do not say."""
+    kv_format = entry.get("kv_format", "auto")
+    return entry["policy"] if kv_format == "auto" else f"{entry['policy']} {kv_format}"
+
+
 def key(entry: Mapping[str, Any]) -> Key:
     """The key of an entry of the comparison's grid."""
-    return entry["policy"], entry["budget"], entry["row_buffer"]
+    return contender(entry), entry["budget"], entry["row_buffer"]
+
+
+def percent(share: float) -> str:
+    """A budget, without needless digits."""
+    return f"{100 * share:.3g}%"
 
 
 def goals(quality: Mapping[Key, Groups], kl: Mapping[Key, Groups], impossible: Collection[Key] = ()) -> list[Goal]:
@@ -101,11 +114,51 @@ def goals(quality: Mapping[Key, Groups], kl: Mapping[Key, Groups], impossible: C
     """
     measures = _Measure("quality", quality, more_is_better=True), _Measure("KL", kl, more_is_better=False)
     found: list[Goal] = []
-    for row_buffer in sorted({key[2] for key in (*quality, *kl) if key[0] != "full"}):
+    buffers = {key[2] for key in (*quality, *kl) if key[0] != "full" and not key[0].endswith(INT8)}
+    for row_buffer in sorted(buffers):
         found.append(_near_full(measures[0], impossible, row_buffer))
-        found += [_half_the_budget(measure, impossible, row_buffer) for measure in measures]
+        found += [_as_good_as_published(measure, impossible, ("adaptive", 0.1, row_buffer)) for measure in measures]
         found += [_ahead(measure, impossible, row_buffer) for measure in measures]
     return found
+
+
+def int8_goals(quality: Mapping[Key, Groups], kl: Mapping[Key, Groups], impossible: Collection[Key] = ()) -> list[Goal]:
+    """Judge the goals of storage in 8 bits, as `goals` does; none without figures of such plans.
+
+    1. Keeping everything in 8 bits costs at most 0.0002 nats per token.
+    2. `adaptive` in 8 bits at 5% of the bytes draws at most .02 fewer pictures right than the full cache.
+    3. `adaptive` in 8 bits at 2.5% is at least as good as the best published-style policy at 20%, quality and KL apart.
+
+    Budgets are shares of the bytes that a full cache takes in the model's dtype.
+
+    Args:
+        quality, kl, impossible: as of `goals`.
+    """
+    measures = _Measure("quality", quality, more_is_better=True), _Measure("KL", kl, more_is_better=False)
+    found = [_everything_in_8_bits(kl[FULL_INT8])] if FULL_INT8 in kl else []
+    for row_buffer in sorted({key[2] for key in (*quality, *kl) if key[0] == f"adaptive{INT8}"}):
+        found.append(_int8_near_full(measures[0], row_buffer))
+        found += [_as_good_as_published(measure, impossible, (f"adaptive{INT8}", 0.025, row_buffer))
+                  for measure in measures]
+    return found
+
+
+def _everything_in_8_bits(kl: Groups) -> Goal:
+    goal = f"keeping everything in 8 bits should cost at most {INT8_TOLERANCE:g} nats per token"
+    found = mean_interval(kl)
+    if found is None:
+        return Goal("KL", 0, None, f"{goal}: {mean_of(kl):.3g}, fewer than {FEWEST} prompts cannot tell")
+    reached = True if found.high <= INT8_TOLERANCE else False if found.low > INT8_TOLERANCE else None
+    return Goal("KL", 0, reached, f"{goal}: {found.mean:.3g} [{found.low:.3g}, {found.high:.3g}]")
+
+
+def _int8_near_full(measure: _Measure, row_buffer: int) -> Goal:
+    ours: Key = (f"adaptive{INT8}", 0.05, row_buffer)
+    goal = f"{ours[0]} at 5% of the bytes should be within {TOLERANCE} of the full cache"
+    if absent := [key[0] for key in (ours, FULL) if key not in measure.figures]:
+        return Goal(measure.name, row_buffer, None, goal + _without(absent))
+    reached, text = measure.compare(ours, FULL, -TOLERANCE - ROUNDING)
+    return Goal(measure.name, row_buffer, reached, f"{goal}: {text}")
 
 
 def _near_full(measure: _Measure, impossible: Collection[Key], row_buffer: int) -> Goal:
@@ -119,14 +172,14 @@ def _near_full(measure: _Measure, impossible: Collection[Key], row_buffer: int) 
                 f"{goal}: {text}{_without(missing)}")
 
 
-def _half_the_budget(measure: _Measure, impossible: Collection[Key], row_buffer: int) -> Goal:
-    goal = "adaptive at 10% should be at least as good as the best published-style policy at 20%"
+def _as_good_as_published(measure: _Measure, impossible: Collection[Key], ours: Key) -> Goal:
+    contender, budget, row_buffer = ours[0], percent(ours[1]), ours[2]
+    goal = f"{contender} at {budget} should be at least as good as the best published-style policy at 20%"
     best, missing = measure.best(0.2, row_buffer, impossible)
-    ours: Key = ("adaptive", 0.1, row_buffer)
     if best is not None and ours in impossible:
-        return Goal(measure.name, row_buffer, False, f"{goal}: adaptive cannot make a plan at 10%")
+        return Goal(measure.name, row_buffer, False, f"{goal}: {contender} cannot make a plan at {budget}")
     if best is None or ours not in measure.figures:
-        absent = missing + (["adaptive at 10%"] if ours not in measure.figures else [])
+        absent = missing + ([f"{contender} at {budget}"] if ours not in measure.figures else [])
         return Goal(measure.name, row_buffer, None, goal + _without(absent))
     reached, text = measure.compare(ours, best, -ROUNDING)
     return Goal(measure.name, row_buffer, reached if not (reached and missing) else None,
@@ -148,11 +201,11 @@ def _ahead(measure: _Measure, impossible: Collection[Key], row_buffer: int) -> G
                 continue
             if absent := [key for key in (theirs, ours) if key not in figures and key not in impossible]:
                 for key in absent:
-                    missing.setdefault(key[0], {})[f"{budget:.0%}"] = None
+                    missing.setdefault(key[0], {})[percent(budget)] = None
                 continue
             reached, text = (measure.compare(ours, theirs, ROUNDING) if ours not in impossible else
                              (False, f"{measure.show(theirs)}, adaptive can make no plan"))
-            found[reached].append(f"{budget:.0%} ({text})")
+            found[reached].append(f"{percent(budget)} ({text})")
     compared = sum(map(len, found.values()))
     text = f"beyond chance in {len(found[True])} of {compared} comparisons" if compared else "nothing to compare"
     text += f"; within chance in {len(found[None])}, at {', '.join(found[None])}" if found[None] else ""

@@ -178,4 +178,4 @@ def settings(pipe: Pipeline, suite: str, plan: CachePlan, guidance_scale: float 
             "plan": plan.to_dict(), "guidance_scale": pipe.guidance(guidance_scale),
             "sampling": {"do_sample": config.do_sample, **sampling_settings(pipe.model)}, "batch_size": batch_size,
             "dtype": str(dtype).removeprefix("torch."), "device": device.type,
-            "backend": backends.resolve(pipe.backend, device, dtype, pipe.shape.head_dim).name}
+            "backend": backends.resolve(pipe.backend, device, dtype, pipe.shape.head_dim, plan.kv_format).name}

@@ -22,13 +22,15 @@ FIDELITY = object_of({
     "psnr_db": maybe(FIGURE), "ssim": maybe(FIGURE), "pictures": count, "budget": number})
 ENTRY = object_of(
     {"policy": TEXT, "budget": number, "row_buffer": count, "study": TEXT, "setting": TEXT, "guidance": FIGURE},
-    {"reason": TEXT, "reached": number, "predicted_cost": FIGURE, "fidelity": FIDELITY, "quality": QUALITY})
+    {"kv_format": TEXT, "reason": TEXT, "tokens": number, "reached": number, "predicted_cost": FIGURE,
+     "fidelity": FIDELITY, "quality": QUALITY})
 FACTS = object_of({"command": TEXT, "date": TEXT, "machine": TEXT, "guidance": FIGURE, "fidelity_prompts": count,
-                   "prompts": count, "seeds": count, "batch_size": count, "sensitivity_quality": FLAG})
+                   "prompts": count, "seeds": count, "batch_size": count, "sensitivity_quality": FLAG}, {"dtype": TEXT})
 PARTS = object_of({}, dict.fromkeys(("fidelity", "quality", "sensitivity"), list_of(FACTS)))
 PROFILE = object_of({"prompts": count, "seconds": maybe(number), "shared": count})
 RECORD = object_of({"parts": PARTS, "grid": mapping_of(ENTRY), "sensitivity": mapping_of(ENTRY),
-                    "profile": maybe(PROFILE), "prediction": lambda field: None, "goals": lambda field: None})
+                    "profile": maybe(PROFILE), "prediction": lambda field: None, "goals": lambda field: None},
+                   {"int8_goals": lambda field: None})
 
 
 def read_record(file: Path) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 places = Field(given).members(("weight_map",), None)["weight_map"].members((), None)
                 names = {place.string() for weight, place in places.items() if renamed(weight)}
                 for part in names:
-                    if Path(part).name != part:
+                    if part in ("", "..") or Path(part).name != part:
                         raise ValueError(f"weight_map must name files beside it, got {shown(part)}")
             return [folder / part for part in sorted(names)]
     raise FileNotFoundError(f"{folder} must hold weights as {' or '.join(FILES)}, or parts of them and an index, got "

@@ -11,6 +11,7 @@ import torch
 import ssd_attach
 from ssd_attach import Choice, PictureForm
 from ssd_attach.cache import generation_of
+from ssd_attach.coupling import cache_for
 from ssd_attach.internals import CACHE_NAME
 from ssd_kernels import CachePlan
 from ssd_kernels.policies import Raster
@@ -58,6 +59,8 @@ def rollout(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, s
     those of the training pass over the same ids and mask. The unconditional row of a picture has padding tokens for all
     but its prompt's first and last token and attends to all of them. Noise is drawn from torch's own generator as
     `torch.multinomial` draws it. Caches are compressed if the model is enabled (`enable`), and the model's own if not.
+    Compressed ones hold equal prompts once, padding included, if their plan keeps prompts: that of a prompt's samples,
+    and all unconditional ones that begin and end alike. These also run once.
 
     Args:
         model: an official model, as it is unwrapped to generate with.
@@ -103,18 +106,26 @@ def rollout(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, s
     record = Recording.of_pictures(sampling or Sampling(), pictures, steps, device)
     noise = GeneratorNoise(pictures, model.gen_head.vision_head.out_features, None, device)
     tokens = torch.empty(pictures, steps, dtype=torch.long, device=device)
-    inputs, cache = model.language_model.get_input_embeddings()(ids), None
+    prompts, share = torch.cat([ids, mask.to(ids)], 1).unique(dim=0, return_inverse=True)
+    cache = cache_for(model.language_model, share.tolist())
+    seen = mask
+    if cache is not None:
+        ids, seen = prompts.tensor_split(2, 1)
+    inputs = model.language_model.get_input_embeddings()(ids)
     for step in range(steps):
-        outputs = model.language_model.model(inputs_embeds=inputs, attention_mask=mask, use_cache=True,
+        outputs = model.language_model.model(inputs_embeds=inputs, attention_mask=seen, use_cache=True,
                                              **{CACHE_NAME: cache})
+        hidden = outputs.last_hidden_state[:, -1]
+        if step == 0 and cache is not None:
+            hidden = hidden[share]
         cache = getattr(outputs, CACHE_NAME)
-        logits = model.gen_head(outputs.last_hidden_state[:, -1]).float()
+        logits = model.gen_head(hidden).float()
         if rows == 2:
             logits = logits[1::2] + guidance * (logits[0::2] - logits[1::2])
         noise.prepare()
         tokens[:, step] = record.choose(logits, noise.values(record.column))
         inputs = model.prepare_gen_img_embeds(tokens[:, step].repeat_interleave(rows)).unsqueeze(1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        seen = mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     generation = generation_of(cache)
     compressed = None if generation is None else generation.compressed
     return Rollout(tokens, record.drawn, record.plain, (pictures,), 0 if compressed is None else compressed.nbytes)

@@ -164,8 +164,7 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "a barrier of some threads": (("evict.cuh", "if (warp == 0 && lane == 0) *moves = length;",
                                    "if (warp == 0 && lane == 0) { *moves = length; port::sync_block(); }"),),
     "copies from odd addresses": (("attend.cuh", "lane() * 16;", "lane() * 16 + 2;"),),
-    "absent tokens are copied": (("attend.cuh", "16, present);", "16, true);"),
-                                 ("attend.cuh", "present ? from + offset(j) : lane_keys", "from + offset(j)")),
+    "absent tokens are copied": (("attend.cuh", "* 16, j < count);", "* 16, true);"),),
     "a slot outside the slab": (("item.cuh", "(heavy ? view.evictable : at);",
                                  "(heavy ? view.evictable : at) + 100000;"),),
     "a sum that nothing starts": (("attend.cuh", "norm[g] = adds_new ? port::power_of_two("

@@ -11,7 +11,7 @@ namespace ptx {
 
 constexpr int kLanes = 32;
 constexpr uint32_t kAllLanes = ~0u;
-constexpr int kCellBytes = 2;  // finest memory that is watched: coarser cells give false races between neighbours
+constexpr int kCellBytes = 1;  // finest memory that is watched: coarser cells give false races between neighbours
 
 // Who accessed a cell, and when: epochs count the block's or warp's barriers, ticks the thread's fences.
 struct Stamp {

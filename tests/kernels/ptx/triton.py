@@ -20,9 +20,9 @@ from ssd_kernels.backends.triton import TritonBackend
 from . import build, schedules
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
-         torch.int64: "i64"}
+         torch.int64: "i64", torch.int8: "i8"}
 UNDEFINED = {"out", "logits", "lists", "slot_list", "tokens"}  # until the kernel writes them
-WRITTEN = UNDEFINED | {"keys", "values", "scores", "positions", "cursors"}
+WRITTEN = UNDEFINED | {"keys", "values", "scores", "positions", "cursors", "key_scales", "value_scales"}
 ALIGNMENT = 16  # bytes: Triton compiles anew for pointers that have it
 
 
