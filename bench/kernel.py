@@ -179,7 +179,9 @@ def share(line: Record) -> float:
 
 
 def ours_of(lines: Sequence[Record]) -> Record | None:
-    """The record that times are compared with: our first with scores, no row buffer, in the point's dtype; else our first."""
+    """The record that times are compared with: our first with scores, in full precision and without a row buffer, else
+    our first.
+    """
     mine = [line for line in lines if line["contender"].get("backend") and line["status"] == OK]
     plain = [line for line in mine if line["contender"]["scored"] and not line["contender"]["row_buffer"]
              and line["contender"].get("kv_format", "auto") == "auto"]
