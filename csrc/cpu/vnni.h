@@ -46,7 +46,8 @@ struct CutQuery {
 };
 
 // What floats are multiplied by to become whole numbers, by their largest magnitude: in two steps, so that neither
-// overflows. `unit` is NaN where one of them is not finite; the numbers are 0 then.
+// overflows. A whole number n stands for n / most * unit. `unit` is NaN where a float is not finite; the numbers are 0
+// then.
 struct Cut {
   __m512 inverse, limit;
   float unit;
@@ -56,7 +57,7 @@ struct Cut {
     const bool usable = largest >= 1 << 23 && largest < 255 << 23;
     inverse = _mm512_set1_ps(usable ? 1.0f / amax : 0.0f);
     limit = _mm512_set1_ps(most);
-    unit = usable ? amax / most : largest < 255 << 23 ? 0.0f : float_of(0x7FC00000);
+    unit = usable ? amax : largest < 255 << 23 ? 0.0f : float_of(0x7FC00000);
   }
   SSD_ALWAYS_INLINE __m512i operator()(__m512 x) const {
     const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(x, inverse), limit));
@@ -118,7 +119,8 @@ SSD_INLINE void dot_slots(const float* q, const Int8* keys, int dim, Vec dot[kSl
   }
   for (int u = 0; u < kSlots; ++u) {
     const __m512i low = _mm512_add_epi32(sums[u][0], _mm512_slli_epi32(sums[u][1], 8));
-    dot[u] = {_mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[u][2]), _mm512_set1_ps(65536.0f), _mm512_cvtepi32_ps(low))};
+    const __m512 parts = _mm512_mul_ps(_mm512_cvtepi32_ps(low), _mm512_set1_ps(1 / kQueryLimit));
+    dot[u] = {_mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[u][2]), _mm512_set1_ps(65536 / kQueryLimit), parts)};
   }
 }
 
@@ -154,9 +156,9 @@ SSD_INLINE void accumulate_block(const float* p, const Int8* values, int count, 
   }
   __m512 total[4];
   for (int j = 0; j < 4; ++j) {
-    const __m512 low =
-        _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[j][1]), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[j][0]));
-    total[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[j][2]), _mm512_set1_ps(65536.0f), low);
+    total[j] = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[j][0]), _mm512_set1_ps(1 / kWeightLimit));
+    total[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[j][1]), _mm512_set1_ps(256 / kWeightLimit), total[j]);
+    total[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[j][2]), _mm512_set1_ps(65536 / kWeightLimit), total[j]);
   }
   // Lane l of vector j has the columns from 16 * l + 4 * j on.
   const __m512 a = _mm512_shuffle_f32x4(total[0], total[1], 0x44), b = _mm512_shuffle_f32x4(total[2], total[3], 0x44);

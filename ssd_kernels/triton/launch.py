@@ -141,11 +141,12 @@ def step_bytes(layout: LayerLayout, prompt_len: int, step: int, head_dim: int, i
     """
     heads = len(layout.heads)
     vector = head_dim * item_size
+    stored = vector if layout.kv_format == "auto" else head_dim + 4  # bytes and a scale
     total = 16 + vector * (2 * (query_heads or heads) + 2 * heads)
     for head, span in enumerate(layout.heads):
         view = RowView.of(layout, head, prompt_len, step)
         kept = view.base + view.evictable
-        total += 2 * vector * (kept + 1)
+        total += 2 * stored * (kept + 1)
         if span.score_offset >= 0:
             total += 8 * (kept - view.unscored) + 8
             if span.kind == "heavy" and (step + 1) % view.period == 0:
