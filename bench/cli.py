@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +59,8 @@ def kernel(
     score: Annotated[bool | None, typer.Option(help="Only plans with scores, or without. Default: both.")] = None,
     row_buffer: Annotated[list[int], typer.Option(help="Steps between evictions; 0 evicts at each.")] = [  # noqa: B006
         0, 24],
+    kv: Annotated[list[str], typer.Option(help="How ours store keys and values: auto, as --dtype says; int8.")] = [  # noqa: B006
+        "auto", "int8"],
     backend: Annotated[list[str] | None, typer.Option(help="Of ours; default all that can run but reference.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only contenders whose name holds this.")] = None,
     device: Device = "auto",
@@ -79,18 +82,19 @@ def kernel(
     where = _device(device, threads)
     _check_out(out)
     _check_backends(backend)
+    _check_formats(kv)
     points: list[Point] = []
     buffers: Sequence[int] = row_buffer
     try:
         if plan is not None or policy is not None:
-            points = list(_planned(plan, layer, policy, budget, row_buffer, heads, batch, head_dim, dtype, prompt,
+            points = list(_planned(plan, layer, policy, budget, row_buffer, kv, heads, batch, head_dim, dtype, prompt,
                                    start))
         else:
             points = [Point.of_lengths(*values, full=full, spread=kind) for *values, kind in
                       itertools.product(batch, heads, head_dim, dtype, mean, spread)]
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
-    options = Options(where, backend, (False, True) if score is None else (score,), buffers, tuple(only or ()),
+    options = Options(where, backend, (False, True) if score is None else (score,), buffers, kv, tuple(only or ()),
                       repetitions, trials)
     lines = _run([(point, lambda point, report: measure(point, options, report)) for point in points], as_json, out)
     raise typer.Exit(any_wrong(lines))
@@ -98,7 +102,7 @@ def kernel(
 
 # What options say nothing, by what decides the lengths: a plan, a policy or the options themselves.
 KERNEL_OPTIONS = {
-    "--plan": ("mean", "full", "spread", "score", "row_buffer", "heads", "budget"),
+    "--plan": ("mean", "full", "spread", "score", "row_buffer", "kv", "heads", "budget"),
     "--policy": ("mean", "full", "spread", "score", "layer"),
     None: ("layer", "budget", "prompt", "start")}
 
@@ -403,6 +407,14 @@ def _device(name: str, threads: int) -> torch.device:
     return torch.device(name)
 
 
+def _check_formats(names: Sequence[str]) -> None:
+    from ssd_kernels.kv_format import KV_FORMATS
+
+    for name in names:
+        if name not in KV_FORMATS:
+            raise typer.BadParameter(f"must be one of {', '.join(KV_FORMATS)}, got {name!r}", param_hint="--kv")
+
+
 def _check_backends(names: list[str] | None) -> None:
     from ssd_kernels import backends
 
@@ -413,9 +425,9 @@ def _check_backends(names: list[str] | None) -> None:
 
 
 def _planned(path: Path | None, layer: int, policy: str | None, budgets: Sequence[float], row_buffers: Sequence[int],
-             heads: Sequence[int], batches: Sequence[int], head_dims: Sequence[int], dtypes: Sequence[str],
-             prompt: int, start: int) -> Iterator[Point]:
-    """Points of a plan file, or of a policy at every budget and row buffer."""
+             kv_formats: Sequence[str], heads: Sequence[int], batches: Sequence[int], head_dims: Sequence[int],
+             dtypes: Sequence[str], prompt: int, start: int) -> Iterator[Point]:
+    """Points of a plan file, or of a policy at every budget, row buffer and format."""
     from ssd_janus import ModelShape
     from ssd_kernels import CachePlan
     from ssd_kernels.policies import build
@@ -428,9 +440,10 @@ def _planned(path: Path | None, layer: int, policy: str | None, budgets: Sequenc
     if path is not None:
         plans.append((f"plan {path.name}, layer {layer}", CachePlan.load(path)))
     else:
-        for count, budget, buffer in itertools.product(heads, budgets, row_buffers):
+        for count, budget, buffer, kv_format in itertools.product(heads, budgets, row_buffers, kv_formats):
             made = build(policy or "", ModelShape(1, count, count, 128, 576, 24), budget, buffer)
-            plans.append((f"policy {policy} {budget:.0%}, row buffer {buffer}", made))
+            label = f"policy {policy} {budget:.0%}, row buffer {buffer}" + (", int8" if kv_format == "int8" else "")
+            plans.append((label, replace(made, kv_format=kv_format)))
     for (label, plan), batch, head_dim, dtype in itertools.product(plans, batches, head_dims, dtypes):
         yield Point.of_plan(plan, layer, label, batch, head_dim, dtype, prompt, start, 576)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from ssd_kernels import CompressedCache, HeadSpec, backends, info, native
+from ssd_kernels.kv_format import decoded
 
 from . import test_kv_format
 from .cases import BF16, F16, F32, IN_INT8, Case, each_format_of, mixed, short, uniform
@@ -43,6 +45,7 @@ def test_instruction_set(instruction_set: str, case: Case, dtype: torch.dtype, h
     pair.run(20)
 
 
+@each_format
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
 @pytest.mark.parametrize("head_dim", [40, 72, 128], ids="D{}".format)
 def test_bits_of_8(instruction_set: str, dtype: torch.dtype, head_dim: int) -> None:
@@ -91,6 +94,45 @@ def test_both_orders_of_items(instruction_set: str, case: Case, threads: int) ->
         pair.run(8)
     finally:
         torch.set_num_threads(before)
+
+
+def attention_in_bytes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A step's output ``[D]`` over k and v ``[n, D]`` in 8 bits, and the float64 one over what slots hold."""
+    count, head_dim = k.shape
+    plan = next(case for case in IN_INT8 if case.name == "cpu").stored(uniform(HeadSpec.full(), 1))
+    cache = CompressedCache(plan, 1, 1, head_dim, count - 1, 1, F32, "cpu", "cpu")
+    cache.prefill(0, k[None, None, :-1], v[None, None, :-1], [count - 1])
+    out = cache.decode(0, q[None, None], k[None, -1:], v[None, -1:])[0, 0]
+    state = cache._layers[0]
+    keys, values = (decoded((one[0],) * 2 + (scales[0],) * 2, torch.float64)[0]
+                    for one, scales in zip(state.slabs[:2], state.scales, strict=True))
+    return out, torch.softmax(keys @ q.double() / math.sqrt(head_dim), 0) @ values
+
+
+@pytest.mark.parametrize("head_dim", [40, 128])
+@pytest.mark.parametrize("count", [1, 3, 33, 100])
+def test_bytes_of_every_magnitude(instruction_set: str, count: int, head_dim: int) -> None:
+    """Queries and values far from 1 lose no more than others, with one element or one token above all others too."""
+    random = torch.Generator().manual_seed(count)
+    q, *kv = (torch.randn(*shape, head_dim, generator=random) for shape in ((), (count,), (count,)))
+    k, v = kv
+    for size in (1e-30, 1e-3, 1.0, 1e30):
+        for query, keys, values in ((q * size, k / size, v * size), (q.index_fill(0, torch.tensor([3]), 40.0), k, v),
+                                    (q, k, v * torch.logspace(-6, 0, count)[:, None] * size)):
+            out, exact = attention_in_bytes(query, keys, values)
+            assert (out.double() - exact).abs().max() <= 4e-6 * values.abs().max(), size
+    for query, values in ((q * 0, v), (q, v * 0), (q * 1e-40, v)):
+        out, exact = attention_in_bytes(query, k, values)
+        assert (out.double() - exact).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bytes_hide_nothing_that_is_not_finite(instruction_set: str, bad: float) -> None:
+    """A query, key or value that is not finite gives no number."""
+    for place in range(3):
+        given = [torch.ones(64), torch.ones(5, 64), torch.ones(5, 64)]
+        given[place].view(-1)[-1] = bad
+        assert attention_in_bytes(*given)[0].isnan().all(), place
 
 
 def stored_as_float16(halves: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

@@ -119,7 +119,7 @@ def launched(backend: str, step: Step) -> dict[str, Any]:
     views = [RowView.of(state.layout, head, PROMPT, step.step) for head in range(HEADS)]
     counted["slots"] = sum(view.base + view.evictable for view in views)
     counted["useful"] = step_bytes(state.layout, PROMPT, step.step, step.head_dim, step.dtype.itemsize,
-                                   HEADS * step.group, step.kv_format == "int8")
+                                   HEADS * step.group)
     return counted
 
 
