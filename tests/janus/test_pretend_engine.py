@@ -21,7 +21,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 import ssd_janus
 from ssd_attach.online import OnlinePlan
 from ssd_janus import Pipeline
-from ssd_janus.engine import Engine, Sampling, StepTiming, batch, capture, saying, weights
+from ssd_janus.engine import Engine, Sampling, StepTiming, capture, layers, saying, weights
 from ssd_janus.engine.capture import WARM_STEPS
 from ssd_janus.shape import ModelShape
 from ssd_kernels import CachePlan, HeadSpec, backends, philox
@@ -256,7 +256,7 @@ def test_other_prompts_compute_in_the_same_shapes(fresh: Any, machine: pretend.M
 
     What moves numbers, or computes element by element, is not looked at: torch has one kernel for all shapes.
     """
-    monkeypatch.setattr(batch, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(layers, "PREFILL_CHUNK", chunk)
     plan, seen = CachePlan(PLAN.layers, PLAN.row_buffer, keep_prompt), set[Any]()
     options = {"guidance": 2.0, "sampling": GREEDY, "steps": WARM_STEPS + 1}  # graphs stay in memory here
     expected = [Engine(fresh, plan).generate(prompts_of_lengths(lengths), **options) for lengths in SHORT + LONG]
@@ -277,7 +277,7 @@ def test_other_prompts_compute_in_the_same_shapes(fresh: Any, machine: pretend.M
 
 def test_prompts_are_padded_beyond_the_rotary_table(fresh: Any, machine: pretend.Machine,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "SHORTEST_WIDTH", 128)  # the table has as many positions as prompt and picture
+    monkeypatch.setattr(layers, "SHORTEST_WIDTH", 128)  # the table has as many positions as prompt and picture
     given = prompts_of_lengths((5, 9, 12))
     expected = Engine(fresh, PLAN).generate(given, sampling=GREEDY, steps=4)
     assert torch.equal(Engine(fresh.to("cuda"), PLAN).generate(given, sampling=GREEDY, steps=4), expected)
@@ -297,12 +297,12 @@ def test_what_is_compiled_sees_two_shapes(fresh: Any, machine: pretend.Machine, 
 
         return recorded
 
-    monkeypatch.setattr(batch, "_compiled", compiled)
+    monkeypatch.setattr(layers, "_compiled", compiled)
     engine = Engine(fresh.to(device), PLAN, compile=True)
     for lengths in SHORT + LONG:
         engine.generate(prompts_of_lengths(lengths), guidance=2.0, steps=2)
     rows = 8 if device == "cpu" else 6
-    assert seen == {(name, *[size] * tensors) for size in (rows, batch.PREFILL_CHUNK)
+    assert seen == {(name, *[size] * tensors) for size in (rows, layers.PREFILL_CHUNK)
                     for name, tensors in (("project", 1), ("mix", 2))}
 
 
@@ -367,11 +367,12 @@ def test_positions_go_to_the_device_once(fresh: Any, machine: pretend.Machine, o
     steps = of_steps(machine, Engine(fresh.to("cuda"), PLAN), sampling=GREEDY, steps=WARM_STEPS + 1,
                      **options)
     assert len(steps) == WARM_STEPS and all(names(step, *WAITING) == [] for step in steps)
-    widths = len({batch.prefill_width(len(prompt), batch.PREFILL_CHUNK) for prompt in prompts()})
+    widths = len({layers.prefill_width(len(prompt), layers.PREFILL_CHUNK) for prompt in prompts()})
     copies = [event.place.partition(":")[0] for event in machine.of_kind("to_device")]
     assert not any(place.endswith("ssd_kernels/reference.py") for place in copies)
     # Tokens, rows and ends of every group of prompts; and once: whose rows, guidance, lengths.
-    assert copies.count("python/ssd_janus/engine/batch.py") == 3 * widths + 3
+    assert copies.count("python/ssd_janus/engine/layers.py") == 2 * widths
+    assert copies.count("python/ssd_janus/engine/batch.py") == widths + 3
 
 
 def test_too_little_memory_is_shared(fresh: Any, machine: pretend.Machine, caplog: pytest.LogCaptureFixture) -> None:
