@@ -40,12 +40,13 @@ class Dense:
     def prefill(self, cache: CompressedCache, layer: int, keys: torch.Tensor, values: torch.Tensor,
                 prompt_lens: list[int]) -> None:
         self.shared = cache.shared_prompts
-        self.keys.append(keys)
-        self.values.append(values)
+        self.keys.append(keys.cpu())
+        self.values.append(values.cpu())
         self.seen = torch.arange(keys.shape[2]) < torch.tensor(prompt_lens)[:, None]
 
     def decode(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float,
                out: torch.Tensor) -> None:
+        query, keys, values, out = (tensor.cpu() for tensor in (query, keys, values, out))
         self.keys[layer] = torch.cat([self.keys[layer], keys[:, :, None]], 2)
         self.values[layer] = torch.cat([self.values[layer], values[:, :, None]], 2)
         every = self.keys[layer].shape[2]
@@ -59,6 +60,13 @@ class Dense:
         self.errors.append((out - found[0]).abs().max())
         self.costs.append((found[1] - found[0]).abs().max())
 
+    def check(self, shared: bool) -> None:
+        """The run was a whole picture's, and stored prompts once for all rows, or not."""
+        errors, costs = torch.stack(self.errors), torch.stack(self.costs)
+        assert (self.shared is not None) is shared
+        assert len(errors) == tiny.LAYERS * (tiny.TOKENS - 1) and bool((errors < 2e-5).all())
+        assert costs.min() > 1e-3, "8 bits must matter, or this test shows nothing"
+
 
 @pytest.mark.parametrize("engine", [True, False])
 @pytest.mark.parametrize("keep_prompt", [True, False])
@@ -70,10 +78,16 @@ def test_steps_attend_to_what_8_bits_hold(fresh: Any, engine: bool, keep_prompt:
     plan = CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4, keep_prompt=keep_prompt, kv_format="int8")
     dense = Dense()
     pipe.generate_tokens(list(tiny.PROMPTS), 2, plan=plan, observer=dense)
-    assert (pipe._engine is not None) is engine and (dense.shared is not None) is (engine and keep_prompt)
-    errors, costs = torch.stack(dense.errors), torch.stack(dense.costs)
-    assert len(errors) == tiny.LAYERS * (tiny.TOKENS - 1) and bool((errors < 2e-5).all())
-    assert costs.min() > 1e-3, "8 bits must matter, or this test shows nothing"
+    assert (pipe._engine is not None) is engine
+    dense.check(shared=engine and keep_prompt)
+
+
+def test_pictures_are_the_same_in_any_company(fresh: Any) -> None:
+    """Stored keys and values have the same bits where those that are given have."""
+    prompts, engine = prompts_of(tiny.image_inputs()), Engine(fresh, ModelShape.of(fresh).full_plan("int8"))
+    together = engine.generate(prompts, guidance=2.0, seeds=5)
+    for first, last in ((0, 1), (1, 4)):
+        assert torch.equal(engine.generate(prompts[first:last], guidance=2.0, seeds=5 + first), together[first:last])
 
 
 def test_memory_counts_bytes_and_scales(fresh: Any) -> None:

@@ -15,6 +15,7 @@ import tiny
 import torch
 from pretend import guard
 from test_engine import prompts_of
+from test_int8 import Dense
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import ssd_janus
@@ -85,6 +86,15 @@ def test_the_engine_draws_the_same_and_no_step_waits(fresh: Any, machine: preten
     for step in steps[WARM_STEPS + 1:]:
         assert [event.kind for event in step] == ["replay"]
     assert {event.device for step in steps for event in step} == {torch.device(device).index}
+
+
+@pytest.mark.parametrize("keep_prompt", [True, False], ids=["keep_prompt", "evict_prompt"])
+def test_steps_attend_to_what_8_bits_hold(fresh: Any, machine: pretend.Machine, backend: str,
+                                          keep_prompt: bool) -> None:
+    plan = CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4, keep_prompt=keep_prompt, kv_format="int8")
+    dense = Dense()
+    Engine(fresh.to("cuda"), plan, backend=backend).generate(2 * prompts(), guidance=2.0, observer=dense)
+    dense.check(shared=keep_prompt)
 
 
 def test_libraries_are_ready_before_the_capture(fresh: Any, machine: pretend.Machine) -> None:
