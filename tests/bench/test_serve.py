@@ -52,7 +52,7 @@ def test_records_are_read_and_shown(lines, tmp_path):
     assert [row[0] for row in rows] == WAYS and all(len(row) == len(columns) for row in rows)
     report.save(lines, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert "continuous batching" in page and tables.SERVE_NOTES["wait"] in page
+    assert "continuous batching" in page and tables.SERVE_NOTES["first row, picture"] in page
 
 
 def test_the_rate_follows_from_what_full_batches_draw(model):
