@@ -53,13 +53,13 @@ def magnitude(x):
 
 @triton.jit
 def quantised(x, highest):
-    """Bytes of vectors ``x`` and their scales, of the shape of ``highest``, which is the highest `magnitude` of each."""
+    """Bytes of vectors ``x`` and their scales; ``highest``: of each the highest `magnitude`, of the scales' shape."""
     amax = highest.to(tl.float32, bitcast=True)
     usable = (highest < INFINITY) & (amax >= SMALLEST_AMAX)
     amax = tl.where(usable, amax, 1.0)
     largest = tl.full(amax.shape, LARGEST, tl.float32)
     scale = tl.where(usable, tl.div_rn(amax, largest), tl.where(highest < INFINITY, 0.0, float("nan")))
-    scaled = tl.fma(x.to(tl.float32), tl.div_rn(largest, amax), 0.0)  # rounded before the next sum, and not fused with it
+    scaled = tl.fma(x.to(tl.float32), tl.div_rn(largest, amax), 0.0)  # rounded, and not fused with the next sum
     whole = (scaled + ROUNDING).to(tl.int32, bitcast=True) - ROUNDING_BITS
     whole = tl.minimum(tl.maximum(whole, -LARGEST), LARGEST)
     return tl.where(usable, whole, 0).to(tl.int8), scale

@@ -78,8 +78,8 @@ class Step:
         """Bytes of the attention of all rows, on average over the layers."""
         layouts = [LayerLayout.build(specs, self.plan, self.prompt, self.num_visual_tokens)
                    for specs in self.plan.layers]
-        return self.rows * sum(step_bytes(layout, self.prompt, self.step, self.head_dim, self.size, self.query_heads)
-                               for layout in layouts) // self.layers
+        return self.rows * sum(step_bytes(layout, self.prompt, self.step, self.head_dim, self.size, self.query_heads,
+                                          self.plan.kv_format == "int8") for layout in layouts) // self.layers
 
     def parts(self) -> Iterator[Part]:
         """Of a step, those of a layer first."""

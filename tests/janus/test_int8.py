@@ -195,8 +195,14 @@ def test_evaluate_compares_formats(folder: Path, tmp_path: Path) -> None:
               "--row-buffer", 0, "--policy", "full", "--policy", "window")
     result = run("evaluate", *common, "--budget", 0.5, "--kv", "auto", "--kv", "int8", "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)["results"]
+    record = json.loads(result.stdout)
+    found, vector = record["results"], (tiny.HEAD_DIM + 4) / (4 * tiny.HEAD_DIM)
     assert list(found) == ["full", "full-int8", "window-0.5", "window-0.5-int8"]
+    kept = found["window-0.5"]["budget"]
+    assert list(record["byte_budgets"].values()) == pytest.approx([1, vector, kept, vector * kept])
+    head, _, *rows = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert head.startswith("| plan | budget | bytes | pictures | KL mean |")
+    assert [row.split(" | ")[2] for row in rows] == [f"{share:.1%}" for share in record["byte_budgets"].values()]
     assert found["full"]["kl_mean"] < 1e-9 < 1e-7 < found["full-int8"]["kl_mean"] < found["window-0.5"]["kl_mean"]
     settings = {name: json.loads((tmp_path / "out" / name / "settings.json").read_text()) for name in found}
     assert [each["plan"].get("kv_format", "auto") for each in settings.values()] == ["auto", "int8"] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,20 +180,22 @@ def test_filters_that_a_launch_knows(warpers: list[Any], numbers: Any) -> None:
     assert Sampling(warpers=warpers).numbers == numbers and Sampling(greedy=True, warpers=warpers).numbers is None
 
 
-@pytest.mark.parametrize(("choice", "dtype", "table"), [
-    ("greedy", torch.float32, True), ("sampled", torch.float32, True), ("sampled", torch.bfloat16, False)], ids=str)
+@pytest.mark.parametrize(("choice", "dtype", "table", "kv_format"), [
+    ("greedy", torch.float32, True, "auto"), ("sampled", torch.float32, True, "int8"),
+    ("sampled", torch.bfloat16, False, "auto")], ids=str)
 def test_what_a_step_launches_and_moves(fresh: Any, machine: pretend.Machine, monkeypatch: pytest.MonkeyPatch,
-                                        choice: str, dtype: torch.dtype, table: bool) -> None:
+                                        choice: str, dtype: torch.dtype, table: bool, kv_format: str) -> None:
     """The record of docs/engine.md: what a graph of a step holds, as far as an operation of torch is one launch."""
     if not table:
         monkeypatch.setattr(weights, "TABLE_CODES", 0)
     sampling, text = GREEDY if choice == "greedy" else Sampling.make(0.9, 50, 0.9), fresh.config.text_config
-    Engine(fresh.to(dtype).to("cuda"), PLAN, backend="triton").generate(prompts(), guidance=2.0, sampling=sampling,
+    plan = CachePlan(PLAN.layers, PLAN.row_buffer, kv_format=kv_format)
+    Engine(fresh.to(dtype).to("cuda"), plan, backend="triton").generate(prompts(), guidance=2.0, sampling=sampling,
                                                                       steps=8)
     (graph,) = machine.graphs
     step = step_traffic.Step(
         len(prompts()), text.hidden_size, text.intermediate_size, tiny.LAYERS, text.num_key_value_heads,
-        text.num_attention_heads, tiny.HEAD_DIM, 64, 8, dtype.itemsize, PLAN, 10, 20, tiny.TOKENS, table,
+        text.num_attention_heads, tiny.HEAD_DIM, 64, 8, dtype.itemsize, plan, 10, 20, tiny.TOKENS, table,
         choice == "greedy")
     launches, moved = Counter[str](), Counter[str]()
     for part in step.parts():
@@ -213,8 +216,15 @@ def test_the_table_of_a_step_is_that_of_the_pages_shape() -> None:
     """docs/engine.md says what the arithmetic gives for Janus-Pro-1B."""
     plan = CachePlan.uniform(HeadSpec.heavy(115), 24, 16, row_buffer=24)
     step = step_traffic.Step(8, 2048, 5632, 24, 16, 16, 128, 16384, 8, 2, plan, 24, 480, 576, table=False)
-    page = (Path(__file__).resolve().parents[2] / "docs" / "engine.md").read_text(encoding="utf-8").splitlines()
-    assert [line for line in step_traffic.lines(step) if line not in page] == []
+    text = (Path(__file__).resolve().parents[2] / "docs" / "engine.md").read_text(encoding="utf-8")
+    assert [line for line in step_traffic.lines(step) if line not in text.splitlines()] == []
+    stored = replace(step, plan=CachePlan(plan.layers, plan.row_buffer, kv_format="int8"))
+    # Of 16 rows and 16 heads: two vectors of 24 prompt tokens, 115 kept ones and the new one, 132 bytes each for 256.
+    assert step.attention() - stored.attention() == 16 * 16 * 2 * (24 + 115 + 1) * (256 - 132)
+    attention, whole = (f"{nbytes / 1e6:.2f}" for nbytes in (
+        stored.attention(), sum(moved * (24 if part.in_layer else 1) for part in stored.parts()
+                                for _, moved in part.operations)))
+    assert f"moves {attention} MB of a layer in 8 bits, and a step {whole}" in " ".join(text.split())
 
 
 COMPUTED = {"mm", "addmm", "bmm", "_safe_softmax", "_fused_rms_norm",

@@ -9,10 +9,11 @@ import torch
 
 from ssd_kernels import CompressedCache, HeadSpec, backends, info, native
 
-from .cases import BF16, F16, F32, Case, mixed, short, uniform
+from . import test_kv_format
+from .cases import BF16, F16, F32, IN_INT8, Case, each_format_of, mixed, short, uniform
 from .pair import Pair, bits
 
-CASE = Case("cpu")
+each_format = each_format_of("cpu")
 SETS = info()["extension"].get("instruction_sets", [])
 pytestmark = pytest.mark.skipif(not SETS, reason="the extension is not built")
 
@@ -30,49 +31,62 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     extension.set_instruction_set(best)
 
 
+@each_format
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
 @pytest.mark.parametrize(("heads", "group", "head_dim", "row_buffer"), [(8, 3, 40, 4), (4, 1, 72, 0), (4, 1, 128, 5)],
                          ids=["H8-G3-D40-R4", "H4-G1-D72-R0", "H4-G1-D128-R5"])
-def test_instruction_set(instruction_set: str, dtype: torch.dtype, heads: int, group: int, head_dim: int,
+def test_instruction_set(instruction_set: str, case: Case, dtype: torch.dtype, heads: int, group: int, head_dim: int,
                          row_buffer: int) -> None:
     """"AVX-512, AVX2 and portable code chosen at run time": the same contract holds for each."""
-    pair = Pair(mixed(heads, row_buffer), CASE, group=group, head_dim=head_dim, max_prompt=7, steps=20, dtype=dtype)
+    pair = Pair(mixed(heads, row_buffer), case, group=group, head_dim=head_dim, max_prompt=7, steps=20, dtype=dtype)
     pair.prefill([7, 2])
     pair.run(20)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
+@pytest.mark.parametrize("head_dim", [40, 72, 128], ids="D{}".format)
+def test_bits_of_8(instruction_set: str, dtype: torch.dtype, head_dim: int) -> None:
+    """What each stores in 8 bits of vectors that are easily got wrong."""
+    case = next(case for case in IN_INT8 if case.name == "cpu")
+    test_kv_format.test_steps_store_the_same_bits_everywhere(case, dtype, head_dim)
+    test_kv_format.test_prompts_store_the_same_bits_everywhere(case, dtype, head_dim, False)
+
+
+@each_format
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
 @pytest.mark.parametrize(("group", "head_dim"), [(1, 40), (1, 64), (2, 128)], ids=["G1-D40", "G1-D64", "G2-D128"])
-def test_shared_prompts(instruction_set: str, dtype: torch.dtype, group: int, head_dim: int) -> None:
+def test_shared_prompts(instruction_set: str, case: Case, dtype: torch.dtype, group: int, head_dim: int) -> None:
     """Bits are those of copies wherever a prompt ends within the slots that are summed up together."""
     heads, lengths = 4, list(range(17))
     k, v, new_k, new_v, q = (torch.randn(len(lengths), *shape, head_dim).to(dtype) for shape in (
         (heads, 17), (heads, 17), (heads,), (heads,), (heads * group,)))
     outs = []
     for shared_prompts in (None, len(lengths)):
-        cache = CompressedCache(mixed(heads, 3), len(lengths), heads * group, head_dim, 17, 12, dtype, "cpu", "cpu",
-                                shared_prompts=shared_prompts)
+        cache = CompressedCache(case.stored(mixed(heads, 3)), len(lengths), heads * group, head_dim, 17, 12, dtype,
+                                "cpu", "cpu", shared_prompts=shared_prompts)
         cache.prefill(0, k, v, lengths)
         outs.append(torch.stack([cache.decode(0, q.roll(step), new_k.roll(step), new_v.roll(step))
                                  for step in range(9)]))
     assert torch.equal(bits(outs[0]), bits(outs[1])) and outs[0].isfinite().all()
 
 
-def test_every_head_dim(instruction_set: str) -> None:
+@each_format
+def test_every_head_dim(instruction_set: str, case: Case) -> None:
     """head_dim 32 to 256 in multiples of 8: every tail of every vector width."""
     for head_dim in range(32, 257, 8):
-        pair = Pair(mixed(2), CASE, head_dim=head_dim, max_prompt=2, steps=4, dtype=BF16, batch=1)
+        pair = Pair(mixed(2), case, head_dim=head_dim, max_prompt=2, steps=4, dtype=BF16, batch=1)
         pair.prefill([2])
         pair.run(4)
 
 
+@each_format
 @pytest.mark.parametrize("threads", [2, 3], ids=["row-by-row", "head-by-head"])
-def test_both_orders_of_items(instruction_set: str, threads: int) -> None:
+def test_both_orders_of_items(instruction_set: str, case: Case, threads: int) -> None:
     """From 4 rows per thread on, threads go through the slabs row by row; fewer rows are shared out by heads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        pair = Pair(mixed(8), CASE, head_dim=64, max_prompt=3, steps=8, dtype=BF16, batch=9)
+        pair = Pair(mixed(8), case, head_dim=64, max_prompt=3, steps=8, dtype=BF16, batch=9)
         pair.prefill([row % 4 for row in range(9)])
         pair.run(8)
     finally:
