@@ -11,9 +11,9 @@ from .records import OK, Record
 DECODER_COLUMNS = ("", "ms/step", "+-", "linear", "attention", "rest", "tok/s", "pict./s", "first..last row",
                    "cache MB", "peak MB", "x transf.", "x full")
 OF_PICTURES = ("pict./s", "first..last row")
-SERVE_COLUMNS = ("", "pict./s", "at once", "wait", "p99", "first row", "p99", "picture", "p99")
+SERVE_COLUMNS = ("", "served/s", "at once", "wait", "p99", "first row", "p99", "picture", "p99")
 SERVE_NOTES = {
-    "pict./s": "pictures over the time from the first one's arrival until the last one was there",
+    "served/s": "pictures over the time from the first one's arrival until the last one was there",
     "at once": "pictures that were drawn at once, on average over the steps",
     "wait": "seconds from a picture's arrival until its drawing began, median; p99: 99 of 100 waited less",
     "first row, picture": "seconds from its arrival until its first row and all of it were there",
