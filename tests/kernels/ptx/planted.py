@@ -170,7 +170,7 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "a barrier of some threads": (("evict.cuh", "if (warp == 0 && lane == 0) *moves = length;",
                                    "if (warp == 0 && lane == 0) { *moves = length; port::sync_block(); }"),),
     "copies from odd addresses": (("attend.cuh", "lane() * Shape::kBytes;", "lane() * Shape::kBytes + 2;"),),
-    "absent tokens are copied": (("attend.cuh", "further(j),\n                                          j < count);", "further(j), true);"),),
+    "absent tokens are copied": (("attend.cuh", f"further(j),\n{'':42}j < count);", "further(j), true);"),),
     "a slot outside the slab": (("item.cuh", "(heavy ? view.evictable : at);",
                                  "(heavy ? view.evictable : at) + 100000;"),),
     "a sum that nothing starts": (("attend.cuh", "norm[g] = adds_new ? port::power_of_two("
