@@ -89,7 +89,7 @@ inline void bind_cuda(pybind11::module_& module) {
       arg("batch"), arg("heads"), arg("query_heads"), arg("head_dim"), arg("parts"), arg("largest"),
       arg("int8") = false);
   module.def("cuda_blocks_per_multiprocessor", &cuda::blocks_per_multiprocessor, arg("capability"), arg("head_dim"),
-             arg("group"));
+             arg("group"), arg("int8") = false);
   module.attr("CUDA_PART_SLOTS") = cuda::kPartSlots;
   module.attr("CUDA_ITEM_WORDS") = sizeof(cuda::LaunchItem) / sizeof(int32_t);
   module.attr("CUDA_MAX_PARTS") = cuda::kMaxParts;

@@ -65,15 +65,20 @@ struct Decoder : Attention<T, kDim, kGroup> {
   template <class E>
   SSD_DEVICE E element(const E* x, int32_t e) const {
     if (!params.step.cos) return x[e];
+    return turned(x, e, 0);
+  }
+  // Element e + i, both in one half of the vector.
+  template <class E>
+  SSD_DEVICE E turned(const E* x, int32_t e, int i) const {
     const int32_t half = shape.dim() / 2;
     const bool first = e < half;
     const int32_t pair = first ? e : e - half;
     const int64_t angle = static_cast<int64_t>(item.position()) * half + pair;
-    const float cos = params.step.cos[angle], sin = params.step.sin[angle];
-    const float a = port::to_float(x[pair]), b = port::to_float(x[pair + half]);
-    E turned;
-    port::from_float(first ? a * cos - b * sin : b * cos + a * sin, &turned);
-    return turned;
+    const float cos = params.step.cos[angle + i], sin = params.step.sin[angle + i];
+    const float a = port::to_float(x[pair + i]), b = port::to_float(x[pair + half + i]);
+    E result;
+    port::from_float(first ? a * cos - b * sin : b * cos + a * sin, &result);
+    return result;
   }
 
   SSD_DEVICE int64_t key_at() const {
@@ -129,7 +134,11 @@ struct Decoder : Attention<T, kDim, kGroup> {
         const E* x = static_cast<const E*>(from) + (job == 0   ? key_at()
                                                     : job == 1 ? value_at()
                                                                : query_at(g0 + job - 2));
-        vector.load(shape.dim(), [&](int32_t e) { return port::to_float(job == 1 ? x[e] : element(x, e)); });
+        const bool turns = job != 1 && params.step.cos;
+        vector.load(shape.dim(), [&](int32_t e, float* to) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) to[i] = port::to_float(turns ? turned(x, e, i) : x[e + i]);
+        });
       });
       if (job < 2) {
         keep_bytes(vector, job);
@@ -398,7 +407,7 @@ struct Decoder : Attention<T, kDim, kGroup> {
 };
 
 template <class T, int kDim, int kGroup>
-SSD_KERNEL(kThreads, blocks_per_multiprocessor(port::kCapability, kDim, kGroup))
+SSD_KERNEL(kThreads, blocks_per_multiprocessor(port::kCapability, kDim, kGroup, std::is_same_v<T, Int8>))
 decode_kernel(const DecodeParams params) {
   using Block = Decoder<T, kDim, kGroup>;
   auto& shared = *reinterpret_cast<typename Block::Memory*>(port::shared_memory());

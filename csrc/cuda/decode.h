@@ -172,7 +172,8 @@ SSD_INLINE int32_t ranking_bytes(int32_t largest, int32_t group) {
 
 // Blocks that are to share a multiprocessor of a compute capability (80 for 8.0), which bounds the registers of a
 // thread: as many as shared memory has room for and ptxas serves without spills.
-SSD_INLINE constexpr int32_t blocks_per_multiprocessor(int32_t capability, int32_t head_dim, int32_t group) {
+SSD_INLINE constexpr int32_t blocks_per_multiprocessor(int32_t capability, int32_t head_dim, int32_t group, bool int8) {
+  if (group > 1 && int8) return capability < 90 ? 2 : head_dim == 64 || head_dim == 128 ? 4 : 3;
   if (group > 1) return capability < 90 ? 3 : 4;
   if (capability < 90) return 4;
   return head_dim == 64 || head_dim == 128 ? 6 : 5;

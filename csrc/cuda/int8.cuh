@@ -33,13 +33,15 @@ struct WarpVector {
 
   SSD_DEVICE static int32_t first(int quad) { return 4 * (port::lane_index() + quad * port::kWarp); }
 
-  // `get(e)`: element e.
+  // `get(e, to)`: the four elements from e on.
   template <class Get>
   SSD_DEVICE void load(int32_t dim, Get get) {
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad)
+    for (int quad = 0; quad < kQuads; ++quad) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[quad][i] = first(quad) < dim ? get(first(quad) + i) : 0.0f;
+      for (int i = 0; i < 4; ++i) x[quad][i] = 0.0f;
+      if (first(quad) < dim) get(first(quad), x[quad]);
+    }
   }
   // Its bytes to where one starts.
   SSD_DEVICE static void store(const uint32_t words[kQuads], int32_t dim, void* to) {

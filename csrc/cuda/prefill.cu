@@ -46,7 +46,10 @@ SSD_DEVICE void store_bytes(const CacheLayer& layer, const void* vectors, int64_
   Vector vector;
   with_type<Int8>(layer.dtype, [&](auto type) {
     const auto* x = static_cast<const decltype(type)*>(vectors) + from * dim;
-    vector.load(dim, [&](int32_t e) { return port::to_float(x[e]); });
+    vector.load(dim, [&](int32_t e, float* to) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[i] = port::to_float(x[e + i]);
+    });
   });
   uint32_t words[Vector::kQuads];
   const float scale = vector.quantise(words);

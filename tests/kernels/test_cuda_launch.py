@@ -58,11 +58,14 @@ def test_blocks_per_multiprocessor(extension):
     """The table that a measurement would change, and that shared memory has room for it."""
     table = {(80, 128, 1): 4, (80, 64, 1): 4, (80, 40, 1): 4, (80, 128, 4): 3,
              (90, 128, 1): 6, (90, 64, 1): 6, (90, 40, 1): 5, (90, 128, 4): 4}
+    table = {**{(*variant, False): blocks for variant, blocks in table.items()},
+             **{(*variant, True): blocks for variant, blocks in table.items()},
+             (80, 128, 4, True): 2, (80, 40, 4, True): 2, (90, 40, 4, True): 3}
     for variant, blocks in table.items():
-        capability, head_dim, group = variant
+        capability, head_dim, group, int8 = variant
         assert extension.cuda_blocks_per_multiprocessor(*variant) == blocks, variant
         # Of an A100's or H100's multiprocessor each block takes 1 KB for the system.
-        shared = extension.cuda_decode_launch(1, 16, 16 * group, head_dim, 16, 120)[2]
+        shared = extension.cuda_decode_launch(1, 16, 16 * group, head_dim, 16, 120, int8)[2]
         assert blocks * (shared + 1024) <= (164 if capability == 80 else 228) * 1024, variant
         assert shared <= 48 * 1024
 
