@@ -14,6 +14,7 @@ from ..state import LayerState, Rotary
 from ..triton import launch
 from .base import Backend
 
+WORD_BYTES = 4
 
 class TritonBackend(Backend):
     """Programs over (row, head); everything a step needs to know is read on the device.
@@ -48,18 +49,19 @@ class TritonBackend(Backend):
         layout, (batch, slots, head_dim), heads = state.layout, state.keys.shape, state.table.shape[0]
         group = q.shape[1] // heads
         launch.check_limits(heads, layout.num_visual_tokens)
-        int8 = layout.kv_format == "int8"
+        _check_words(state)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         # From torch's caching allocator, so that all layers share it and a graph keeps it.
         logits = torch.empty((batch, group, layout.scored_slots), dtype=torch.float32, device=q.device)
         constants, options = launch.decode_constants(
             head_dim, q.element_size(), group, layout.row_buffer, layout.largest, layout.scored_slots > 0,
             layout.keep_prompt, rotary is not None, self.capability(q.device), bool(state.shared),
-            layout.prompt_scores, int8)
+            layout.prompt_scores, layout.kv_format == "int8")
         with torch.cuda.device(q.get_device()):
             self.kernels().decode_kernel[(batch * heads,)](
-                q, k, v, *state.tensors, out, logits, logits.view(torch.int32), *(rotary or (logits, logits)),
-                *(state.shared or (state.keys, state.keys, state.table)), *_scales(state, logits),
+                q, k, v, *state.tensors, out, logits, logits.view(torch.int32),
+                *(rotary or (state.scores, state.scores)), *(state.shared or (state.keys, state.keys, state.table)),
+                *_scales(state),
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], batch, heads, slots, layout.scored_slots,
                 layout.max_prompt, layout.num_visual_tokens, layout.pin_words, max(layout.row_buffer, 1),
                 layout.shared_prompts, scale,
@@ -77,6 +79,7 @@ class TritonBackend(Backend):
         launch.check_limits(heads, layout.num_visual_tokens)
         if not rows:
             return
+        _check_words(state)
         k, v = k.contiguous(), v.contiguous()
         scores = None if scores is None else scores.contiguous()
         # Of the longest prompt that the cache may get, not of this one: the same kernel for all of them.
@@ -89,15 +92,26 @@ class TritonBackend(Backend):
         with torch.cuda.device(k.get_device()):
             self.kernels().prefill_kernel[(len(rows), heads)](
                 k, v, k if scores is None else scores, lengths, indices, *state.tensors,
-                *_scales(state, state.scores)[:2], slot_list, k.shape[2], heads, state.keys.shape[1],
+                *_scales(state)[:2], slot_list, k.shape[2], heads, state.keys.shape[1],
                 layout.scored_slots, layout.max_prompt, layout.num_visual_tokens, layout.pin_words,
                 **constants, **options)
 
 
-def _scales(state: LayerState, absent: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Scales of keys, of values, and of shared prompts' keys and values, with ``absent`` for those there are not."""
+def _scales(state: LayerState) -> tuple[torch.Tensor, ...]:
+    """Scales of keys, of values, and of shared prompts' keys and values; others in the place of those there are not."""
     every = state.key_scales, state.value_scales, state.prompt_key_scales, state.prompt_value_scales
-    return tuple(absent if tensor is None else tensor for tensor in every)
+    return tuple(state.scores if tensor is None else tensor for tensor in every)
+
+
+def _check_words(state: LayerState) -> None:
+    """Raise ValueError if bytes cannot be read by fours."""
+    if state.layout.kv_format != "int8":
+        return
+    names = ("keys", "values", "prompt_keys", "prompt_values")
+    for name, slab in zip(names, (state.keys, state.values, *state.shared[:2]), strict=False):
+        if slab.data_ptr() % WORD_BYTES:
+            raise ValueError(f"{name} must start at a multiple of {WORD_BYTES} bytes with kv_format='int8', got "
+                             f"address {slab.data_ptr()}")
 
 
 @cache

@@ -9,10 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import launch
+from .int8 import LANES, words_as_numbers
 from .slots import origin_of, scales_of, slot_of
 
 LEAST_FLOAT = tl.constexpr(-3.4028234663852886e38)
-PART_SLOTS = tl.constexpr(16)  # that a warp multiplies at once: the depth of a product of 16-bit matrices
+PART_SLOTS = tl.constexpr(launch.PART_SLOTS)
+INT8_PART_SLOTS = tl.constexpr(launch.INT8_PART_SLOTS)
 PART_DIM = tl.constexpr(128)  # of the head dimension at most: a warp's registers hold no wider sums
 
 
@@ -51,20 +54,30 @@ def attend_matrices(q, keys, values, prompt_keys, prompt_values, key_scales, val
     DIM: tl.constexpr = D_PAD // HALVES
     PARTS: tl.constexpr = WARPS // HALVES
     member, warp = tl.arange(0, GROUP_PAD), tl.arange(0, WARPS)
-    dim = (warp % HALVES * DIM)[:, None, None] + tl.arange(0, DIM)[None, None, :]  # [WARPS, 1, DIM]
-    own = (warp // HALVES * PART_SLOTS)[:, None] + tl.arange(0, PART_SLOTS)[None, :]  # [WARPS, PART_SLOTS]
+    SLOTS: tl.constexpr = INT8_PART_SLOTS if INT8 else PART_SLOTS
+    WORD: tl.constexpr = 4 if INT8 else 1  # elements of a slab that are read as one
+    WORDS: tl.constexpr = DIM // WORD
+    word = (warp % HALVES * WORDS)[:, None, None] + tl.arange(0, WORDS)[None, None, :]  # [WARPS, 1, WORDS]
+    own = (warp // HALVES * SLOTS)[:, None] + tl.arange(0, SLOTS)[None, :]  # [WARPS, SLOTS]
     stores = (warp % HALVES == 0)[:, None]
     q = tl.permute(tl.reshape(q, [GROUP_PAD, HALVES, DIM]), (1, 0, 2))
     q = tl.reshape(tl.broadcast_to(q[None], [PARTS, HALVES, GROUP_PAD, DIM]), [WARPS, GROUP_PAD, DIM])
+    if INT8:
+        q = tl.permute(tl.reshape(q, [WARPS, GROUP_PAD, WORDS, 4]), (0, 1, 3, 2))  # as the keys' words are taken apart
+        q = tl.reshape(q, [WARPS, GROUP_PAD, DIM])
+        keys, values = keys.to(tl.pointer_type(tl.int32)), values.to(tl.pointer_type(tl.int32))
+        if SHARED:
+            prompt_keys = prompt_keys.to(tl.pointer_type(tl.int32))
+            prompt_values = prompt_values.to(tl.pointer_type(tl.int32))
     highest = tl.full([WARPS, GROUP_PAD], LEAST_FLOAT, tl.float32)
     norm = tl.zeros([WARPS, GROUP_PAD], tl.float32)
     acc = tl.zeros([WARPS, GROUP_PAD, DIM], tl.float32)
-    for start in tl.range(0, total, PARTS * PART_SLOTS, num_stages=STAGES):
+    for start in tl.range(0, total, PARTS * SLOTS, num_stages=STAGES):
         index = start + own
         live = index < total
         slot = slot_of(index, cut, skip)
-        where = slot[:, :, None] * D + dim  # [WARPS, PART_SLOTS, DIM]
-        mask = live[:, :, None] & (dim < D)
+        where = slot[:, :, None] * (D // WORD) + word  # [WARPS, SLOTS, WORDS]
+        mask = live[:, :, None] & (word < D // WORD)
         if SHARED:
             k_from = origin_of(slot, keys, prompt_keys, apart)[:, :, None]
             v_from = origin_of(slot, values, prompt_values, apart)[:, :, None]
@@ -75,13 +88,13 @@ def attend_matrices(q, keys, values, prompt_keys, prompt_values, key_scales, val
         if INT8:
             key_scale, value_scale = scales_of(slot, key_scales, value_scales, prompt_key_scales, prompt_value_scales,
                                                apart, live, SHARED)
-            # Bytes are exact in both types; float16 cannot hold weights times the scales of small values.
-            k, v = k.to(q.dtype), v.to(tl.bfloat16)
-        logit = tl.dot(q, tl.permute(k, (0, 2, 1)))  # [WARPS, GROUP_PAD, PART_SLOTS]
+            # Exact in either type. float16 could not hold weights times the scales of small values.
+            k, v = words_as_numbers(k, q.dtype, WORDS), words_as_numbers(v, tl.bfloat16, LANES)
+        logit = tl.dot(q, tl.permute(k, (0, 2, 1)))  # [WARPS, GROUP_PAD, SLOTS]
         if HALVES > 1:
-            both = tl.sum(tl.reshape(logit, [PARTS, HALVES, GROUP_PAD, PART_SLOTS]), 1)
-            logit = tl.broadcast_to(both[:, None], [PARTS, HALVES, GROUP_PAD, PART_SLOTS])
-            logit = tl.reshape(logit, [WARPS, GROUP_PAD, PART_SLOTS])
+            both = tl.sum(tl.reshape(logit, [PARTS, HALVES, GROUP_PAD, SLOTS]), 1)
+            logit = tl.broadcast_to(both[:, None], [PARTS, HALVES, GROUP_PAD, SLOTS])
+            logit = tl.reshape(logit, [WARPS, GROUP_PAD, SLOTS])
         if INT8:
             logit *= key_scale[:, None, :]
         logit *= scale
@@ -101,6 +114,9 @@ def attend_matrices(q, keys, values, prompt_keys, prompt_values, key_scales, val
         low = (weight - high.to(tl.float32)).to(v.dtype)
         acc = tl.dot(low, v, tl.dot(high, v, acc * fade[:, :, None]))
         highest = new_highest
+    if INT8:
+        acc = tl.permute(tl.reshape(acc, [WARPS, GROUP_PAD, 4, WORDS // LANES, LANES]), (0, 1, 4, 3, 2))
+        acc = tl.reshape(acc, [WARPS, GROUP_PAD, DIM])
     if HALVES > 1:
         highest = tl.max(tl.reshape(highest, [PARTS, HALVES, GROUP_PAD]), 1)
         norm = tl.max(tl.reshape(norm, [PARTS, HALVES, GROUP_PAD]), 1)

@@ -9,6 +9,8 @@ from ..layout import LayerLayout, RowView
 MAX_STEPS = 2**20 - 1  # the kernels count programs in the cursor's bits above these: decode.ARRIVALS
 MAX_HEADS = 2**11 - 1
 MIN_EVICT_BLOCK = 64
+PART_SLOTS = 16  # that a warp multiplies at once: the depth of a product of 16-bit matrices
+INT8_PART_SLOTS = 32  # the same bytes, and sums are rescaled half as often
 
 
 def power_of_two(n: int) -> int:
@@ -45,30 +47,32 @@ class DecodeConfig:
     registers: int
 
 
-def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, capability: int = 80) -> DecodeConfig:
+def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, capability: int = 80,
+                  int8: bool = False) -> DecodeConfig:
     """Block sizes by a small table, never by measuring: the first step costs what every other does.
 
     A program streams slots through shared memory, ``stages`` - 1 blocks ahead of the arithmetic, and several programs
     share a multiprocessor. What is not attention costs a program's every warp the same, so that two warps cost least;
-    in half precision each multiplies 16 slots at once.
+    in half precision each multiplies 16 slots at once, 32 of those stored in 8 bits.
 
     Args:
-        head_dim: D. item_size: bytes of an element. group: query heads per KV head.
+        head_dim: D. item_size: bytes of an element of q, k and v. group: query heads per KV head.
         evict_block: slots that one program ranks at once, a power of two.
         capability: compute capability, 80 for 8.0; 86 and 89 have less shared memory.
+        int8: whether keys and values are stored in 8 bits.
     """
     dim = power_of_two(head_dim)
     matrices = item_size == 2
     if matrices:
         halves = max(1, dim // 128)
         warps = (2 if evict_block <= 1024 else 4) * halves
-        block = 16 * warps // halves
+        block = (INT8_PART_SLOTS if int8 else PART_SLOTS) * warps // halves
         registers = 168 if dim <= 64 else 255  # with 128 and 200, Triton 3.9 spills
     else:
         warps = 4 if group <= 4 else 8
         block = max(8, (2048 if group == 1 else 1024) // dim)
         registers = 128 if group == 1 else 255
-    buffers = (24 if capability in (86, 89) else 38) * 1024 // (2 * block * dim * item_size)
+    buffers = (24 if capability in (86, 89) else 38) * 1024 // (2 * block * dim * (1 if int8 else item_size))
     return DecodeConfig(matrices, block, 32 * warps, max(16, min(32, 4096 // dim)), warps, 1 + max(1, min(3, buffers)),
                         registers)
 
@@ -97,7 +101,7 @@ def decode_constants(head_dim: int, item_size: int, group: int, row_buffer: int,
         the kernel's constants, by name, and Triton's options.
     """
     evict_block = max(power_of_two(largest), MIN_EVICT_BLOCK)
-    config = decode_config(head_dim, item_size, group, evict_block, capability)
+    config = decode_config(head_dim, item_size, group, evict_block, capability, int8)
     return {"INT8": int8, "KEEP_PROMPT": keep_prompt, "SHARED": shared, "PROMPT_SCORES": prompt_scores,
             "EVERY_STEP": row_buffer <= 1, "SCORED": scored, "ROTARY": rotary, "D": head_dim,
             "D_PAD": power_of_two(head_dim), "GROUP": group, "GROUP_PAD": power_of_two(group),
@@ -133,15 +137,16 @@ def step_bytes(layout: LayerLayout, prompt_len: int, step: int, head_dim: int, i
 
     Args:
         layout: of the layer. prompt_len, step: cursors of the row before the step.
-        head_dim: D. item_size: bytes of an element. query_heads: Hq; None for one per KV head.
+        head_dim: D. item_size: bytes of an element of q, k and v. query_heads: Hq; None for one per KV head.
     """
     heads = len(layout.heads)
     vector = head_dim * item_size
+    stored = vector if layout.kv_format == "auto" else head_dim + 4  # bytes and a scale
     total = 16 + vector * (2 * (query_heads or heads) + 2 * heads)
     for head, span in enumerate(layout.heads):
         view = RowView.of(layout, head, prompt_len, step)
         kept = view.base + view.evictable
-        total += 2 * vector * (kept + 1)
+        total += 2 * stored * (kept + 1)
         if span.score_offset >= 0:
             total += 8 * (kept - view.unscored) + 8
             if span.kind == "heavy" and (step + 1) % view.period == 0:

@@ -12,14 +12,14 @@ from .slots import HEAVY, copy_vectors, head_columns
 
 @triton.jit(do_not_specialize=["prompt_stride", "heads", "slots", "scored_slots", "max_prompt", "num_visual_tokens",
                                "pin_words"])
-def prefill_kernel(k, v, given, prompt_lens, rows, keys, values, scores, positions, cursors, table, pinned,
-                   key_scales, value_scales, slot_list, prompt_stride, heads, slots, scored_slots, max_prompt,
-                   num_visual_tokens, pin_words, INT8: tl.constexpr, KEEP_PROMPT: tl.constexpr, GIVEN: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-                   PROMPT_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
+def prefill_kernel(k, v, given, prompt_lens, rows, keys, values, scores, positions, cursors, table, pinned, key_scales,
+                   value_scales, slot_list, prompt_stride, heads, slots, scored_slots, max_prompt, num_visual_tokens,
+                   pin_words, INT8: tl.constexpr, KEEP_PROMPT: tl.constexpr, GIVEN: tl.constexpr, D: tl.constexpr,
+                   D_PAD: tl.constexpr, PROMPT_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
     """One (entry, head) of a prefill. ``k``, ``v`` [N, H, P, D] and ``given`` scores [N, H, P], contiguous.
 
     ``slot_list``: int32 [N, H, PROMPT_BLOCK], scratch: the slot of every prompt token, -1 if it is not kept.
-    ``PROMPT_BLOCK``: at least the longest prompt.
+    ``key_scales``, ``value_scales``: written if INT8. ``PROMPT_BLOCK``: at least the longest prompt.
     """
     entry = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)

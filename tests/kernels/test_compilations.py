@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,6 +109,17 @@ def test_none_for_scales(compilations: Count, scale: float) -> None:
     made = cache()
     assert compilations(lambda: step(made)) == 2
     assert compilations(lambda: step(made, scale=scale)) == 0
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "f32"])
+def test_caches_in_8_bits_compile_in_their_warmup_too(compilations: Count, dtype: torch.dtype) -> None:
+    made = cache(replace(PLAN, kv_format="int8"), dtype=dtype)
+    assert compilations(lambda: made.warmup(rotary=True)) == 2 + 1
+    assert compilations(lambda: (start(made, 24), start(made, 7, rows=[1]), step(made), step(made, fused=False))) == 0
+    shared = CompressedCache(made.plan, 4, H, D, 24, 96, dtype, "cpu", "triton", shared_prompts=2)
+    assert compilations(lambda: shared.warmup(rotary=True)) == 2
+    assert compilations(lambda: step(shared)) == 0
+    assert compilations(lambda: cache(dtype=dtype).warmup(rotary=True)) == 2 + 1, "in the cache's type"
 
 
 def test_one_for_the_draws_of_a_model(compilations: Count) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
+from ssd_kernels.kv_format import KV_FORMATS
 
 from .cases import MIX, mixed, uniform
 from .test_random import head_specs
@@ -107,7 +108,7 @@ def held_tokens(size: int | None, prompt: int, tokens: int, row_buffer: int) -> 
 
 PLANS = st.integers(1, 4).flatmap(lambda heads: st.builds(
     CachePlan, st.lists(st.lists(head_specs(40), min_size=heads, max_size=heads), min_size=1, max_size=3),
-    row_buffer=st.integers(0, 45), keep_prompt=st.booleans()))
+    row_buffer=st.integers(0, 45), keep_prompt=st.booleans(), kv_format=st.sampled_from(KV_FORMATS)))
 
 
 @given(plan=PLANS, tokens=st.integers(1, 40))
@@ -131,7 +132,7 @@ def test_slots_are_exactly_what_heads_hold(plan: CachePlan, tokens: int, max_pro
     """`nbytes` is the cache's, and heads' ranges tile the slab, with room for what any prompt makes them hold."""
     cache = CompressedCache(plan, batch_size=batch, num_query_heads=plan.num_heads, head_dim=head_dim,
                             max_prompt=max_prompt, num_visual_tokens=tokens, dtype=dtype, backend="reference")
-    assert cache.nbytes == sum(tensor.nbytes for state in cache._layers for tensor in state.tensors)
+    assert cache.nbytes == sum(tensor.nbytes for state in cache._layers for tensor in state.everything)
     assert cache.nbytes == plan.nbytes(batch_size=batch, head_dim=head_dim, max_prompt=max_prompt, dtype=dtype,
                                        num_visual_tokens=tokens)
     for specs, state in zip(plan.layers, cache._layers, strict=True):

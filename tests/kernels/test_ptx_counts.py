@@ -62,6 +62,7 @@ class Step:
     group: int = 1
     dtype: torch.dtype = torch.bfloat16
     head_dim: int = 128
+    kv_format: str = "auto"
 
 
 STEPS = (
@@ -75,30 +76,40 @@ STEPS = (
     Step("heavy, 4 queries a head", BUDGETED, 24, 130, group=4),
     Step("heavy, float32", BUDGETED, 24, 130, dtype=torch.float32),
     Step("heavy, head_dim 64", BUDGETED, 24, 130, head_dim=64),
+    Step("heavy, int8", BUDGETED, 24, 130, kv_format="int8"),
+    Step("heavy, int8, refresh", BUDGETED, 24, 143, kv_format="int8"),
+    Step("full, int8, 524 slots", HeadSpec.full(), 0, 500, kv_format="int8"),
+    Step("heavy, float32, int8", BUDGETED, 24, 130, dtype=torch.float32, kv_format="int8"),
 )
-RUNS = [(case.name, step) for case in cases.CASES if case.name in ("ptx", "ptx_triton") for step in STEPS]
+RUNS = [(case.name, step) for case in cases.CASES if case.name in ("ptx", "ptx_triton") for step in STEPS
+        if step.kv_format in backends.get(case.name).kv_formats]
 
 
 def launched(backend: str, step: Step) -> dict[str, Any]:
     """What one launch did (`take` of the executor's module), and how many warps and kept slots it had."""
-    plan = CachePlan.uniform(step.spec, num_layers=1, num_heads=HEADS, row_buffer=step.row_buffer)
+    plan = CachePlan.uniform(step.spec, num_layers=1, num_heads=HEADS, row_buffer=step.row_buffer,
+                             kv_format=step.kv_format)
     cache = CompressedCache(plan, batch_size=1, num_query_heads=HEADS * step.group, head_dim=step.head_dim,
                             max_prompt=PROMPT, num_visual_tokens=TOKENS, dtype=step.dtype, backend=backend)
     random = torch.Generator().manual_seed(0)
     state = cache._layers[0]
-    for tensor in (state.keys, state.values, state.scores):
-        tensor.copy_(torch.randn(tensor.shape, generator=random))
-    state.scores.abs_()
+    for tensor in (state.keys, state.values, state.scores, *state.scales):
+        values = torch.randn(tensor.shape, generator=random)
+        tensor.copy_((40 * values).clamp(-127, 127) if tensor.dtype == torch.int8 else values)
+    for tensor in (state.scores, *state.scales):
+        tensor.abs_()
+    for tensor in state.scales:
+        tensor /= 40
     for head in state.layout.heads:
         if head.score_offset >= 0:  # no two tokens have a position
             state.positions[:, head.score_offset:head.score_offset + head.capacity] = torch.randperm(
                 max(PROMPT + step.step, head.capacity), generator=random)[:head.capacity]
     state.cursors.copy_(torch.tensor([[PROMPT, step.step]]))
-    before = [tensor.clone() for tensor in state.tensors]
+    before = [tensor.clone() for tensor in state.everything]
     q, k, v = (torch.randn(1, heads, step.head_dim, generator=random).to(step.dtype)
                for heads in (HEADS * step.group, HEADS, HEADS))
     cache.decode(0, q, k, v)  # compiles, and makes what split heads need
-    for tensor, old in zip(state.tensors, before, strict=True):
+    for tensor, old in zip(state.everything, before, strict=True):
         tensor.copy_(old)
     module = build.module()
     module.take()
@@ -172,12 +183,12 @@ def blocks(backend: str, step: Step, architecture: int) -> str:
     """Blocks per multiprocessor as docs/cuda.md gives them: by the records of machine code, "-" if in neither."""
     if backend == "ptx":
         kernels = json.loads(test_cuda_resources.RECORD.read_text())["kernels"]
-        dtype = "f32" if step.dtype == torch.float32 else "bf16"
+        dtype = "i8" if step.kv_format == "int8" else "f32" if step.dtype == torch.float32 else "bf16"
         name = f"decode {dtype} D{step.head_dim} G{step.group} sm_{architecture}"
         return str(kernels[name][f"blocks_{architecture}"])
     kernels = json.loads(test_triton_resources.RECORD.read_text())["kernels"]
     shape = (architecture, "fp32" if step.dtype == torch.float32 else "bf16", step.head_dim, step.group,
-             step.row_buffer, 1024 if step.spec is LARGE else 256)
+             step.row_buffer, 1024 if step.spec is LARGE else 256, step.kv_format == "int8")
     return str(kernels.get(test_triton_resources.name(shape), {}).get("programs", "-"))
 
 

@@ -26,16 +26,17 @@ def test_power_of_two(n: int, power: int) -> None:
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
 @pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("item_size", [2, 4])
 @pytest.mark.parametrize("head_dim", [32, 40, 64, 96, 128, 192, 256])
-def test_blocks_fit(head_dim: int, item_size: int, group: int, capability: int) -> None:
+def test_blocks_fit(head_dim: int, item_size: int, int8: bool, group: int, capability: int) -> None:
     """Powers of two, and tiles of which every multiprocessor's shared memory holds two programs' worth."""
-    config = launch.decode_config(head_dim, item_size, group, 256, capability)
+    config = launch.decode_config(head_dim, item_size, group, 256, capability, int8)
     assert config.registers * 32 * config.warps <= 65536
     for size in (config.block, config.score_block, config.copy_block, config.warps):
         assert size & (size - 1) == 0
     assert config.block >= 8 and config.stages >= 2
-    shared = (config.stages - 1) * 2 * config.block * launch.power_of_two(head_dim) * item_size
+    shared = (config.stages - 1) * 2 * config.block * launch.power_of_two(head_dim) * (1 if int8 else item_size)
     assert 2 * shared <= (100 if capability in (86, 89) else 164) * 1024
 
 
@@ -52,8 +53,12 @@ def test_blocks_fit(head_dim: int, item_size: int, group: int, capability: int) 
     ((32, 4, 1, 256, 86), (False, 64, 4, 2, 128)),
     ((128, 4, 4, 256, 80), (False, 8, 4, 4, 255)),
     ((128, 4, 8, 256, 80), (False, 8, 8, 4, 255)),
+    ((128, 2, 1, 256, 90, True), (True, 64, 2, 3, 255)),  # in 8 bits, the same bytes
+    ((128, 2, 1, 256, 86, True), (True, 64, 2, 2, 255)),
+    ((64, 2, 1, 256, 80, True), (True, 64, 2, 4, 168)),
+    ((128, 4, 1, 256, 80, True), (False, 16, 4, 4, 128)),
 ], ids=str)
-def test_variants(arguments: tuple[int, int, int, int, int], variant: tuple[bool, int, int, int, int]) -> None:
+def test_variants(arguments: tuple[int, ...], variant: tuple[bool, int, int, int, int]) -> None:
     """Which variant serves what: matrices or multiply-adds, slots at once, warps, stages, registers."""
     config = launch.decode_config(*arguments)
     assert (config.matrices, config.block, config.warps, config.stages, config.registers) == variant
@@ -64,13 +69,18 @@ def test_config_does_not_depend_on_the_batch() -> None:
     assert "batch" not in launch.decode_config.__code__.co_varnames
 
 
-def layout(*specs: HeadSpec, row_buffer: int = 0, tokens: int = 576) -> LayerLayout:
-    return LayerLayout.build(specs, CachePlan([specs], row_buffer), 10, tokens)
+def layout(*specs: HeadSpec, row_buffer: int = 0, tokens: int = 576, kv_format: str = "auto") -> LayerLayout:
+    return LayerLayout.build(specs, CachePlan([specs], row_buffer, kv_format=kv_format), 10, tokens)
 
 
 def test_bytes_of_a_full_head() -> None:
     """30 prompt and visual tokens and the new one, K and V of 64 bfloat16; q, k, v and output; two cursors twice."""
     assert launch.step_bytes(layout(HeadSpec.full()), 10, 20, 64, 2) == 2 * 128 * 31 + 4 * 128 + 16
+
+
+def test_bytes_of_a_full_head_in_8_bits() -> None:
+    """64 bytes and a scale for each vector that is kept."""
+    assert launch.step_bytes(layout(HeadSpec.full(), kv_format="int8"), 10, 20, 64, 2) == 2 * 68 * 31 + 4 * 128 + 16
 
 
 def test_bytes_stop_growing_with_the_window() -> None:
@@ -137,6 +147,19 @@ def test_import_needs_no_triton() -> None:
     """`import ssd_kernels` loads torch only; Triton comes with the first use of its backend."""
     code = "import sys, ssd_kernels; ssd_kernels.info(); sys.exit('triton.language' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_bytes_that_cannot_be_read_by_fours() -> None:
+    """Slabs of the operators' callers may start anywhere."""
+    specs = [HeadSpec.full()]
+    state = LayerState.allocate(LayerLayout.build(specs, CachePlan([specs], kv_format="int8"), 10, 8), specs, 1, 64,
+                                torch.float32, torch.device("cpu"))
+    state.values = torch.zeros(state.values.numel() + 2, dtype=torch.int8)[2:].view(state.values.shape)
+    x = torch.ones(1, 1, 64)
+    for call in (lambda: TritonBackend().decode(state, x, x, x, 1.0),
+                 lambda: TritonBackend().prefill(state, x[:, :, None], x[:, :, None], [1], None, [0])):
+        with pytest.raises(ValueError, match="values must start at a multiple of 4 bytes with kv_format='int8', got"):
+            call()
 
 
 @pytest.mark.parametrize(("heads", "steps"), [(launch.MAX_HEADS + 1, 8), (2, launch.MAX_STEPS + 1)])

@@ -18,7 +18,7 @@ import pytest
 RECORD = Path(__file__).with_name("triton_resources.json")
 # architecture, dtype, head_dim, group, row buffer, largest heavy head: the shapes of Janus-Pro and the included model
 # first, then the edges of what is served.
-SHAPES: tuple[tuple[int, str, int, int, int, int], ...] = (
+IN_THEIR_TYPE: tuple[tuple[int, str, int, int, int, int], ...] = (
     *((architecture, "bf16", 128, 1, 24, 256) for architecture in (80, 86, 89, 90)),
     *((architecture, "bf16", 128, 1, 0, 256) for architecture in (80, 86, 90)),
     (80, "bf16", 64, 1, 24, 256),
@@ -40,23 +40,39 @@ SHAPES: tuple[tuple[int, str, int, int, int, int], ...] = (
     (80, "bf16", 128, 8, 24, 1024),
     (90, "bf16", 256, 8, 24, 256),
 )
-# architecture, dtype, head_dim, longest prompt, whether it is kept, whether scores are given.
-PREFILLS = ((80, "bf16", 128, 40, True, False), (90, "bf16", 128, 600, True, True), (80, "fp32", 40, 7, False, False),
-            (90, "fp16", 64, 300, False, True))
+# The same where keys and values are stored in 8 bits; the types are those of q, k and v.
+IN_INT8: tuple[tuple[int, str, int, int, int, int], ...] = (
+    *((architecture, "bf16", 128, 1, 24, 256) for architecture in (80, 86, 90)),
+    (90, "bf16", 128, 1, 0, 256),
+    (90, "bf16", 128, 1, 24, 1024),
+    (80, "bf16", 64, 1, 24, 256),
+    (90, "bf16", 64, 1, 24, 256),
+    (90, "fp16", 128, 4, 24, 256),
+    (80, "bf16", 32, 5, 24, 64),
+    (80, "fp16", 256, 8, 24, 256),
+    (80, "fp32", 128, 1, 24, 256),
+    (80, "fp32", 40, 5, 24, 256),
+)
+Shape = tuple[int, str, int, int, int, int, bool]
+SHAPES: tuple[Shape, ...] = (*((*shape, False) for shape in IN_THEIR_TYPE), *((*shape, True) for shape in IN_INT8))
+# architecture, dtype, head_dim, longest prompt, whether it is kept, whether scores are given, whether stored in 8 bits.
+PREFILLS = ((80, "bf16", 128, 40, True, False, False), (90, "bf16", 128, 600, True, True, False),
+            (80, "fp32", 40, 7, False, False, False), (90, "fp16", 64, 300, False, True, False),
+            (80, "bf16", 128, 40, True, False, True), (90, "fp32", 256, 300, False, True, True))
 MOST = 40  # instructions of all warps in the loop over kept slots, by slot, of half precision at head_dim 64 and 128
 # architecture: threads, KB of shared memory, both of a multiprocessor; each has 64 K registers.
 MULTIPROCESSORS = {80: (2048, 164), 86: (1536, 100), 89: (1536, 100), 90: (2048, 228)}
 
 
-def name(shape: tuple[int, str, int, int, int, int]) -> str:
-    architecture, dtype, head_dim, group, row_buffer, largest = shape
-    return f"sm_{architecture} {dtype} D{head_dim} G{group} R{row_buffer} M{largest}"
+def name(shape: Shape) -> str:
+    architecture, dtype, head_dim, group, row_buffer, largest, int8 = shape
+    return f"sm_{architecture} {dtype} D{head_dim} G{group} R{row_buffer} M{largest}{' int8' if int8 else ''}"
 
 
-def compiled_for(shape: tuple[int, str, int, int, int, int]) -> Any:
+def compiled_for(shape: Shape) -> Any:
     from ssd_kernels.triton import compiled
 
-    return compiled.compile_decode(*shape)
+    return compiled.compile_decode(*shape[:6], int8=shape[6])
 
 
 def measured(kernel: Any) -> Any:
@@ -71,7 +87,7 @@ def programs(architecture: int, threads: int, registers: int, shared: int) -> in
     return min(all_threads // threads, 65536 // (threads * -(-registers // 8) * 8), kilobytes * 1024 // (shared + 1024))
 
 
-def running(shape: tuple[int, str, int, int, int, int], taken: Any) -> int:
+def running(shape: Shape, taken: Any) -> int:
     return programs(shape[0], 32 * taken.warps, taken.registers, taken.shared)
 
 
@@ -93,13 +109,13 @@ def slot_loop(code: str) -> list[str]:
     return min((loop for loop in loops if any("LDGSTS" in text for text in loop)), key=len)
 
 
-def instructions_per_slot(shape: tuple[int, str, int, int, int, int], kernel: Any) -> float:
+def instructions_per_slot(shape: Shape, kernel: Any) -> float:
     """Instructions of machine code that all warps execute in that loop, by slot."""
     from ssd_kernels.triton.launch import MIN_EVICT_BLOCK, decode_config, power_of_two
 
-    architecture, dtype, head_dim, group, _, largest = shape
+    architecture, dtype, head_dim, group, _, largest, int8 = shape
     config = decode_config(head_dim, 4 if dtype == "fp32" else 2, group, max(power_of_two(largest), MIN_EVICT_BLOCK),
-                           architecture)
+                           architecture, int8)
     return len(slot_loop(kernel_code(kernel))) * config.warps / config.block
 
 
@@ -118,7 +134,7 @@ def test_the_slot_loop_is_found() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=map(name, SHAPES))
-def test_resources(shape: tuple[int, str, int, int, int, int]) -> None:
+def test_resources(shape: Shape) -> None:
     """What decides speed, by any release: nothing spills, copies stay asynchronous, multiprocessors stay full, and a
     kept slot takes few instructions, none of them a load of 2 bytes."""
     import triton
@@ -140,7 +156,7 @@ def test_resources(shape: tuple[int, str, int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", PREFILLS, ids=str)
-def test_prefill_does_not_spill(shape: tuple[int, str, int, int, bool, bool]) -> None:
+def test_prefill_does_not_spill(shape: tuple[int, str, int, int, bool, bool, bool]) -> None:
     from ssd_kernels.triton import compiled
 
     taken = compiled.resources(compiled.compile_prefill(*shape))

@@ -21,7 +21,7 @@ from ssd_kernels import CachePlan
 from ssd_kernels.process import control_groups
 
 from ..shape import ModelShape, placement
-from .batch import PREFILL_CHUNK, PREFILL_TOKENS, ROW_MULTIPLE, prefill_width
+from .layers import PREFILL_CHUNK, PREFILL_TOKENS, ROW_MULTIPLE, prefill_width
 from .linear import can_pack
 from .weights import TABLE_CODES
 

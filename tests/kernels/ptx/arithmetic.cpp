@@ -71,8 +71,27 @@ bool remainders(Step& step) {
   });
 }
 
+// fma of the two 16-bit floats in each register. The exact sum is rounded to float32 first.
+bool multiply_pairs(Step& step) {
+  const bool bfloat = step.in.type == Type::kBF16x2;
+  const auto wide = bfloat ? bfloat_to_float : ssd::float16_to_float;
+  const auto narrow = bfloat ? float_to_bfloat : ssd::float_to_float16;
+  const uint64_t *a = step.read(1), *b = step.read(2), *c = step.read(3);
+  uint64_t* d = step.write();
+  for_lanes(step.lanes, [&](int l) {
+    const auto half = [&](int at) {
+      const auto number = [&](const uint64_t* row) { return double{wide(static_cast<uint16_t>(row[l] >> at))}; };
+      return static_cast<uint64_t>(narrow(static_cast<float>(std::fma(number(a), number(b), number(c))))) << at;
+    };
+    d[l] = half(0) | half(16);
+  });
+  return true;
+}
+
 // mul, mad and fma. Integer products are of twice the width.
 bool multiply(Step& step) {
+  if (step.in.op == Op::kFma && (step.in.type == Type::kBF16x2 || step.in.type == Type::kF16x2))
+    return multiply_pairs(step);
   const uint64_t *a = step.read(1), *b = step.read(2), *c = step.in.op == Op::kMul ? nullptr : step.read(3);
   uint64_t* d = step.write();
   if (step.in.type == Type::kF32 || step.in.type == Type::kF64) {

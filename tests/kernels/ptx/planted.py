@@ -22,7 +22,6 @@ from ..pair import Pair
 from ..split import LONG, long_pair
 from . import build, schedules, triton
 
-CASE = Case("ptx")
 TRITON = Path(ssd_kernels.__file__).parent / "triton"
 WITHOUT = Path(__file__).with_name("without.cuh")
 
@@ -36,24 +35,30 @@ class Kernel:
     dtype: torch.dtype
     head_dim: int
     group: int
+    kv_format: str = "auto"
+
+    @property
+    def case(self) -> Case:
+        return Case("ptx", kv_format=self.kv_format)
 
 
 KERNELS = {"f32-D40-G1": Kernel("decode_f32", "float, 0, 1", F32, 40, 1),
            "f32-D40-G5": Kernel("decode_f32", "float, 0, kGroupBlock", F32, 40, 5),
-           "bf16-D128-G1": Kernel("decode_bf16", "BFloat16, 128, 1", BF16, 128, 1)}
+           "bf16-D128-G1": Kernel("decode_bf16", "BFloat16, 128, 1", BF16, 128, 1),
+           "i8-D40-G1": Kernel("decode_i8", "Int8, 0, 1", F32, 40, 1, "int8")}
 
 
 def runs(kernel: Kernel) -> list[Callable[[], object]]:
     """Short ones that together reach every instruction that orders something, and the others."""
     def pair(plan: CachePlan, steps: int, lengths: tuple[int, int]) -> object:
-        both = Pair(plan, CASE, group=kernel.group, head_dim=kernel.head_dim, max_prompt=max(lengths), steps=steps,
-                    dtype=kernel.dtype)
+        both = Pair(plan, kernel.case, group=kernel.group, head_dim=kernel.head_dim, max_prompt=max(lengths),
+                    steps=steps, dtype=kernel.dtype)
         both.prefill(lengths)
         return both.run(steps)
 
     refreshed = (HeadSpec.heavy(40), HeadSpec.heavy(4, recent=1), HeadSpec.window(5), HeadSpec.full())
     return [lambda: pair(CachePlan([refreshed], row_buffer=3, keep_prompt=False), 4, (70, 3)),
-            lambda: long_pair(kernel.dtype, case=CASE, row_buffer=2, keep_prompt=False, heads=LONG[:2],
+            lambda: long_pair(kernel.dtype, case=kernel.case, row_buffer=2, keep_prompt=False, heads=LONG[:2],
                               group=kernel.group, head_dim=kernel.head_dim, lengths=(PART + 3, 2)).run(2),
             lambda: pair(CachePlan([[HeadSpec.heavy(4, recent=1), HeadSpec.heavy(40)]]), 6, (2, 70))]
 
@@ -61,7 +66,8 @@ def runs(kernel: Kernel) -> list[Callable[[], object]]:
 def ties(kernel: Kernel) -> object:
     """Windows that wrap, and heavy heads in which all tokens but one have a score of exactly 0."""
     plan = CachePlan([[HeadSpec.window(5), HeadSpec.heavy(4)]])
-    pair = Pair(plan, CASE, group=kernel.group, head_dim=32, max_prompt=1, steps=9, scale=1.0, dtype=kernel.dtype)
+    pair = Pair(plan, kernel.case, group=kernel.group, head_dim=32, max_prompt=1, steps=9, scale=1.0,
+                dtype=kernel.dtype)
     loud = torch.zeros(2, 2, 1, 32)
     loud[..., 0] = 100.0  # quiet keys' logits are 2e4 below, and their probability 0
     pair.prefill((1, 1), k=loud)
@@ -177,6 +183,15 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "a key that is not appended": (("decode.cuh", "const_cast<T*>(keys)[slot + e] = key;", ""),),
     "a token too many": (("attend.cuh", "smaller(item.total - begin, kPartSlots)",
                           "smaller(item.total - begin + 1, kPartSlots)"),),
+}
+
+# The same to what only serves bytes.
+CHANGES_TO_BYTES: dict[str, tuple[Change, ...]] = {
+    "scales that stay behind": (("evict.cuh", "head.value_scales[to] = value_scale;", ""),),
+    "scales of absent tokens": (("attend.cuh", "layer.value_scales) + slot,\n                          j < count);",
+                                 "layer.value_scales) + slot, true);"),),
+    "a digit too few": (("attend.cuh", "65536.0f * static_cast<float>(sums[2])", "0.0f"),),
+    "halves rounded up": (("port.cuh", "__float2int_rn(x)", "__float2int_rd(x + 0.5f)"),),
 }
 
 
