@@ -420,8 +420,11 @@ def test_a_scheduler_on_a_device_keeps_pace(fresh: Any) -> None:
     plan = plan_of_budget(fresh, 0.2)
     with pretend.pretended(devices=1) as machine:
         engine = Engine(fresh.to("cuda"), plan, backend="triton")
-        expected = [alone(engine, request, 6) for request in REQUESTS[:3]]
-        with Scheduler(engine.slots(2, steps=6)) as made:
-            tickets = [made.submit(request) for request in REQUESTS[:3]]
-            assert all(torch.equal(ticket.result(WAIT), tokens) for ticket, tokens in zip(tickets, expected, strict=True))
-            assert machine.of_kind("wait")
+        expected = [alone(engine, request, 6) for request in REQUESTS[:2]]
+        slots = engine.slots(2, steps=6)
+        machine.log.clear()
+        with Scheduler(slots) as made:
+            tickets = made.submit_all(REQUESTS[:2], [None, None])
+            assert all(torch.equal(ticket.result(WAIT), drawn) for ticket, drawn in zip(tickets, expected, strict=True))
+        waits = [event.place.partition(":")[0] for event in machine.of_kind("wait")]
+        assert waits.count("python/ssd_janus/engine/scheduler.py") == 5 - scheduler.STEPS_AHEAD
