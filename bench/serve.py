@@ -86,6 +86,9 @@ class Server(Protocol):
     def finish(self) -> list[Served]:
         """All pictures, in their order, once they are done; raises what failed."""
 
+    def close(self) -> None:
+        """Nothing is drawn any more."""
+
 
 class Continuous:
     """The engine's scheduler."""
@@ -102,11 +105,11 @@ class Continuous:
         return all(ticket.done() for ticket in self._tickets)
 
     def finish(self) -> list[Served]:
-        try:
-            return [Served(ticket.submitted, tokens=ticket.result(), joined=ticket.joined, first_row=ticket.first_row,
-                           finished=ticket.finished) for ticket in self._tickets]
-        finally:
-            self._scheduler.close(cancel=True)
+        return [Served(ticket.submitted, tokens=ticket.result(), joined=ticket.joined, first_row=ticket.first_row,
+                       finished=ticket.finished) for ticket in self._tickets]
+
+    def close(self) -> None:
+        self._scheduler.close(cancel=True)
 
 
 class Static:
@@ -131,13 +134,16 @@ class Static:
         return self._done == len(self._asked) or self._failure is not None
 
     def finish(self) -> list[Served]:
+        self.close()
+        if self._failure is not None:
+            raise self._failure
+        return [served for _, served in self._asked]
+
+    def close(self) -> None:
         with self._changed:
             self._ended = True
             self._changed.notify()
         self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        return [served for _, served in self._asked]
 
     def _run(self) -> None:
         try:
@@ -184,14 +190,17 @@ def arrivals(count: int, rate: float, seed: int) -> list[float]:
 
 def serve(server: Server, requests: Sequence[PictureRequest], moments: Sequence[float], clock: Clock) -> list[Served]:
     """Let pictures arrive whether others are done or not (an open loop)."""
-    for request, moment in zip(requests, moments, strict=True):
-        while clock() < moment:
-            if server.idle():
-                clock.skip_to(moment)
-            else:
-                time.sleep(POLL_SECONDS)
-        server.submit(request)
-    return server.finish()
+    try:
+        for request, moment in zip(requests, moments, strict=True):
+            while clock() < moment:
+                if server.idle():
+                    clock.skip_to(moment)
+                else:
+                    time.sleep(POLL_SECONDS)
+            server.submit(request)
+        return server.finish()
+    finally:
+        server.close()
 
 
 def measure(model: Any, prompt: Sequence[int], setting: Setting, budget: float,
