@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pretend
@@ -353,6 +355,13 @@ def test_observers_and_plain_batches_go_on_beside(drawer: Callable[..., Schedule
     assert torch.equal(engine.generate(PROMPTS, observer=Watch(), **options), engine.generate(PROMPTS, **options))
     assert len(seen) == STEPS - 1
     assert all(torch.equal(ticket.result(WAIT), tiny_engine()[1][index]) for index, ticket in enumerate(tickets))
+
+
+def test_the_example_of_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "engine.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Scheduler" in block)
+    exec(code, {"engine": tiny_engine()[0], "prompts": PROMPTS, "Sampling": Sampling})
+    assert capsys.readouterr().out.splitlines() == ["6", "12", "18", "24", "30", "36", "torch.Size([36])"]
 
 
 def test_slots_made_in_inference_mode_draw_outside(fresh: Any) -> None:

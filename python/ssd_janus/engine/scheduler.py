@@ -241,6 +241,8 @@ class Scheduler:
     def _take(self) -> None:
         """Begin with the prompts of waiting pictures: as many as there are slots for, up to a part's tokens."""
         room, tokens = len(self._slots.free), 0
+        if not (room or self._running):
+            raise RuntimeError("no slot is free although no picture is drawn")
         with self._changed:
             queue = self._alone or self._waiting
             while queue and len(self._entering) < room:

@@ -198,8 +198,8 @@ class Slots(ABC):
     def leave(self, slot: int) -> None:
         """Free a slot, whether its picture is done or not."""
         self.running.pop(slot, None)
-        self._empty(slot)
         heapq.heappush(self.free, slot)
+        self._empty(slot)
 
     @torch.no_grad()
     def step(self) -> None:
