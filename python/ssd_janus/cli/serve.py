@@ -77,7 +77,8 @@ def serve(
                     kept_seconds=keep_seconds)
     pipe = load(model, device, dtype, backend)
     heads = load_profile(profile, model, [policy] if policy else [], pipe, formats=[kv])
-    cache_plan = choose_plan(pipe, plan, policy, budget, row_buffer, heads, parameters, budget_bytes=budget_bytes, kv=kv)
+    cache_plan = choose_plan(pipe, plan, policy, budget, row_buffer, heads, parameters,
+                             budget_bytes=budget_bytes, kv=kv)
     service = Service(pipe, cache_plan, name=name or _name(model), limits=limits, guidance_scale=guidance)
     server = Server(service, host, port, api_key)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end in order; a second one at once
