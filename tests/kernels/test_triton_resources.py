@@ -141,7 +141,7 @@ def test_resources(shape: Shape) -> None:
 
     kernel = compiled_for(shape)
     now, file, slot = measured(kernel), json.loads(RECORD.read_text()), instructions_per_slot(shape, kernel)
-    record = file["kernels"].get(name(shape), {"async_copies": 1, "programs": 1})  # of one not recorded: limits only
+    record = file["kernels"][name(shape)]
     assert now.local_accesses == 0 and now.stack == 0, f"spills: {now}"
     assert now.async_copies >= record["async_copies"] > 0, now
     assert running(shape, now) >= record["programs"], (now, record)
@@ -149,7 +149,7 @@ def test_resources(shape: Shape) -> None:
     if shape[1] != "fp32":
         assert not re.search(r"\bLDS\.[US](8|16)\b", "\n".join(slot_loop(kernel_code(kernel))))
         assert slot <= MOST or shape[2] > 128
-    if triton.__version__ == file["triton"] and name(shape) in file["kernels"]:
+    if triton.__version__ == file["triton"]:
         assert now.registers <= record["registers"], (now, record)
         assert now.shared <= record["shared"], (now, record)
         assert slot <= record["instructions_per_slot"], (slot, record)
