@@ -29,6 +29,7 @@ from ssd_janus.engine import (
     Scheduler,
     Slots,
     Ticket,
+    layers,
     own_caches,
     scheduler,
 )
@@ -118,6 +119,23 @@ def test_tokens_do_not_depend_on_company(seed: int, keep_prompt: bool, packed: b
                 slots.leave(slot)
                 left += 1
     assert left == len(REQUESTS) and sorted(slots.free) == list(range(slots.capacity)) and slots.nbytes == 0
+
+
+def test_a_step_costs_what_its_pictures_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither rows nor caches of pictures that have left."""
+    slots, rows, sizes, step = tiny_engine()[0].slots(4, steps=STEPS), [], [], layers.Layers.step
+
+    def seen(self: Any, hidden: torch.Tensor, count: int, *others: Any) -> torch.Tensor:
+        rows.append(count)
+        return step(self, hidden, count, *others)
+
+    monkeypatch.setattr(layers.Layers, "step", seen)
+    assert slots.join(REQUESTS[:3]).advance()
+    for slot in (0, 1, 2):
+        slots.step()
+        sizes.append(slots.nbytes)
+        slots.leave(slot)
+    assert rows == [5, 3, 2] and sizes == sorted(sizes, reverse=True) and slots.nbytes == 0
 
 
 def test_pictures_are_drawn_in_their_order(drawer: Callable[..., Scheduler]) -> None:

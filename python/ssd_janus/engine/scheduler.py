@@ -226,6 +226,8 @@ class Scheduler:
             joined = self._joining.advance(self._prompt_tokens if self._running else None)
         except Exception as error:
             tickets = self._end_joining()
+            if not tickets:
+                raise
             if len(tickets) > 1:
                 self._alone.extend(tickets)
             else:
