@@ -43,16 +43,16 @@ class Server:
         self._server = uvicorn.Server(uvicorn.Config(
             create_app(service, api_key), http="h11", ws="none", lifespan="off", log_level="warning", access_log=False,
             server_header=False, limit_concurrency=service.limits.batch + service.limits.waiting + SPARE_CONNECTIONS))
-        self._thread = threading.Thread(target=self._server.run, args=([listening],), name="ssd_janus serving",
-                                        daemon=True)
-        self._thread.start()
-        while not self._server.started and self._thread.is_alive():
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, args=(listening,), name="ssd_janus serving", daemon=True).start()
+        while not self._server.started and not self._ended.is_set():
             time.sleep(0.01)
 
     def wait(self) -> None:
         """Until it has ended."""
-        while self._thread.is_alive():  # signals are heard between two joins
-            self._thread.join(1)
+        # Not by joining the thread: where a signal's exception ends a join, Python 3.11 takes the thread for ended.
+        while not self._ended.is_set():
+            time.sleep(0.05)
 
     def stop(self, grace: float) -> None:
         """Answer new requests with 503, draw the others for at most ``grace`` seconds, and end."""
@@ -62,6 +62,12 @@ class Server:
         self._server.should_exit = True
         self.wait()
         self.service.release()
+
+    def _run(self, listening: socket.socket) -> None:
+        try:
+            self._server.run([listening])
+        finally:
+            self._ended.set()
 
 
 def _listen(host: str, port: int) -> socket.socket:
