@@ -13,7 +13,7 @@ constexpr int kMaxHeadDim = 256;
 SSD_INLINE int32_t padded(int32_t count) { return (count + 15) / 16 * 16; }
 
 // What a query takes with all that kernels prepare of it.
-SSD_INLINE int32_t query_floats(int32_t head_dim) { return (head_dim + 63) / 64 * 64 + 64; }
+SSD_INLINE int32_t query_floats(int32_t head_dim) { return (head_dim + 63) / 64 * 64 + 80; }
 
 // One thread's working memory.
 struct Scratch {

@@ -280,7 +280,7 @@ struct Decoder {
       float* staged = scratch.q + g * query_floats(dim);
       widen<T>(query, dim, step.scale, staged);
       scratch.unit[g] = 1.0f;
-      if constexpr (kInDigits<T>) scratch.unit[g] = cut_query<T>(staged, dim);
+      if constexpr (kInDigits<T>) scratch.unit[g] = cut_query<X>(staged, dim);
     }
   }
 

@@ -3,7 +3,8 @@
 //
 // The other factor, a query or the weights of values, becomes whole numbers of 24 bits, multiples of a unit that its
 // largest element decides; they are cut into three bytes, called digits here. So products and sums are exact, and what
-// is rounded is about what rounding to floats would lose.
+// is rounded is about what rounding to floats would lose. A float32 query takes four digits: keys may be next to
+// nothing where its largest element is, and then the others count.
 #pragma once
 
 #include <cstdint>
@@ -23,10 +24,12 @@ namespace {
 template <class T>
 constexpr bool kInDigits = std::is_same<T, Int8>::value;
 
-constexpr int kDigits = 3;
+constexpr int kDigits = 3, kMostDigits = 4;
 constexpr int kBlock = 64;               // bytes of a vector
-constexpr float kQueryLimit = 8.3e6f;    // what digits from -128 to 127 can say, and a little less
-constexpr float kWeightLimit = 16.7e6f;  // the same of digits from 0 to 255
+constexpr float kWeightLimit = 16.7e6f;  // what digits from 0 to 255 can say, and a little less
+
+// The same of a query's digits, from -128 to 127.
+constexpr float query_limit(int digits) { return digits == kDigits ? 8.3e6f : 2.1e9f; }
 
 // Elements [d, d + kBlock) of a vector of `dim` bytes, zeros behind its end.
 SSD_INLINE __m512i load_block(const Int8* p, int dim, int d) {
@@ -36,13 +39,14 @@ SSD_INLINE __m512i load_block(const Int8* p, int dim, int d) {
 
 // Where things lie in a query that has been cut.
 struct CutQuery {
-  int8_t* digits;  // [kDigits, blocks, kBlock]
+  int8_t* digits;  // [kMostDigits, blocks, kBlock]
   int blocks;
 
   CutQuery(float* q, int dim) : digits(reinterpret_cast<int8_t*>(q)), blocks((dim + kBlock - 1) / kBlock) {}
   SSD_ALWAYS_INLINE int8_t* digit(int which, int block) const { return digits + (which * blocks + block) * kBlock; }
-  // Behind the digits: int32 [kDigits, 16], what sums start from.
-  SSD_ALWAYS_INLINE int8_t* start(int which) const { return digit(kDigits, which); }
+  // Behind the digits: int32 [kMostDigits, 16], what sums start from, and how many digits there are.
+  SSD_ALWAYS_INLINE int8_t* start(int which) const { return digits + (kMostDigits * blocks + which) * kBlock; }
+  SSD_ALWAYS_INLINE int8_t& count() const { return *start(kMostDigits); }
 };
 
 // What floats are multiplied by to become whole numbers, by their largest magnitude: in two steps, so that neither
@@ -65,17 +69,19 @@ struct Cut {
   }
 };
 
-// Cuts a query of floats, in its place; returns the unit.
-template <class T>
+// Cuts a query of floats that came as X, in its place; returns the unit.
+template <class X>
 SSD_INLINE float cut_query(float* q, int dim) {
+  constexpr int kCount = std::is_same<X, float>::value ? kMostDigits : kDigits;
   const CutQuery query(q, dim);
-  const Cut cut(largest_magnitude(q, dim), kQueryLimit);
+  const Cut cut(largest_magnitude(q, dim), query_limit(kCount));
   __m512i whole[kMaxHeadDim / 16];
   for (int d = 0; d < query.blocks * kBlock; d += 16) {
     const __mmask16 mask = dim - d >= 16 ? 0xFFFF : dim > d ? 0xFF : 0;
     whole[d / 16] = cut(_mm512_maskz_loadu_ps(mask, q + d));
   }
-  for (int which = 0; which < kDigits; ++which) {
+  query.count() = kCount;
+  for (int which = 0; which < kCount; ++which) {
     for (int d = 0; d < query.blocks * kBlock; d += 16) {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(query.digit(which, 0) + d), _mm512_cvtepi32_epi8(whole[d / 16]));
       whole[d / 16] = _mm512_srai_epi32(_mm512_add_epi32(whole[d / 16], _mm512_set1_epi32(128)), 8);
@@ -99,29 +105,40 @@ SSD_INLINE float cut_weights(float* weights, int32_t count) {
   return cut.unit;
 }
 
-// dot[u] = q . keys[u] in units of q, which is cut.
-template <int kSlots, class Pace>
-SSD_INLINE void dot_slots(const float* q, const Int8* keys, int dim, Vec dot[kSlots], Pace pace) {
-  const CutQuery query(const_cast<float*>(q), dim);
-  __m512i sums[kSlots][kDigits];
+template <int kCount, int kSlots, class Pace>
+SSD_INLINE void dot_digits(const CutQuery& query, const Int8* keys, int dim, Vec dot[kSlots], Pace pace) {
+  constexpr float kLimit = query_limit(kCount);
+  __m512i sums[kSlots][kMostDigits];
   for (int u = 0; u < kSlots; ++u)
-    for (int which = 0; which < kDigits; ++which) sums[u][which] = _mm512_loadu_si512(query.start(which));
+    for (int which = 0; which < kMostDigits; ++which)
+      sums[u][which] = which < kCount ? _mm512_loadu_si512(query.start(which)) : _mm512_setzero_si512();
   for (int block = 0; block < query.blocks; ++block) {
     pace(kSlots * smaller(kBlock, dim - block * kBlock));
-    __m512i digits[kDigits];
-    for (int which = 0; which < kDigits; ++which) digits[which] = _mm512_loadu_si512(query.digit(which, block));
+    __m512i digits[kCount];
+    for (int which = 0; which < kCount; ++which) digits[which] = _mm512_loadu_si512(query.digit(which, block));
     for (int u = 0; u < kSlots; ++u) {
       // The instruction takes one factor without a sign: 128 is added here, and taken away by what sums start from.
       const __m512i key = _mm512_xor_si512(load_block(keys + u * dim, dim, block * kBlock), _mm512_set1_epi8(-128));
-      for (int which = 0; which < kDigits; ++which)
+      for (int which = 0; which < kCount; ++which)
         sums[u][which] = _mm512_dpbusd_epi32(sums[u][which], key, digits[which]);
     }
   }
   for (int u = 0; u < kSlots; ++u) {
     const __m512i low = _mm512_add_epi32(sums[u][0], _mm512_slli_epi32(sums[u][1], 8));
-    const __m512 parts = _mm512_mul_ps(_mm512_cvtepi32_ps(low), _mm512_set1_ps(1 / kQueryLimit));
-    dot[u] = {_mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[u][2]), _mm512_set1_ps(65536 / kQueryLimit), parts)};
+    const __m512i high = _mm512_add_epi32(sums[u][2], _mm512_slli_epi32(sums[u][3], 8));
+    const __m512 parts = _mm512_mul_ps(_mm512_cvtepi32_ps(low), _mm512_set1_ps(1 / kLimit));
+    dot[u] = {_mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65536 / kLimit), parts)};
   }
+}
+
+// dot[u] = q . keys[u] in units of q, which is cut.
+template <int kSlots, class Pace>
+SSD_INLINE void dot_slots(const float* q, const Int8* keys, int dim, Vec dot[kSlots], Pace pace) {
+  const CutQuery query(const_cast<float*>(q), dim);
+  if (query.count() == kMostDigits)
+    dot_digits<kMostDigits, kSlots>(query, keys, dim, dot, pace);
+  else
+    dot_digits<kDigits, kSlots>(query, keys, dim, dot, pace);
 }
 
 // acc[0, 64) += sum over slots of p[slot] * value[slot] from column d on, in units of p, which are cut.
@@ -183,7 +200,7 @@ SSD_INLINE void accumulate_tile(const float* p, const Int8* values, int count, i
 
 template <class T>
 constexpr bool kInDigits = false;
-template <class T>
+template <class X>
 float cut_query(float* q, int dim);
 template <class T>
 float cut_weights(float* weights, int32_t count);
