@@ -15,6 +15,7 @@ constexpr int kChunksPerStage = 4;       // of 16 bytes, per thread
 constexpr int kPartSlots = 256;          // kept tokens that one block attends to
 constexpr int kNewToken = kPartSlots;    // its index behind those
 constexpr int kTokens = kPartSlots + 4;  // room for both
+constexpr int kQueryDigits = 4;          // of 8 bits, for products with bytes
 constexpr int kGroupBlock = 4;           // query heads that read a slot together
 constexpr int kMaxHeadDim = 256;
 
@@ -137,7 +138,7 @@ struct StepVectors {
 template <int kWidth, int kGroup>
 struct alignas(16) StepVectors<Int8, kWidth, kGroup> {
   int8_t fresh[2][kWidth];
-  uint32_t queries[kGroup][3][kWidth / 4];
+  uint32_t queries[kGroup][kQueryDigits][kWidth / 4];
   float value_scales[kPartSlots];  // of the part's tokens; those of keys lie where logits will
   float query_scales[kGroup];
   float fresh_scales[2];

@@ -190,7 +190,7 @@ CHANGES_TO_BYTES: dict[str, tuple[Change, ...]] = {
     "scales that stay behind": (("evict.cuh", "head.value_scales[to] = value_scale;", ""),),
     "scales of absent tokens": (("attend.cuh", "layer.value_scales) + slot,\n                          j < count);",
                                  "layer.value_scales) + slot, true);"),),
-    "a digit too few": (("attend.cuh", "65536.0f * static_cast<float>(sums[2])", "0.0f"),),
+    "a digit too few": (("attend.cuh", "256 * sums[2] + sums[1]", "sums[1]"),),
     "halves rounded up": (("port.cuh", "__float2int_rn(x)", "__float2int_rd(x + 0.5f)"),),
 }
 
