@@ -75,6 +75,15 @@ def ties(kernel: Kernel) -> object:
     return [pair.step(q=queries, k=-loud[:, :, 0]) for _ in range(9)]
 
 
+def halves(kernel: Kernel) -> object:
+    """A key that lies between bytes, where bytes are what is stored."""
+    pair = Pair(CachePlan([[HeadSpec.full()] * 2]), kernel.case, group=kernel.group, head_dim=32, max_prompt=1, steps=1,
+                dtype=kernel.dtype)
+    keys = (torch.arange(32) - 15.5).expand(2, 2, 32).clone()
+    keys[..., 0] = 127.0  # 1 a byte
+    return pair.step(k=keys)
+
+
 def triton_runs() -> list[Callable[[], object]]:
     """The same for Triton's kernels."""
     def pair(row_buffer: int, keep_prompt: bool) -> object:
