@@ -64,24 +64,37 @@ struct QueryChunk<Int8, kVector> {
     SSD_DEVICE explicit Key(const ChunkOf<kVector>& chunk) : bytes(chunk) {}
     SSD_DEVICE explicit Key(const int8_t* fresh) { memcpy(&bytes, __builtin_assume_aligned(fresh, kVector), kVector); }
   };
-  uint32_t digits[3][kWords];
+  uint32_t digits[kQueryDigits - 1][kWords];  // all but the lowest, which stays in shared memory
 
   template <class Memory>
   SSD_DEVICE void load(const Memory& shared, int g, int32_t chunk, bool is_there) {
 #pragma unroll
-    for (int digit = 0; digit < 3; ++digit)
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) digits[digit][i] = is_there ? shared.queries[g][digit][chunk * kWords + i] : 0;
-  }
-  // A digit's sum is at most kVector * 127 * 128.
-  SSD_DEVICE void add_products(const Key& key, float& dot) const {
-    int32_t sums[3] = {};
-#pragma unroll
-    for (int digit = 0; digit < 3; ++digit)
+    for (int digit = 1; digit < kQueryDigits; ++digit)
 #pragma unroll
       for (int i = 0; i < kWords; ++i)
-        sums[digit] = port::add_products(digits[digit][i], key.bytes.words[i], sums[digit]);
-    dot += 65536.0f * static_cast<float>(sums[2]) + static_cast<float>(256 * sums[1] + sums[0]);
+        digits[digit - 1][i] = is_there ? shared.queries[g][digit][chunk * kWords + i] : 0;
+  }
+  // A digit's sum is at most kVector * 127 * 128. Each of the sums below is at most twice the sum of all products'
+  // magnitudes, so that cancelling digits cost nothing.
+  SSD_DEVICE void add_products(const Key& key, float& dot) const {
+    int32_t sums[kQueryDigits - 1] = {};
+#pragma unroll
+    for (int digit = 0; digit < kQueryDigits - 1; ++digit) sums[digit] = sum(digits[digit], key);
+    dot += static_cast<float>(sums[0]);
+    dot += 256.0f * static_cast<float>(256 * sums[2] + sums[1]);
+  }
+  // Of the lowest digit.
+  template <class Memory>
+  SSD_DEVICE static float lowest_products(const Memory& shared, int g, int32_t chunk, const Key& key) {
+    return static_cast<float>(sum(shared.queries[g][0] + chunk * kWords, key)) / 256.0f;
+  }
+
+ private:
+  SSD_DEVICE static int32_t sum(const uint32_t digit[kWords], const Key& key) {
+    int32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) sum = port::add_products(digit[i], key.bytes.words[i], sum);
+    return sum;
   }
 };
 
@@ -244,6 +257,9 @@ struct Attention {
     }
   }
 
+  // Whether queries have more bits than their upper digits.
+  SSD_DEVICE bool is_fine() const { return layer.dtype == kFloat32; }
+
   SSD_DEVICE void load_queries(Query q[kGroup][kCopies]) const {
 #pragma unroll
     for (int g = 0; g < kGroup; ++g)
@@ -278,6 +294,15 @@ struct Attention {
       fetch(tile + kStages - 1);
       if (tile >= warp_tiles) break;
       float dot[kGroup][kDepth] = {};
+      if constexpr (kInt8)
+        if (is_fine() && has_chunk(0)) {
+#pragma unroll
+          for (int depth = 0; depth < kDepth; ++depth) {
+            const typename Query::Key key(staged(tile, depth, 0));
+#pragma unroll
+            for (int g = 0; g < kGroup; ++g) dot[g][depth] = Query::lowest_products(shared, g, chunk(0), key);
+          }
+        }
 #pragma unroll
       for (int depth = 0; depth < kDepth; ++depth)
 #pragma unroll
@@ -309,7 +334,11 @@ struct Attention {
       if (has_chunk(copy)) {
         const typename Query::Key key(shared.fresh[0] + chunk(copy) * kVector);
 #pragma unroll
-        for (int g = 0; g < kGroup; ++g) q[g][copy].add_products(key, dot[g][0]);
+        for (int g = 0; g < kGroup; ++g) {
+          if constexpr (kInt8)
+            if (is_fine()) dot[g][0] = Query::lowest_products(shared, g, chunk(copy), key);
+          q[g][copy].add_products(key, dot[g][0]);
+        }
       }
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {

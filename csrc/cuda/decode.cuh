@@ -144,10 +144,10 @@ struct Decoder : Attention<T, kDim, kGroup> {
         keep_bytes(vector, job);
         continue;
       }
-      uint32_t words[Vector::kQuads][3];
+      uint32_t words[Vector::kQuads][kQueryDigits];
       const float scale = vector.digits(words);
 #pragma unroll
-      for (int digit = 0; digit < 3; ++digit)
+      for (int digit = 0; digit < kQueryDigits; ++digit)
 #pragma unroll
         for (int quad = 0; quad < Vector::kQuads; ++quad)
           if (Vector::first(quad) < shape.dim())

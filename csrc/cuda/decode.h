@@ -15,6 +15,7 @@ constexpr int kChunksPerStage = 4;       // of 16 bytes, per thread
 constexpr int kPartSlots = 256;          // kept tokens that one block attends to
 constexpr int kNewToken = kPartSlots;    // its index behind those
 constexpr int kTokens = kPartSlots + 4;  // room for both
+constexpr int kQueryDigits = 4;          // of 8 bits, for products with bytes
 constexpr int kGroupBlock = 4;           // query heads that read a slot together
 constexpr int kMaxHeadDim = 256;
 
@@ -137,7 +138,7 @@ struct StepVectors {
 template <int kWidth, int kGroup>
 struct alignas(16) StepVectors<Int8, kWidth, kGroup> {
   int8_t fresh[2][kWidth];
-  uint32_t queries[kGroup][3][kWidth / 4];
+  uint32_t queries[kGroup][kQueryDigits][kWidth / 4];
   float value_scales[kPartSlots];  // of the part's tokens; those of keys lie where logits will
   float query_scales[kGroup];
   float fresh_scales[2];
@@ -173,10 +174,9 @@ SSD_INLINE int32_t ranking_bytes(int32_t largest, int32_t group) {
 // Blocks that are to share a multiprocessor of a compute capability (80 for 8.0), which bounds the registers of a
 // thread: as many as shared memory has room for and ptxas serves without spills.
 SSD_INLINE constexpr int32_t blocks_per_multiprocessor(int32_t capability, int32_t head_dim, int32_t group, bool int8) {
-  if (group > 1 && int8) return capability < 90 ? 2 : head_dim == 64 || head_dim == 128 ? 4 : 3;
-  if (group > 1) return capability < 90 ? 3 : 4;
-  if (capability < 90) return 4;
-  return head_dim == 64 || head_dim == 128 ? 6 : 5;
+  const bool known = head_dim == 64 || head_dim == 128;
+  if (capability < 90) return group == 1 ? 4 : int8 ? 2 : 3;
+  return group == 1 ? (known ? 6 : 5) : known ? 4 : 3;
 }
 
 template <class T, int kDim, int kGroup>

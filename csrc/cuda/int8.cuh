@@ -1,7 +1,7 @@
 // Vectors as signed bytes with one scale each: docs/specification.md, section 3.13.
 //
-// Products with bytes are exact: a query's elements are integers of 24 bits, of whose three digits each has a
-// multiply-add of four bytes at once, which takes less than a quarter of the instructions of floats.
+// Products with bytes are exact: a query's elements are integers, of whose three or four digits each has a multiply-add
+// of four bytes at once, which takes less than a quarter of the instructions of floats.
 #pragma once
 
 #include <cfloat>
@@ -81,9 +81,10 @@ struct WarpVector {
     return usable ? amax / kLargest : bits <= kFiniteBits ? 0.0f : port::float_of(kNaNBits);
   }
 
-  // As multiples of a power of two, in digits: word d of a quad has digit d, from -128 to 127, of its four elements,
-  // the lowest first. Returns the power: 2^22 times it is more than the largest magnitude; NaN if that is not finite.
-  SSD_DEVICE float digits(uint32_t words[kQuads][3]) const {
+  // As 256ths of a power of two, in digits: word d of a quad has digit d, from -128 to 127, of its four elements, the
+  // 256ths first: without those, elements are rounded to multiples of the power. Returns the power: 2^22 times it is
+  // more than the largest magnitude; NaN if that is not finite.
+  SSD_DEVICE float digits(uint32_t words[kQuads][kQueryDigits]) const {
     constexpr int kBits = 21, kMantissa = 23, kBias = 127;
     const int32_t bits = magnitude(), exponent = larger(bits >> kMantissa, kBits + 1);
     const float inverse = port::float_of((kBits + 2 * kBias - exponent) << kMantissa);
@@ -92,11 +93,13 @@ struct WarpVector {
       uint32_t n[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i)  // a digit of 128 and more is one below 0, and 1 more for the next
-        n[i] = (static_cast<uint32_t>(port::nearest(x[quad][i] * inverse)) + 0x8080u) ^ 0x8080u;
+        n[i] = (static_cast<uint32_t>(port::nearest(x[quad][i] * inverse * 256.0f)) + 0x808080u) ^ 0x808080u;
       const uint32_t low01 = port::permute(n[0], n[1], 0x5140), low23 = port::permute(n[2], n[3], 0x5140);
+      const uint32_t high01 = port::permute(n[0], n[1], 0x7362), high23 = port::permute(n[2], n[3], 0x7362);
       words[quad][0] = port::permute(low01, low23, 0x5410);
       words[quad][1] = port::permute(low01, low23, 0x7632);
-      words[quad][2] = port::permute(port::permute(n[0], n[1], 0x0062), port::permute(n[2], n[3], 0x0062), 0x5410);
+      words[quad][2] = port::permute(high01, high23, 0x5410);
+      words[quad][3] = port::permute(high01, high23, 0x7632);
     }
     return port::float_of(bits <= kFiniteBits ? (exponent - kBits) << kMantissa : kNaNBits);
   }

@@ -144,4 +144,5 @@ def test_each_changed_source_is_noticed(kernel: planted.Kernel, change: tuple[pl
     _case("ptx")
     backends.get("ptx").extension()
     with planted.changed(kernel, change, tmp_path):
-        assert planted.noticed([*planted.runs(kernel), lambda: planted.ties(kernel)]) is not None
+        assert planted.noticed([*planted.runs(kernel), lambda: planted.ties(kernel),
+                                lambda: planted.halves(kernel)]) is not None

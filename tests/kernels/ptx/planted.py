@@ -75,6 +75,15 @@ def ties(kernel: Kernel) -> object:
     return [pair.step(q=queries, k=-loud[:, :, 0]) for _ in range(9)]
 
 
+def halves(kernel: Kernel) -> object:
+    """A key that lies between bytes, where bytes are what is stored."""
+    pair = Pair(CachePlan([[HeadSpec.full()] * 2]), kernel.case, group=kernel.group, head_dim=32, max_prompt=1, steps=1,
+                dtype=kernel.dtype)
+    keys = (torch.arange(32) - 15.5).expand(2, 2, 32).clone()
+    keys[..., 0] = 127.0  # 1 a byte
+    return pair.step(k=keys)
+
+
 def triton_runs() -> list[Callable[[], object]]:
     """The same for Triton's kernels."""
     def pair(row_buffer: int, keep_prompt: bool) -> object:
@@ -190,7 +199,7 @@ CHANGES_TO_BYTES: dict[str, tuple[Change, ...]] = {
     "scales that stay behind": (("evict.cuh", "head.value_scales[to] = value_scale;", ""),),
     "scales of absent tokens": (("attend.cuh", "layer.value_scales) + slot,\n                          j < count);",
                                  "layer.value_scales) + slot, true);"),),
-    "a digit too few": (("attend.cuh", "65536.0f * static_cast<float>(sums[2])", "0.0f"),),
+    "a digit too few": (("attend.cuh", "256 * sums[2] + sums[1]", "sums[1]"),),
     "halves rounded up": (("port.cuh", "__float2int_rn(x)", "__float2int_rd(x + 0.5f)"),),
 }
 
