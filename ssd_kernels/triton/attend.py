@@ -53,25 +53,30 @@ def attend_matrices(q, keys, values, prompt_keys, prompt_values, key_scales, val
     HALVES: tl.constexpr = (D_PAD + PART_DIM - 1) // PART_DIM
     DIM: tl.constexpr = D_PAD // HALVES
     PARTS: tl.constexpr = WARPS // HALVES
-    member, warp = tl.arange(0, GROUP_PAD), tl.arange(0, WARPS)
+    # In 8 bits a weight's two roundings are rows of one product: releases of Triton differ in what they make of bytes
+    # that are used twice. Rows beyond the group's repeat its queries.
+    ROWS: tl.constexpr = 2 * GROUP_PAD if INT8 else GROUP_PAD
+    member, warp = tl.arange(0, ROWS), tl.arange(0, WARPS)
     SLOTS: tl.constexpr = INT8_PART_SLOTS if INT8 else PART_SLOTS
     WORD: tl.constexpr = 4 if INT8 else 1  # elements of a slab that are read as one
     WORDS: tl.constexpr = DIM // WORD
     word = (warp % HALVES * WORDS)[:, None, None] + tl.arange(0, WORDS)[None, None, :]  # [WARPS, 1, WORDS]
     own = (warp // HALVES * SLOTS)[:, None] + tl.arange(0, SLOTS)[None, :]  # [WARPS, SLOTS]
     stores = (warp % HALVES == 0)[:, None]
-    q = tl.permute(tl.reshape(q, [GROUP_PAD, HALVES, DIM]), (1, 0, 2))
-    q = tl.reshape(tl.broadcast_to(q[None], [PARTS, HALVES, GROUP_PAD, DIM]), [WARPS, GROUP_PAD, DIM])
     if INT8:
-        q = tl.permute(tl.reshape(q, [WARPS, GROUP_PAD, WORDS, 4]), (0, 1, 3, 2))  # as the keys' words are taken apart
-        q = tl.reshape(q, [WARPS, GROUP_PAD, DIM])
+        q = tl.reshape(tl.broadcast_to(q[None], [2, GROUP_PAD, D_PAD]), [ROWS, D_PAD])
+    q = tl.permute(tl.reshape(q, [ROWS, HALVES, DIM]), (1, 0, 2))
+    q = tl.reshape(tl.broadcast_to(q[None], [PARTS, HALVES, ROWS, DIM]), [WARPS, ROWS, DIM])
+    if INT8:
+        q = tl.permute(tl.reshape(q, [WARPS, ROWS, WORDS, 4]), (0, 1, 3, 2))  # as the keys' words are taken apart
+        q = tl.reshape(q, [WARPS, ROWS, DIM])
         keys, values = keys.to(tl.pointer_type(tl.int32)), values.to(tl.pointer_type(tl.int32))
         if SHARED:
             prompt_keys = prompt_keys.to(tl.pointer_type(tl.int32))
             prompt_values = prompt_values.to(tl.pointer_type(tl.int32))
-    highest = tl.full([WARPS, GROUP_PAD], LEAST_FLOAT, tl.float32)
-    norm = tl.zeros([WARPS, GROUP_PAD], tl.float32)
-    acc = tl.zeros([WARPS, GROUP_PAD, DIM], tl.float32)
+    highest = tl.full([WARPS, ROWS], LEAST_FLOAT, tl.float32)
+    norm = tl.zeros([WARPS, ROWS], tl.float32)
+    acc = tl.zeros([WARPS, ROWS, DIM], tl.float32)
     for start in tl.range(0, total, PARTS * SLOTS, num_stages=STAGES):
         index = start + own
         live = index < total
@@ -90,11 +95,11 @@ def attend_matrices(q, keys, values, prompt_keys, prompt_values, key_scales, val
                                                apart, live, SHARED)
             # Exact in either type. float16 could not hold weights times the scales of small values.
             k, v = words_as_numbers(k, q.dtype, WORDS), words_as_numbers(v, tl.bfloat16, LANES)
-        logit = tl.dot(q, tl.permute(k, (0, 2, 1)))  # [WARPS, GROUP_PAD, SLOTS]
+        logit = tl.dot(q, tl.permute(k, (0, 2, 1)))  # [WARPS, ROWS, SLOTS]
         if HALVES > 1:
-            both = tl.sum(tl.reshape(logit, [PARTS, HALVES, GROUP_PAD, SLOTS]), 1)
-            logit = tl.broadcast_to(both[:, None], [PARTS, HALVES, GROUP_PAD, SLOTS])
-            logit = tl.reshape(logit, [WARPS, GROUP_PAD, SLOTS])
+            both = tl.sum(tl.reshape(logit, [PARTS, HALVES, ROWS, SLOTS]), 1)
+            logit = tl.broadcast_to(both[:, None], [PARTS, HALVES, ROWS, SLOTS])
+            logit = tl.reshape(logit, [WARPS, ROWS, SLOTS])
         if INT8:
             logit *= key_scale[:, None, :]
         logit *= scale
@@ -112,9 +117,16 @@ def attend_matrices(q, keys, values, prompt_keys, prompt_values, key_scales, val
         # One rounding to 16 bits would be an error of the weights as large as that of the whole result may be.
         high = weight.to(v.dtype)
         low = (weight - high.to(tl.float32)).to(v.dtype)
-        acc = tl.dot(low, v, tl.dot(high, v, acc * fade[:, :, None]))
+        acc *= fade[:, :, None]
+        if INT8:
+            acc = tl.dot(tl.where((member < GROUP_PAD)[None, :, None], high, low), v, acc)
+        else:
+            acc = tl.dot(low, v, tl.dot(high, v, acc))
         highest = new_highest
     if INT8:
+        highest = tl.max(tl.reshape(highest, [WARPS, 2, GROUP_PAD]), 1)
+        norm = tl.max(tl.reshape(norm, [WARPS, 2, GROUP_PAD]), 1)
+        acc = tl.sum(tl.reshape(acc, [WARPS, 2, GROUP_PAD, DIM]), 1)
         acc = tl.permute(tl.reshape(acc, [WARPS, GROUP_PAD, 4, WORDS // LANES, LANES]), (0, 1, 4, 3, 2))
         acc = tl.reshape(acc, [WARPS, GROUP_PAD, DIM])
     if HALVES > 1:
