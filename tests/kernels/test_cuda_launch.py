@@ -75,7 +75,8 @@ def launch_items(layout: LayerLayout, alternating: bool = False) -> list[list[in
     extension = build.module()
     heads = len(layout.heads)
     layer = extension.CUDALayer(*[0] * 7, 0, 1, heads, 32, layout.slots, layout.scored_slots, layout.max_prompt,
-                                layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt, 0, 0, 0, 0, False)
+                                layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt, *[0] * 4, False,
+                                *[0] * 4)
     parts = count_parts(layout, heads, extension.CUDA_PART_SLOTS)
     table, items = layout.table(), torch.empty((parts, extension.CUDA_ITEM_WORDS), dtype=torch.int32)
     layer.list_items(table.data_ptr(), alternating, items.data_ptr())
