@@ -235,8 +235,10 @@ def test_plan_of_a_policy_is_measured(tmp_path: Path):
                      "--out", str(out))
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["contender"]["name"] for line in lines] == [kernel.READ, "ssd_kernels cpu: the plan"]
-    assert lines[1]["point"]["lengths"] == [24 + 57] * 2  # 10% of 576, the new token included
+    assert [line["contender"]["name"] for line in lines] == 2 * [kernel.READ, "ssd_kernels cpu: the plan"]
+    assert [line["contender"]["kv_format"] for line in lines[1::2]] == ["auto", "int8"]
+    for line in lines:
+        assert line["point"]["lengths"] == [24 + 57] * 2  # 10% of 576, the new token included
     assert out.read_text() == result.stdout
 
 

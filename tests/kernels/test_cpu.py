@@ -45,7 +45,6 @@ def test_instruction_set(instruction_set: str, case: Case, dtype: torch.dtype, h
     pair.run(20)
 
 
-@each_format
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
 @pytest.mark.parametrize("head_dim", [40, 72, 128], ids="D{}".format)
 def test_bits_of_8(instruction_set: str, dtype: torch.dtype, head_dim: int) -> None:
