@@ -153,6 +153,7 @@ class Batch:
         noise = None if self.noise is None else self.noise.values(self.column)
         return self.sampling.choose(guided(logits, self.scale), noise)
 
+
 class _WatchedPrompts:
     """Collects the prompts of all rows, as an observer wants to see them together."""
 
