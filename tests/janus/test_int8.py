@@ -24,7 +24,8 @@ from ssd_kernels.policies import Raster
 def in_8_bits(vectors: torch.Tensor) -> torch.Tensor:
     """What a cache in 8 bits returns of float32 vectors [..., D]."""
     largest = vectors.abs().amax(-1, keepdim=True)
-    return torch.where(largest == 0, 0, (vectors * (127 / largest)).round() * (largest / 127))
+    limit = torch.full_like(largest, 127)  # a number over a tensor would be its reciprocal times the number
+    return torch.where(largest == 0, 0, (vectors * (limit / largest)).round() * (largest / limit))
 
 
 class Dense:
