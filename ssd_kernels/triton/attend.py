@@ -57,7 +57,7 @@ def attend_matrices(q, keys, values, prompt_keys, prompt_values, key_scales, val
     # that are used twice. Rows beyond the group's repeat its queries.
     ROWS: tl.constexpr = 2 * GROUP_PAD if INT8 else GROUP_PAD
     member, warp = tl.arange(0, ROWS), tl.arange(0, WARPS)
-    SLOTS: tl.constexpr = INT8_PART_SLOTS if INT8 else PART_SLOTS
+    SLOTS: tl.constexpr = INT8_PART_SLOTS if INT8 and HALVES == 1 else PART_SLOTS
     WORD: tl.constexpr = 4 if INT8 else 1  # elements of a slab that are read as one
     WORDS: tl.constexpr = DIM // WORD
     word = (warp % HALVES * WORDS)[:, None, None] + tl.arange(0, WORDS)[None, None, :]  # [WARPS, 1, WORDS]

@@ -10,7 +10,7 @@ MAX_STEPS = 2**20 - 1  # the kernels count programs in the cursor's bits above t
 MAX_HEADS = 2**11 - 1
 MIN_EVICT_BLOCK = 64
 PART_SLOTS = 16  # that a warp multiplies at once: the depth of a product of 16-bit matrices
-INT8_PART_SLOTS = 32  # the same bytes, and sums are rescaled half as often
+INT8_PART_SLOTS = 32  # the same bytes, and sums are rescaled half as often; too many registers where D exceeds 128
 
 
 def power_of_two(n: int) -> int:
@@ -66,9 +66,9 @@ def decode_config(head_dim: int, item_size: int, group: int, evict_block: int, c
     if matrices:
         halves = max(1, dim // 128)
         warps = (2 if evict_block <= 1024 else 4) * halves
-        block = (INT8_PART_SLOTS if int8 else PART_SLOTS) * warps // halves
-        # With fewer, Triton 3.9 spills at 64 and, of what is not in 8 bits, at 128.
-        registers = 168 if dim <= 64 else 200 if int8 and dim <= 128 else 255
+        block = (INT8_PART_SLOTS if int8 and halves == 1 else PART_SLOTS) * warps // halves
+        # With fewer, some release of Triton spills: 3.9 in 16 bits, 3.6 at head_dim 64 in 8 bits.
+        registers = (144 if int8 and group == 1 else 168) if dim <= 64 else 200 if int8 and dim <= 128 else 255
     else:
         warps = 4 if group <= 4 else 8
         block = max(8, (2048 if group == 1 else 1024) // dim)

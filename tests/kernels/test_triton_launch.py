@@ -55,7 +55,8 @@ def test_blocks_fit(head_dim: int, item_size: int, int8: bool, group: int, capab
     ((128, 4, 8, 256, 80), (False, 8, 8, 4, 255)),
     ((128, 2, 1, 256, 90, True), (True, 64, 2, 3, 200)),  # in 8 bits, the same bytes
     ((128, 2, 1, 256, 86, True), (True, 64, 2, 2, 200)),
-    ((64, 2, 1, 256, 80, True), (True, 64, 2, 4, 168)),
+    ((64, 2, 1, 256, 80, True), (True, 64, 2, 4, 144)),
+    ((256, 2, 1, 256, 80, True), (True, 32, 4, 3, 255)),
     ((128, 4, 1, 256, 80, True), (False, 16, 4, 4, 128)),
 ], ids=str)
 def test_variants(arguments: tuple[int, ...], variant: tuple[bool, int, int, int, int]) -> None:

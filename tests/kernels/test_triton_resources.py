@@ -59,6 +59,8 @@ SHAPES: tuple[Shape, ...] = (*((*shape, False) for shape in IN_THEIR_TYPE), *((*
 PREFILLS = ((80, "bf16", 128, 40, True, False, False), (90, "bf16", 128, 600, True, True, False),
             (80, "fp32", 40, 7, False, False, False), (90, "fp16", 64, 300, False, True, False),
             (80, "bf16", 128, 40, True, False, True), (90, "fp32", 256, 300, False, True, True))
+# Of these the release of the record runs more, and another one not.
+FEWEST = {"sm_90 bf16 D64 G1 R24 M256 int8": 7}
 MOST = 40  # instructions of all warps in the loop over kept slots, by slot, of half precision at head_dim 64 and 128
 # architecture: threads, KB of shared memory, both of a multiprocessor; each has 64 K registers.
 MULTIPROCESSORS = {80: (2048, 164), 86: (1536, 100), 89: (1536, 100), 90: (2048, 228)}
@@ -178,7 +180,8 @@ def write() -> None:
     for shape in SHAPES:
         kernel = compiled_for(shape)
         taken = measured(kernel)
-        kernels[name(shape)] = {**taken.as_json(), "programs": running(shape, taken),
+        at_once = min(running(shape, taken), FEWEST.get(name(shape), 99))
+        kernels[name(shape)] = {**taken.as_json(), "programs": at_once,
                                 "instructions_per_slot": instructions_per_slot(shape, kernel)}
     RECORD.write_text(json.dumps({"triton": triton.__version__, "kernels": kernels}, indent=1) + "\n")
 
