@@ -4,6 +4,7 @@
 #   make test      all tests that need no GPU
 #   make simulation  all contract tests of the CUDA and Triton kernels, from their PTX on the CPU; takes long
 #   make gpu       first contact with a CUDA GPU: tests, times, sanitizers, with the Python at hand and offline -> $(OUT)
+#   make serve     answer OpenAI's image clients with the included model, at http://127.0.0.1:8000 -> README.md
 #   make bench     the CPU benchmarks: kernel, decoder steps, pictures -> bench/results/, README.md
 #   make quality   scores and fidelity of the included model, full cache beside compressed -> docs/quality.md
 #   make policies  every policy at every budget, with the included model; long -> docs/policy-results.md
@@ -34,12 +35,16 @@ BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13,<4' ninja 'cmake>=3.24'
 SOURCES     := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/*/*.cpp $(addprefix tests/kernels/*/*.,cpp h cuh))
 
-.PHONY: demo test simulation gpu bench quality policies lint format pins compat newest clean
+.PHONY: demo serve test simulation gpu bench quality policies lint format pins compat newest clean
 
 # Passive waiting: on a busy machine, threads that spin while they wait can turn seconds into minutes.
 demo: export OMP_WAIT_POLICY := passive
 demo: $(VENV)/.built
 	$(BIN)/ssd-janus demo --out demo
+
+serve: export OMP_WAIT_POLICY := passive
+serve: $(VENV)/.built
+	$(BIN)/ssd-janus serve
 
 test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.built

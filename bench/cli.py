@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +59,8 @@ def kernel(
     score: Annotated[bool | None, typer.Option(help="Only plans with scores, or without. Default: both.")] = None,
     row_buffer: Annotated[list[int], typer.Option(help="Steps between evictions; 0 evicts at each.")] = [  # noqa: B006
         0, 24],
+    kv: Annotated[list[str], typer.Option(help="How ours store keys and values: auto, as --dtype says; int8.")] = [  # noqa: B006
+        "auto", "int8"],
     backend: Annotated[list[str] | None, typer.Option(help="Of ours; default all that can run but reference.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only contenders whose name holds this.")] = None,
     device: Device = "auto",
@@ -79,18 +82,19 @@ def kernel(
     where = _device(device, threads)
     _check_out(out)
     _check_backends(backend)
+    _check_formats(kv)
     points: list[Point] = []
     buffers: Sequence[int] = row_buffer
     try:
         if plan is not None or policy is not None:
-            points = list(_planned(plan, layer, policy, budget, row_buffer, heads, batch, head_dim, dtype, prompt,
+            points = list(_planned(plan, layer, policy, budget, row_buffer, kv, heads, batch, head_dim, dtype, prompt,
                                    start))
         else:
             points = [Point.of_lengths(*values, full=full, spread=kind) for *values, kind in
                       itertools.product(batch, heads, head_dim, dtype, mean, spread)]
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
-    options = Options(where, backend, (False, True) if score is None else (score,), buffers, tuple(only or ()),
+    options = Options(where, backend, (False, True) if score is None else (score,), buffers, kv, tuple(only or ()),
                       repetitions, trials)
     lines = _run([(point, lambda point, report: measure(point, options, report)) for point in points], as_json, out)
     raise typer.Exit(any_wrong(lines))
@@ -98,7 +102,7 @@ def kernel(
 
 # What options say nothing, by what decides the lengths: a plan, a policy or the options themselves.
 KERNEL_OPTIONS = {
-    "--plan": ("mean", "full", "spread", "score", "row_buffer", "heads", "budget"),
+    "--plan": ("mean", "full", "spread", "score", "row_buffer", "kv", "heads", "budget"),
     "--policy": ("mean", "full", "spread", "score", "layer"),
     None: ("layer", "budget", "prompt", "start")}
 
@@ -198,6 +202,52 @@ def _decoder(models: list[str], pictures: list[int], dtypes: list[str], start: i
 
     try:
         lines = _run([(what, job) for what in itertools.product(models, dtypes)], as_json, out)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    raise typer.Exit(any(line["status"].startswith("wrong") for line in lines))
+
+
+@app.command()
+@as_command
+def serve(
+    model: Annotated[str, typer.Option(help="included, 1b or 7b (random), or a folder or hub id.")] = "included",
+    capacity: Annotated[int, typer.Option(min=1, help="Most pictures at once.")] = 8,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures that arrive.")] = 32,
+    rate: Annotated[float | None, typer.Option(min=1e-6, help="Arrivals a second. Default: from --load.")] = None,
+    load: Annotated[float, typer.Option(min=0.01, help="Share of what full batches draw that arrives.")] = 0.7,
+    steps: Annotated[int, typer.Option(help="Tokens per picture.")] = 576,
+    budget: Annotated[float, typer.Option(min=0.01, max=1, help="Of the plan; 1 keeps everything.")] = 0.2,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="Of the arrivals.")] = 0,
+    clock: Annotated[str, typer.Option(help="wall, or processor: the process's own time.")] = "wall",
+    device: Device = "auto",
+    threads: Threads = 0,
+    as_json: AsJson = False,
+    out: Out = None,
+) -> None:
+    """Pictures that arrive at random: continuous batching, static batches, one at a time.
+
+    The same arrivals for all (Poisson, an open loop). Exits with 1 when a picture's tokens depend on how it is served.
+    """
+    from .models import load as load_model
+    from .point import DTYPES
+    from .serve import CLOCKS, Setting, measure
+
+    where = _device(device, threads)
+    _check_out(out)
+    for name, value, known in (("--dtype", dtype, DTYPES), ("--clock", clock, CLOCKS)):
+        if value not in known:
+            raise typer.BadParameter(f"must be one of {', '.join(known)}, got {value!r}", param_hint=name)
+
+    def job(name: str, report: Any) -> list[Record]:
+        report(f"loading {name}")
+        loaded, prompt = load_model(name, DTYPES[dtype], where)
+        label = name if not Path(name).is_dir() else Path(name).name
+        setting = Setting(label, dtype, capacity, pictures, steps, rate, load, seed, clock)
+        return measure(loaded, prompt, setting, budget, report)
+
+    try:
+        lines = _run([(model, job)], as_json, out)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     raise typer.Exit(any(line["status"].startswith("wrong") for line in lines))
@@ -357,6 +407,14 @@ def _device(name: str, threads: int) -> torch.device:
     return torch.device(name)
 
 
+def _check_formats(names: Sequence[str]) -> None:
+    from ssd_kernels.kv_format import KV_FORMATS
+
+    for name in names:
+        if name not in KV_FORMATS:
+            raise typer.BadParameter(f"must be one of {', '.join(KV_FORMATS)}, got {name!r}", param_hint="--kv")
+
+
 def _check_backends(names: list[str] | None) -> None:
     from ssd_kernels import backends
 
@@ -367,9 +425,9 @@ def _check_backends(names: list[str] | None) -> None:
 
 
 def _planned(path: Path | None, layer: int, policy: str | None, budgets: Sequence[float], row_buffers: Sequence[int],
-             heads: Sequence[int], batches: Sequence[int], head_dims: Sequence[int], dtypes: Sequence[str],
-             prompt: int, start: int) -> Iterator[Point]:
-    """Points of a plan file, or of a policy at every budget and row buffer."""
+             kv_formats: Sequence[str], heads: Sequence[int], batches: Sequence[int], head_dims: Sequence[int],
+             dtypes: Sequence[str], prompt: int, start: int) -> Iterator[Point]:
+    """Points of a plan file, or of a policy at every budget, row buffer and format."""
     from ssd_janus import ModelShape
     from ssd_kernels import CachePlan
     from ssd_kernels.policies import build
@@ -382,9 +440,10 @@ def _planned(path: Path | None, layer: int, policy: str | None, budgets: Sequenc
     if path is not None:
         plans.append((f"plan {path.name}, layer {layer}", CachePlan.load(path)))
     else:
-        for count, budget, buffer in itertools.product(heads, budgets, row_buffers):
+        for count, budget, buffer, kv_format in itertools.product(heads, budgets, row_buffers, kv_formats):
             made = build(policy or "", ModelShape(1, count, count, 128, 576, 24), budget, buffer)
-            plans.append((f"policy {policy} {budget:.0%}, row buffer {buffer}", made))
+            label = f"policy {policy} {budget:.0%}, row buffer {buffer}" + (", int8" if kv_format == "int8" else "")
+            plans.append((label, replace(made, kv_format=kv_format)))
     for (label, plan), batch, head_dim, dtype in itertools.product(plans, batches, head_dims, dtypes):
         yield Point.of_plan(plan, layer, label, batch, head_dim, dtype, prompt, start, 576)
 

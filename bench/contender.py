@@ -15,6 +15,7 @@ from .timing import Work
 
 # Far more than any last-level cache holds, so that a slab has been evicted by the time its turn comes again.
 COLD_BYTES = 256 * 2**20
+BYTE_SCALE = 4 / 127  # of random vectors in 8 bits
 PART_BYTES = 16 * 2**20  # in one timed repetition on a CPU, so that reading the clock counts for nothing
 NO_WORK = {"empty", "empty_like", "__get__", "__getitem__", "view", "reshape", "expand", "unsqueeze", "squeeze",
            "transpose", "dim", "size", "stride", "data_ptr", "numel", "is_contiguous", "contiguous", "get_num_threads"}
@@ -97,7 +98,7 @@ def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torc
 
 def check_output(out: torch.Tensor, q: torch.Tensor, kept: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]],
                  rows: Sequence[int]) -> None:
-    """Compare ``out [B, H, D]`` with float64 attention of ``q [B, H, D]`` over ``kept(row, head)``.
+    """Compare ``out [B, H, D]`` with float64 attention of ``q [B, H, D]`` over ``kept(row, head)``, as they are read.
 
     Allowed is twice the largest error of the same computation done by torch in the same dtype, plus 1e-5
     (docs/specification.md, section 3.10).
@@ -109,7 +110,8 @@ def check_output(out: torch.Tensor, q: torch.Tensor, kept: Callable[[int, int], 
     for row, head in itertools.product(rows, range(q.shape[1])):
         keys, values = kept(row, head)
         exact = attention(q[row, head].double(), keys.double(), values.double())
-        torchs = (attention(q[row, head], keys, values).double() - exact).abs().max().item()
+        native = attention(q[row, head], keys.to(q.dtype), values.to(q.dtype))
+        torchs = (native.double() - exact).abs().max().item()
         allowed = max(allowed, 2 * torchs + 1e-5)
         errors[row, head] = (out[row, head].double() - exact).abs().max().item()
     for (row, head), error in errors.items():
@@ -180,8 +182,14 @@ class Arena:
 
 
 def fill(tensor: torch.Tensor) -> None:
-    """Random numbers of the normal distribution, a repeated block of them, into a contiguous tensor."""
-    block = torch.randn(min(Arena.BLOCK, tensor.numel()), device=tensor.device).to(tensor.dtype)
+    """Random numbers of the normal distribution, a repeated block of them, into a contiguous tensor.
+
+    Bytes are what a scale of `BYTE_SCALE` makes of them.
+    """
+    block = torch.randn(min(Arena.BLOCK, tensor.numel()), device=tensor.device)
+    if tensor.dtype == torch.int8:
+        block = (block / BYTE_SCALE).round_().clamp_(-127, 127)
+    block = block.to(tensor.dtype)
     flat = tensor.view(-1)
     whole = flat.numel() // block.numel()
     flat[:whole * block.numel()].view(whole, -1).copy_(block.expand(whole, -1))

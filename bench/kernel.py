@@ -27,7 +27,7 @@ class Options:
 
     Attributes:
         device: where. backends: of ours; None for all that can run there but the slow reference.
-        scored, row_buffers: kinds of our plans. only: parts of contenders' names; empty for all.
+        scored, row_buffers, kv_formats: kinds of our plans. only: parts of contenders' names; empty for all.
         repetitions, trials: of the protocol.
         launches: count kernels, for which torch's profiler looks into every contender on a GPU.
     """
@@ -36,6 +36,7 @@ class Options:
     backends: Sequence[str] | None = None
     scored: Sequence[bool] = (False, True)
     row_buffers: Sequence[int] = (0, 24)
+    kv_formats: Sequence[str] = ("auto",)
     only: Sequence[str] = ()
     repetitions: int = REPETITIONS
     trials: int = TRIALS
@@ -55,7 +56,8 @@ def contenders(point: Point, options: Options) -> list[Contender]:
         ValueError: it asks for none of them.
     """
     arena = Arena(point, options.device)
-    found = ours.contenders(point, options.backend_names(), options.scored, options.row_buffers, options.device)
+    found = ours.contenders(point, options.backend_names(), options.scored, options.row_buffers, options.kv_formats,
+                            options.device)
     found += rivals.contenders(point, arena, options.device)
     if options.device.type == "cuda":
         found += rivals_gpu.contenders(point, arena, options.device)
@@ -177,9 +179,12 @@ def share(line: Record) -> float:
 
 
 def ours_of(lines: Sequence[Record]) -> Record | None:
-    """The record that times are compared with: our first with scores and without a row buffer, else our first."""
+    """The record that times are compared with: our first with scores, in full precision and without a row buffer, else
+    our first.
+    """
     mine = [line for line in lines if line["contender"].get("backend") and line["status"] == OK]
-    plain = [line for line in mine if line["contender"]["scored"] and not line["contender"]["row_buffer"]]
+    plain = [line for line in mine if line["contender"]["scored"] and not line["contender"]["row_buffer"]
+             and line["contender"].get("kv_format", "auto") == "auto"]
     return next(iter(plain or mine), None)
 
 

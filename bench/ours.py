@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
 
-from ssd_kernels import CachePlan, CompressedCache
+from ssd_kernels import CachePlan, CompressedCache, backends
+from ssd_kernels.kv_format import decoded, encoded, vector_bytes
 from ssd_kernels.layout import LayerLayout, RowView
+from ssd_kernels.state import LayerState
 from ssd_kernels.triton.launch import step_bytes
 
-from .contender import Built, Contender, WrongResult, check_output, copies_of, fill, sample_rows
+from .contender import BYTE_SCALE, Built, Contender, WrongResult, check_output, copies_of, fill, sample_rows
 from .point import Point, specs
 from .timing import GRAPH_CALLS, REPETITIONS, WARMUP_CALLS, Work
 
 
-def contenders(point: Point, backends: Sequence[str], scored: Sequence[bool], row_buffers: Sequence[int],
-               device: torch.device) -> list[Contender]:
-    """One contender per backend and kind of plan; with `Point.plan`, one per backend."""
+def contenders(point: Point, backend_names: Sequence[str], scored: Sequence[bool], row_buffers: Sequence[int],
+               kv_formats: Sequence[str], device: torch.device) -> list[Contender]:
+    """One contender per backend, kind of plan and format that the backend knows; with `Point.plan`, one per backend."""
     found = []
-    for backend in backends:
+    for backend in backend_names:
         if point.plan is not None:
             found.append(_contender(point, backend, point.plan, point.prompt, point.start, device, "the plan"))
             continue
-        for score in scored:
-            for row_buffer in row_buffers:
-                plan = CachePlan([specs(point.lengths, score, row_buffer)], row_buffer)
-                period = max(row_buffer, 1)
-                name = ("heavy" if score else "window") + (f", row buffer {row_buffer}" if row_buffer else "")
-                start = -(-point.full // period) * period
-                found.append(_contender(point, backend, plan, 0, start, device, name))
+        known = [kv_format for kv_format in kv_formats
+                 if not backends.get(backend).unsupported(device, point.torch_dtype, point.head_dim, kv_format)]
+        for kv_format, score, row_buffer in itertools.product(known, scored, row_buffers):
+            plan = CachePlan([specs(point.lengths, score, row_buffer)], row_buffer, kv_format=kv_format)
+            period = max(row_buffer, 1)
+            name = "heavy" if score else "window"
+            name += (f", row buffer {row_buffer}" if row_buffer else "") + (", int8" if kv_format == "int8" else "")
+            start = -(-point.full // period) * period
+            found.append(_contender(point, backend, plan, 0, start, device, name))
     return found
 
 
@@ -43,10 +48,11 @@ def _contender(point: Point, backend: str, plan: CachePlan, prompt: int, start: 
         does.append(f"refresh every {plan.row_buffer}" if plan.row_buffer > 1 else "evict")
     layout = LayerLayout.build(plan.layers[0], plan, prompt, start + plan.row_buffer + 2)
     one = layout.nbytes(point.batch, point.head_dim, point.torch_dtype)
-    layers, _ = layers_and_passes(point.attend_bytes(), plan.row_buffer)
+    layers, _ = layers_and_passes(point.attend_bytes(kv_format=plan.kv_format), plan.row_buffer)
     return Contender(f"ssd_kernels {backend}: {name}", ", ".join(does), "nothing" if scored else "scores",
                      lambda: Steady(point, backend, plan, prompt, start, device).built(), int(1.1 * layers * one),
-                     backend, {"row_buffer": plan.row_buffer, "scored": scored})
+                     backend,
+                     {"row_buffer": plan.row_buffer, "scored": scored, "kv_format": plan.kv_format})
 
 
 def layers_and_passes(nbytes: int, row_buffer: int) -> tuple[int, int]:
@@ -87,6 +93,15 @@ def filled_positions(layout: LayerLayout, prompt: int, step: int) -> torch.Tenso
     return positions
 
 
+def fill_slots(state: LayerState) -> None:
+    """Random keys, values and scores into all slots of a layer."""
+    fill(state.keys)
+    fill(state.values)
+    for scales in state.scales:
+        scales.fill_(BYTE_SCALE)
+    state.scores.uniform_()
+
+
 def steady_state(cache: CompressedCache, prompt: int, start: int) -> None:
     """Fill every layer of a cache with random tokens as after ``prompt`` prompt and about ``start`` visual ones.
 
@@ -95,9 +110,7 @@ def steady_state(cache: CompressedCache, prompt: int, start: int) -> None:
     period, layers = max(cache.plan.row_buffer, 1), cache.plan.num_layers
     for layer, state in enumerate(cache._layers):
         step = start // period * period + phase(layer, layers, period)
-        fill(state.keys)
-        fill(state.values)
-        state.scores.uniform_()
+        fill_slots(state)
         state.positions.copy_(filled_positions(state.layout, prompt, step).expand_as(state.positions))
         state.cursors.copy_(torch.tensor([prompt, step], dtype=torch.int32).expand_as(state.cursors))
 
@@ -113,7 +126,7 @@ class Steady:
                  device: torch.device) -> None:
         self.point, self.prompt, self.start = point, prompt, start
         self.period = max(plan.row_buffer, 1)
-        layers, self.passes = layers_and_passes(point.attend_bytes(), plan.row_buffer)
+        layers, self.passes = layers_and_passes(point.attend_bytes(kv_format=plan.kv_format), plan.row_buffer)
         if device.type == "cuda":
             # Many calls in a graph, all at nearly the same fill: starting over costs a GPU little.
             self.passes *= -(-GRAPH_CALLS // (layers * self.passes))
@@ -122,7 +135,7 @@ class Steady:
             warmup = -(-WARMUP_CALLS // (layers * self.passes))
             self.room = self.passes * (REPETITIONS + warmup)
         self.cache = CompressedCache(
-            CachePlan(list(plan.layers) * layers, plan.row_buffer, plan.keep_prompt), batch_size=point.batch,
+            dataclasses.replace(plan, layers=list(plan.layers) * layers), batch_size=point.batch,
             num_query_heads=point.heads, head_dim=point.head_dim, max_prompt=prompt,
             num_visual_tokens=start + self.period + self.room, dtype=point.torch_dtype, device=device, backend=backend)
         self.layers = layers
@@ -130,9 +143,7 @@ class Steady:
             torch.randn(point.batch, point.heads, point.head_dim, device=device).to(point.torch_dtype)
             for _ in range(3))
         for state in self.cache._layers:
-            fill(state.keys)
-            fill(state.values)
-            state.scores.uniform_()
+            fill_slots(state)
         layout = self.cache._layers[0].layout
         self._positions = [filled_positions(layout, prompt, start + self.phase(layer)).to(device)
                            for layer in range(min(layers, self.period))]
@@ -175,7 +186,8 @@ class Steady:
         views = [RowView.of(layout, head, self.prompt, self.start + phase)
                  for head in range(self.point.heads) for phase in range(self.period)]
         slots = sum(view.base + view.evictable + 1 for view in views) / self.period
-        return round(2 * self.point.batch * slots * self.point.head_dim * self.point.torch_dtype.itemsize)
+        stored = vector_bytes(self.cache.plan.kv_format, self.point.head_dim, self.point.torch_dtype)
+        return round(2 * self.point.batch * slots * stored)
 
     def built(self) -> Built:
         # What a picture of the point's size takes; here the slabs of full heads are longer, for room to time in.
@@ -198,15 +210,15 @@ class Steady:
         rows, cache = sample_rows(self.point.batch), self.cache
         late = max(range(self.layers), key=self.phase)  # the layer that refreshes soonest
         oracle = CompressedCache(
-            CachePlan([cache.plan.layers[late]], cache.plan.row_buffer, cache.plan.keep_prompt), batch_size=len(rows),
+            dataclasses.replace(cache.plan, layers=[cache.plan.layers[late]]), batch_size=len(rows),
             num_query_heads=self.point.heads, head_dim=self.point.head_dim, max_prompt=cache.max_prompt,
             num_visual_tokens=cache.num_visual_tokens, dtype=torch.float64, backend="reference")
         state, expected = cache._layers[late], oracle._layers[0]
         steps = self.period - self.phase(late) % self.period + 1
         for _ in range(min(steps, self.room)):
             # Scores are taken over, so that rounding does not add up to another choice of victims.
-            for name in ("keys", "values", "scores", "positions", "cursors"):
-                getattr(expected, name).copy_(getattr(state, name)[rows])
+            for target, source in zip(_changing(expected), _changing(state), strict=True):
+                target.copy_(source[rows])
             held = self._held(oracle, rows)
             out = self.decode(late)
             q, k, v = (tensor[rows].double().cpu() for tensor in (self.q, self.k, self.v))
@@ -217,20 +229,23 @@ class Steady:
 
     def _held(self, oracle: CompressedCache, rows: list[int]) -> dict[tuple[int, int],
                                                                      tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values each head attends to in the coming step, in the cache's dtype."""
-        found, state, dtype = {}, oracle._layers[0], self.point.torch_dtype
+        """Keys and values each head attends to in the coming step, in float64 as they are read."""
+        found, state = {}, oracle._layers[0]
+        new = encoded(state.layout.kv_format, self.k.cpu(), self.v.cpu())
         for index, row in enumerate(rows):
             for head, span in enumerate(state.layout.heads):
                 slots = [span.offset + slot for slot in oracle._kept(state, head, index).values()]
-                found[index, head] = tuple(
-                    torch.cat([slab[index, slots].to(dtype), new[row, head, None].cpu()]).to(new.device)
-                    for slab, new in ((state.keys, self.k), (state.values, self.v)))
-        return found  # type: ignore[return-value]
+                held = tuple(torch.cat([slab[index, slots], one[row, head, None].to(slab)])
+                             for slab, one in zip(state.slabs, new, strict=True))
+                keys, values = decoded(held, torch.float64)
+                found[index, head] = keys.to(self.k.device), values.to(self.v.device)
+        return found
 
-    def _check_kept(self, state: object, oracle: CompressedCache, rows: list[int]) -> None:
+    def _check_kept(self, state: LayerState, oracle: CompressedCache, rows: list[int]) -> None:
         small = oracle._layers[0]
-        here = dataclasses.replace(small, **{name: getattr(state, name)[rows].cpu() for name in  # type: ignore[arg-type]
-                                             ("keys", "values", "positions", "cursors")})
+        names = [name for name in ("keys", "values", "key_scales", "value_scales", "positions", "cursors")
+                 if getattr(small, name) is not None]
+        here = dataclasses.replace(small, **{name: getattr(state, name)[rows].cpu() for name in names})
         if not torch.equal(here.cursors, small.cursors):
             raise WrongResult(f"cursors are {here.cursors.tolist()}, expected {small.cursors.tolist()}")
         for index, row in enumerate(rows):
@@ -239,8 +254,13 @@ class Steady:
                 if set(got) != set(expected):
                     raise WrongResult(f"row {row}, head {head} kept other tokens: {sorted(set(got) ^ set(expected))}")
                 order = sorted(got)
-                for name in ("keys", "values"):
+                for name in names[:-2]:
                     mine = getattr(here, name)[index, [span.offset + got[position] for position in order]]
                     right = getattr(small, name)[index, [span.offset + expected[position] for position in order]]
-                    if not torch.equal(mine.double(), right):
+                    if not torch.equal(mine.to(right), right):
                         raise WrongResult(f"{name} of row {row}, head {head} are not those that were stored")
+
+
+def _changing(state: LayerState) -> tuple[torch.Tensor, ...]:
+    """What a step changes, ``[B, ...]`` each."""
+    return *state.slabs, state.scores, state.positions, state.cursors

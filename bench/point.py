@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from ssd_kernels import CachePlan, HeadSpec
+from ssd_kernels.kv_format import vector_bytes
 from ssd_kernels.layout import LayerLayout, RowView
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,7 +68,7 @@ class Point:
             raise ValueError(f"start must be within 0 .. {tokens - 1}, got {start}")
         period = max(plan.row_buffer, 1)
         start = start // period * period
-        one = CachePlan([plan.layers[layer]], plan.row_buffer, plan.keep_prompt)
+        one = replace(plan, layers=[plan.layers[layer]])
         layout = LayerLayout.build(one.layers[0], one, prompt, start + 2 * period)
         lengths = []
         for head in range(one.num_heads):
@@ -88,10 +89,11 @@ class Point:
     def longest(self) -> int:
         return max(self.lengths)
 
-    def attend_bytes(self, slots: int | None = None) -> int:
+    def attend_bytes(self, slots: int | None = None, kv_format: str = "auto") -> int:
         """Bytes of the keys and values of ``slots`` per row (None: those kept), of the queries and of the output."""
         held = sum(self.lengths) if slots is None else slots
-        return 2 * self.batch * (held + self.heads) * self.head_dim * self.torch_dtype.itemsize
+        vector, stored = (vector_bytes(kind, self.head_dim, self.torch_dtype) for kind in ("auto", kv_format))
+        return 2 * self.batch * (held * stored + self.heads * vector)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; the plan by its label only."""

@@ -30,11 +30,13 @@ KERNEL_POINT = object_of({**SIZES, "heads": positive, "head_dim": positive, "mea
                           "lengths": list_of(positive, 1)}, others=True)
 DECODER_POINT = object_of({**SIZES, "rows": positive, "steps": positive, "start": maybe(count), "batch_is": TEXT},
                           others=True)
-POINTS = {"kernel": KERNEL_POINT, "step": DECODER_POINT, "image": DECODER_POINT}
+SERVE_POINT = object_of({**SIZES, "pictures": positive, "steps": positive, "rate": positive, "seed": count,
+                         "clock": TEXT}, others=True)
+POINTS = {"kernel": KERNEL_POINT, "step": DECODER_POINT, "image": DECODER_POINT, "serve": SERVE_POINT}
 OURS = object_of({"backend": TEXT, "row_buffer": count}, others=True)
 CONTENDERS = {"kernel": object_of({"name": TEXT}, {"does": TEXT, "scored": Field.boolean}, others=True),
               "step": object_of({"name": TEXT, "backend": maybe(TEXT)}, {"budget": number}, others=True)}
-CONTENDERS["image"] = CONTENDERS["step"]
+CONTENDERS["image"] = CONTENDERS["serve"] = CONTENDERS["step"]
 SECONDS = object_of({"median": positive, "best": positive, "spread": number, "trials": list_of(positive, 1)})
 KERNEL_FIGURES = object_of({"seconds": SECONDS, "ceiling": object_of({"read": positive, "copy": positive}),
                             "bytes": object_of(dict.fromkeys(("useful", "read", "allocated"), positive)),
@@ -43,7 +45,10 @@ DECODER_FIGURES = object_of(
     {"seconds": SECONDS, "bytes": object_of({"cache": count, "peak": maybe(count)})},
     {"split": object_of(dict.fromkeys(("linear", "attention", "rest"), number)), "by_row": list_of(positive, 1),
      "loop_seconds": positive}, others=True)
-FIGURES = {"kernel": KERNEL_FIGURES, "step": DECODER_FIGURES, "image": DECODER_FIGURES}
+WAITS = object_of(dict.fromkeys(("mean", "p50", "p99"), number))
+SERVE_FIGURES = object_of({"seconds": SECONDS, "rate": positive, "drawn_at_once": number,
+                           "to": object_of(dict.fromkeys(("start", "first_row", "picture"), WAITS))}, others=True)
+FIGURES = {"kernel": KERNEL_FIGURES, "step": DECODER_FIGURES, "image": DECODER_FIGURES, "serve": SERVE_FIGURES}
 
 
 def record(kind: str, machine: dict[str, Any], point: dict[str, Any], contender: dict[str, Any],
@@ -51,7 +56,7 @@ def record(kind: str, machine: dict[str, Any], point: dict[str, Any], contender:
     """A line of a result file.
 
     Args:
-        kind: "kernel", "step" or "image". machine: `machine.facts`. point: what was benchmarked.
+        kind: "kernel", "step", "image" or "serve". machine: `machine.facts`. point: what was benchmarked.
         contender: at least its ``name``. result: ``status`` ("ok", or why there is no number), ``seconds``
             (`timing.Timing` as a dict) and whatever the kind adds.
     """

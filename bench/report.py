@@ -13,7 +13,7 @@ from ssd_kernels.reading import read_text
 
 from .plot import figures, render
 from .records import LARGEST, LEFT_OUT, Record, differing
-from .tables import COLUMN_NOTES, DECODER_NOTES, describe, goals, machine_line, markdown, points
+from .tables import COLUMN_NOTES, DECODER_NOTES, SERVE_NOTES, describe, goals, machine_line, markdown, points
 
 BEGIN, END = "<!-- kernel-table:begin -->", "<!-- kernel-table:end -->"
 CAPTIONS = {
@@ -52,7 +52,8 @@ def page(lines: Sequence[Record]) -> str:
     if not lines:
         raise ValueError("there are no results to report")
     groups = sorted(points(lines), key=lambda group: group[0]["kind"] != "kernel")
-    notes = COLUMN_NOTES | (DECODER_NOTES if any(line["kind"] != "kernel" for line in lines) else {})
+    notes = COLUMN_NOTES | (DECODER_NOTES if any(line["kind"] in ("step", "image") for line in lines) else {})
+    notes |= SERVE_NOTES if any(line["kind"] == "serve" for line in lines) else {}
     missing = [describe([line])[0] for line in lines if line["status"].startswith(LEFT_OUT)]
     machines = dict.fromkeys(_machine(line) for line in lines)
     parts = ["<h1>ssd-bench</h1>",

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ssd_kernels.kv_format import KV_FORMATS
+
 from . import machine
 from .kernel import Options, measure
 from .point import Point
@@ -46,7 +48,7 @@ class Job:
 def kernel_jobs() -> Iterator[Job]:
     """Every contender at the main point."""
     for dtype in DTYPES:
-        yield _kernel_job(Point.of_lengths(dtype=dtype), Options())
+        yield _kernel_job(Point.of_lengths(dtype=dtype), Options(kv_formats=KV_FORMATS))
 
 
 def sweep_jobs() -> Iterator[Job]:

@@ -11,6 +11,13 @@ from .records import OK, Record
 DECODER_COLUMNS = ("", "ms/step", "+-", "linear", "attention", "rest", "tok/s", "pict./s", "first..last row",
                    "cache MB", "peak MB", "x transf.", "x full")
 OF_PICTURES = ("pict./s", "first..last row")
+SERVE_COLUMNS = ("", "served/s", "at once", "wait", "p99", "first row", "p99", "picture", "p99")
+SERVE_NOTES = {
+    "served/s": "pictures over the time from the first one's arrival until the last one was there",
+    "at once": "pictures that were drawn at once, on average over the steps",
+    "wait": "seconds from a picture's arrival until its drawing began, median; p99: 99 of 100 waited less",
+    "first row, picture": "seconds from its arrival until its first row and all of it were there",
+}
 DECODER_NOTES = {
     "ms/step": "milliseconds per decoder step: the median of the trials' medians",
     "linear, attention, rest": "milliseconds of a step's parts, from a further run with the clock between them; "
@@ -157,10 +164,32 @@ def decoder_rows(lines: Sequence[Record]) -> list[list[str]]:
     return rows
 
 
+def serve_title(line: Record) -> str:
+    point = line["point"]
+    return (f"{point['pictures']} pictures arrive, {point['rate']:.2f} a second (Poisson, seed {point['seed']}), model "
+            f"{point['label']}, {point['steps']} tokens each, up to {point['batch']} at once, {point['dtype']}, "
+            f"{point['clock']} seconds")
+
+
+def serve_rows(lines: Sequence[Record]) -> list[list[str]]:
+    """One row per way to serve under `SERVE_COLUMNS`."""
+    rows = []
+    for line in lines:
+        if line["status"] != OK:
+            rows.append([f"{line['contender']['name']}: {line['status']}", *[""] * (len(SERVE_COLUMNS) - 1)])
+            continue
+        waits = [line["to"][name][share] for name in ("start", "first_row", "picture") for share in ("p50", "p99")]
+        rows.append([line["contender"]["name"], f"{line['rate']:.2f}", f"{line['drawn_at_once']:.1f}",
+                     *(f"{wait:.1f}" for wait in waits)])
+    return rows
+
+
 def describe(lines: Sequence[Record]) -> tuple[str, Sequence[str], list[list[str]], int]:
     """Title, columns, rows and number of text columns of the records of one point."""
     if lines[0]["kind"] == "kernel":
         return kernel_title(lines[0]), KERNEL_COLUMNS, kernel_rows(lines), 2
+    if lines[0]["kind"] == "serve":
+        return serve_title(lines[0]), SERVE_COLUMNS, serve_rows(lines), 1
     hidden = () if lines[0]["kind"] == "image" else OF_PICTURES
     shown = [number for number, name in enumerate(DECODER_COLUMNS) if name not in hidden]
     rows = [[row[number] for number in shown] for row in decoder_rows(lines)]

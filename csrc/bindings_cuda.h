@@ -75,18 +75,21 @@ inline void bind_cuda(pybind11::module_& module) {
   // (blocks, threads, bytes of shared memory) of a decode step.
   module.def(
       "cuda_decode_launch",
-      [](int32_t batch, int32_t heads, int32_t query_heads, int32_t head_dim, int32_t parts, int32_t largest) {
-        LayerShape shape{};
-        shape.batch = batch;
-        shape.heads = heads;
-        shape.head_dim = head_dim;
+      [](int32_t batch, int32_t heads, int32_t query_heads, int32_t head_dim, int32_t parts, int32_t largest,
+         bool int8) {
+        CacheLayer layer{};
+        layer.shape.batch = batch;
+        layer.shape.heads = heads;
+        layer.shape.head_dim = head_dim;
+        layer.kv_format = int8 ? kInt8 : kAuto;
         const cuda::Launch launch =
-            cuda::decode_launch(shape, query_heads, {nullptr, nullptr, nullptr, nullptr, parts, largest});
+            cuda::decode_launch(layer, query_heads, {nullptr, nullptr, nullptr, nullptr, parts, largest});
         return pybind11::make_tuple(launch.columns * launch.rows, launch.threads, launch.shared_bytes);
       },
-      arg("batch"), arg("heads"), arg("query_heads"), arg("head_dim"), arg("parts"), arg("largest"));
+      arg("batch"), arg("heads"), arg("query_heads"), arg("head_dim"), arg("parts"), arg("largest"),
+      arg("int8") = false);
   module.def("cuda_blocks_per_multiprocessor", &cuda::blocks_per_multiprocessor, arg("capability"), arg("head_dim"),
-             arg("group"));
+             arg("group"), arg("int8") = false);
   module.attr("CUDA_PART_SLOTS") = cuda::kPartSlots;
   module.attr("CUDA_ITEM_WORDS") = sizeof(cuda::LaunchItem) / sizeof(int32_t);
   module.attr("CUDA_MAX_PARTS") = cuda::kMaxParts;

@@ -331,6 +331,22 @@ class CompressedCache:
             self._shares[layer].release(indices)
             self._restart(layer, indices)
 
+    def finish(self, rows: Sequence[int] | torch.Tensor) -> None:
+        """Let all layers of ``rows`` take no more steps until they restart: GPU backends leave them as they are from
+        now on, and what `decode` returns for them means nothing; on a CPU it raises.
+
+        So a row costs nothing while others go on, in a captured step too. Their shared prompts are free.
+
+        Raises:
+            TypeError, ValueError: ``rows`` are not distinct rows.
+        """
+        indices = self._rows(rows)
+        at = torch.tensor(indices, dtype=torch.long, device=self.device)
+        for layer, state in enumerate(self._layers):
+            state.cursors[:, 1].index_fill_(0, at, self.num_visual_tokens)
+            self._shares[layer].release(indices)
+            self._restart(layer, indices, finished=True)
+
     @staticmethod
     def _view(state: LayerState, head: int, row: int) -> RowView:
         prompt_len, step = state.cursors[row].tolist()
@@ -346,9 +362,9 @@ class CompressedCache:
         positions = [*range(view.unscored), *stored.tolist()]
         return {positions[slot]: slot for slot in slots}
 
-    def _restart(self, layer: int, rows: Sequence[int]) -> None:
+    def _restart(self, layer: int, rows: Sequence[int], finished: bool = False) -> None:
         for row in rows:
-            self._started[layer][row] = self._calls[layer]
+            self._started[layer][row] = KEEP_ALL if finished else self._calls[layer]
         self._last_call[layer] = min(self._started[layer]) + self.num_visual_tokens
 
     def _layer(self, layer: int) -> LayerState:

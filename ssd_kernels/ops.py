@@ -87,6 +87,7 @@ def decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
         ValueError: shapes or the table do not fit together, the backend cannot serve them, or a row has no step left.
     """
     q, k, v = plain("q", q), plain("k", k), plain("v", v)
+    check_memory("keys", keys)  # before others are compared with its shape, which some tensors cannot tell
     shared = _shared(prompt_keys, prompt_values, prompt_of, keys, table, max_prompt)
     scales = _scales(key_scales, value_scales, keys, keys.shape[:2])
     if shared:
@@ -120,6 +121,7 @@ def prefill(k: torch.Tensor, v: torch.Tensor, prompt_lens: torch.Tensor, prompt_
         TypeError, ValueError: shapes, lengths or rows out of range, or the backend cannot serve them.
     """
     k, v = plain("k", k), plain("v", v)
+    check_memory("keys", keys)
     scales = _scales(key_scales, value_scales, keys, keys.shape[:2])
     dtype = k.dtype if scales else keys.dtype
     state = _state(dtype, keys, values, scores, positions, cursors, table, pinned, max_prompt, num_visual_tokens,
@@ -147,8 +149,9 @@ def _state(dtype: torch.dtype, keys: torch.Tensor, values: torch.Tensor, scores:
            num_visual_tokens: int, row_buffer: int, keep_prompt: bool, largest: int, longest: int,
            backend: str, shared: tuple[torch.Tensor, ...] = (), prompt_scores: bool = True,
            scales: tuple[torch.Tensor, ...] = ()) -> LayerState:
-    for name, tensor in (("keys", keys), ("values", values), ("scores", scores), ("positions", positions),
-                         ("cursors", cursors), ("table", table), ("pinned", pinned)):
+    """The layer of the operators' tensors; that ``keys`` is plain has been checked."""
+    for name, tensor in (("values", values), ("scores", scores), ("positions", positions), ("cursors", cursors),
+                         ("table", table), ("pinned", pinned)):
         check_memory(name, tensor)
     for name, tensor, dims in (("keys", keys, 3), ("scores", scores, 2)):
         if tensor.dim() != dims:

@@ -51,8 +51,6 @@ class DenseOracle:
             visible = visible & self.kept[module.layer_idx][:, :, None]
         else:
             self.prompt = attention_mask[:, 0, -1]
-        if query.shape[2] == 1 and self.plan.kv_format == "int8":  # a prompt is computed before it is stored
-            key, value = in_8_bits(key), in_8_bits(value)
         grouped = query.double().unflatten(1, (heads, group))
         logits = grouped @ key.double().unsqueeze(2).transpose(-1, -2) * scaling
         probabilities = logits.masked_fill(~visible[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -104,9 +102,3 @@ class DenseOracle:
                 stay = set(newest + others[:max(spec.size - recent, 0)])
                 for slot in candidates:
                     kept[slot] = slot in stay
-
-
-def in_8_bits(vectors: torch.Tensor) -> torch.Tensor:
-    """What a cache with ``kv_format="int8"`` returns of float32 vectors [..., D]."""
-    largest = vectors.float().abs().amax(-1, keepdim=True)
-    return torch.where(largest == 0, 0, (vectors.float() * (127 / largest)).round() * (largest / 127))

@@ -12,10 +12,14 @@ constexpr int kMaxHeadDim = 256;
 // Counts are padded to whole vectors of the widest instruction set.
 SSD_INLINE int32_t padded(int32_t count) { return (count + 15) / 16 * 16; }
 
+// What a query takes with all that kernels prepare of it.
+SSD_INLINE int32_t query_floats(int32_t head_dim) { return (head_dim + 63) / 64 * 64 + 80; }
+
 // One thread's working memory.
 struct Scratch {
-  float* q;        // [group, head_dim], scaled
+  float* q;        // [group, query_floats(head_dim)], scaled
   float* acc;      // [group, head_dim]
+  float* unit;     // [group], what dot products with q are multiples of
   float* inverse;  // [group], 1 / softmax denominators
   float* logits;   // [group, padded(longest kept set)]
   float* tile;     // [8, head_dim]

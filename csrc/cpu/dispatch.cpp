@@ -19,7 +19,7 @@ struct InstructionSet {
 DecodeItems find(const char* name) {
 #if SSD_KERNELS_HAVE_X86
   if (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
     return avx512::decode_items;
   // Not every compiler knows "f16c", which every processor with AVX2 has.
   if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
@@ -50,17 +50,19 @@ int64_t peak_tokens(int64_t keep, int64_t first, int64_t num_visual_tokens, int6
 class Workspace {
  public:
   Scratch scratch(int64_t group, int64_t head_dim, int64_t longest) {
-    const int64_t query = group * head_dim, logits = group * padded(static_cast<int32_t>(longest));
-    const int64_t inverse = (group + 15) / 16 * 16;
-    const size_t floats = static_cast<size_t>(2 * query + inverse + logits + 8 * head_dim);
+    const int64_t query = group * query_floats(static_cast<int32_t>(head_dim)), acc = group * head_dim;
+    const int64_t logits = group * padded(static_cast<int32_t>(longest));
+    const int64_t heads = (group + 15) / 16 * 16;
+    const size_t floats = static_cast<size_t>(query + acc + 2 * heads + logits + 8 * head_dim);
     if (floats_.size() < floats) floats_.resize(floats);
     if (ranks_.size() < static_cast<size_t>(2 * longest)) ranks_.resize(static_cast<size_t>(2 * longest));
     float* at = floats_.data();
     Scratch scratch;
     scratch.q = at;
     scratch.acc = at += query;
-    scratch.inverse = at += query;
-    scratch.logits = at += inverse;
+    scratch.unit = at += acc;
+    scratch.inverse = at += heads;
+    scratch.logits = at += heads;
     scratch.tile = at += logits;
     scratch.ranks = ranks_.data();
     return scratch;

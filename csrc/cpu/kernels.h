@@ -33,16 +33,22 @@ struct Decoder {
     int32_t done = 0;
     for (int32_t s = 0; s < item.num_segments; ++s) {
       const Segment segment = item.segments[s];
-      for (int32_t first = 0; first < segment.count; first += kTile) {
-        const int count = smaller(kTile, segment.count - first);
+      for (int32_t first = 0; first < segment.count; first += kTile<T>) {
+        const int count = smaller(kTile<T>, segment.count - first);
         const int32_t slot = segment.begin + first;
         const bool together = slot >= slots.apart || slot + count <= slots.apart;
         if (group == 1 && together) {
           f(slots.at(slot), count, done, [&](int64_t bytes) __attribute__((always_inline)) { ahead.advance(bytes); });
         } else {
           ahead.advance(static_cast<int64_t>(count) * dim * sizeof(T));
-          for (int i = 0; i < count; ++i) widen<T>(slots.at(slot + i), dim, 1.0f, scratch.tile + i * dim);
-          f(static_cast<const float*>(scratch.tile), count, done, [](int64_t) {});
+          if constexpr (kInDigits<T>) {
+            T* tile = reinterpret_cast<T*>(scratch.tile);
+            for (int i = 0; i < count && !together; ++i) std::memcpy(tile + i * dim, slots.at(slot + i), dim);
+            f(together ? slots.at(slot) : tile, count, done, [](int64_t) {});
+          } else {
+            for (int i = 0; i < count; ++i) widen<T>(slots.at(slot + i), dim, 1.0f, scratch.tile + i * dim);
+            f(static_cast<const float*>(scratch.tile), count, done, [](int64_t) {});
+          }
         }
         done += count;
       }
@@ -55,7 +61,7 @@ struct Decoder {
     const int dim = layer.shape.head_dim;
     each_tile(keys, item, [&](auto tile, int count, int32_t done, auto pace) __attribute__((always_inline)) {
       for (int32_t g = 0; g < group; ++g)
-        score_tile<kDim>(scratch.q + g * dim, tile, count, dim, scratch.logits + g * stride + done, pace);
+        score_tile<kDim>(scratch.q + g * query_floats(dim), tile, count, dim, scratch.logits + g * stride + done, pace);
     });
   }
 
@@ -70,18 +76,15 @@ struct Decoder {
     });
   }
 
-  // What stands in logits times the scales of the slots, for types that have some.
-  SSD_ALWAYS_INLINE void apply_scales(const Slots<T>& slots, const Item& item, int32_t stride) {
-    if (!kScaled<T>) return;
-    for (int32_t g = 0; g < group; ++g) {
-      float* logits = scratch.logits + g * stride;
-      for (int32_t s = 0; s < item.num_segments; ++s) {
-        const Segment segment = item.segments[s];
-        const int32_t before = smaller(larger(slots.apart - segment.begin, 0), segment.count);
-        if (before > 0) multiply(slots.prompt_scales + segment.begin, before, logits);
-        multiply(slots.own_scales + (segment.begin + before - slots.apart), segment.count - before, logits + before);
-        logits += segment.count;
-      }
+  // What stands in logits of a query head times `unit` and the scales of the slots.
+  SSD_ALWAYS_INLINE void apply_scales(const Slots<T>& slots, const Item& item, float unit, float* logits) {
+    for (int32_t s = 0; s < item.num_segments; ++s) {
+      const Segment segment = item.segments[s];
+      const int32_t before = smaller(larger(slots.apart - segment.begin, 0), segment.count);
+      if (before > 0) multiply(unit, slots.prompt_scales + segment.begin, before, logits);
+      const float* own = slots.own_scales + (segment.begin + before - slots.apart);
+      multiply(unit, own, segment.count - before, logits + before);
+      logits += segment.count;
     }
   }
 
@@ -179,40 +182,33 @@ struct Decoder {
   // Where the scores and positions of evictable tokens begin.
   SSD_ALWAYS_INLINE int32_t first_evictable(const Item& item) { return item.view.base - item.view.unscored; }
 
-  // Eviction ranks of the evictable tokens [0, count); returns the lowest. The `recent` newest tokens are always the
-  // last `recent` positions, because each of them was protected at every refresh.
+  // Eviction ranks of the evictable tokens [0, count). The `recent` newest tokens are always the last `recent`
+  // positions, because each of them was protected at every refresh.
   template <int kRule>
-  SSD_ALWAYS_INLINE int64_t rank(const Item& item, int32_t count, int64_t* __restrict ranks) {
+  SSD_ALWAYS_INLINE void rank(const Item& item, int32_t count, int64_t* __restrict ranks) {
     const float* __restrict scores = item_scores(layer, item) + first_evictable(item);
     const int32_t* __restrict positions = item_positions(layer, item) + first_evictable(item);
     const int32_t prompt_len = item.view.base + item.view.first;
     const int32_t steps = item.view.step + 1;
     const int32_t protected_from = prompt_len + steps - item.range.recent;
-    int64_t lowest = kProtected;
     for (int32_t i = 0; i < count; ++i) {
       float key = scores[i];
       if (kRule == kMean) key /= static_cast<float>(attended_steps(positions[i], prompt_len, steps));
       const int64_t value = kRule == kPosition ? positions[i] : eviction_rank(key, positions[i]);
       ranks[i] = positions[i] >= protected_from ? kProtected : value;
-      lowest = ranks[i] < lowest ? ranks[i] : lowest;
     }
-    return lowest;
   }
 
-  // Lifts the pinned of the tokens [0, count) above the others; returns the lowest rank. A pass of its own, so that
-  // heads without pinned tokens have nothing to do with it.
-  SSD_ALWAYS_INLINE int64_t lift_pinned(const Item& item, int32_t count, const PinMask& mask, int64_t* ranks) {
+  // Lifts the pinned of the tokens [0, count) above the others. A pass of its own, so that heads without pinned tokens
+  // have nothing to do with it.
+  SSD_ALWAYS_INLINE void lift_pinned(const Item& item, int32_t count, const PinMask& mask, int64_t* ranks) {
     const int32_t* positions = item_positions(layer, item) + first_evictable(item);
     const int32_t prompt_len = item.view.base + item.view.first;
-    int64_t lowest = kProtected;
-    for (int32_t i = 0; i < count; ++i) {
+    for (int32_t i = 0; i < count; ++i)
       if (ranks[i] != kProtected && is_pinned(mask, positions[i], prompt_len)) ranks[i] = pinned_rank(positions[i]);
-      lowest = ranks[i] < lowest ? ranks[i] : lowest;
-    }
-    return lowest;
   }
 
-  SSD_ALWAYS_INLINE int64_t rank_by_rule(const Item& item, int32_t count, int64_t* ranks) {
+  SSD_ALWAYS_INLINE void rank_by_rule(const Item& item, int32_t count, int64_t* ranks) {
     switch (item.range.rule) {
       case kMean:
         return rank<kMean>(item, count, ranks);
@@ -231,11 +227,11 @@ struct Decoder {
     float* scores = item_scores(layer, item) + first_evictable(item);
     int32_t* positions = item_positions(layer, item) + first_evictable(item);
     int64_t* ranks = scratch.ranks;
-    int64_t lowest = rank_by_rule(item, count, ranks);
+    rank_by_rule(item, count, ranks);
     const PinMask mask = pin_mask(layer.shape, layer.pinned, item.head);
     int32_t any_pinned = 0;
     for (int32_t word = 0; word < pin_words(layer.shape); ++word) any_pinned |= mask.words[word];
-    if (any_pinned) lowest = lift_pinned(item, count, mask, ranks);
+    if (any_pinned) lift_pinned(item, count, mask, ranks);
     const auto overwrite = [&](int32_t loser, int32_t winner) {
       move_slot(keys, item.view.base + winner, item.view.base + loser);
       move_slot(values, item.view.base + winner, item.view.base + loser);
@@ -243,6 +239,9 @@ struct Decoder {
       positions[loser] = positions[winner];
     };
     if (count == keep + 1) {
+      // A loop of its own, which compilers turn into vectors.
+      int64_t lowest = kProtected;
+      for (int32_t i = 0; i < count; ++i) lowest = ranks[i] < lowest ? ranks[i] : lowest;
       // Ranks end in the token's position, and positions are distinct.
       const int32_t position = static_cast<int32_t>(lowest);
       int32_t loser = keep;
@@ -278,7 +277,10 @@ struct Decoder {
         rotate(query, item, rotated);
         query = rotated;
       }
-      widen<T>(query, dim, step.scale, scratch.q + g * dim);
+      float* staged = scratch.q + g * query_floats(dim);
+      widen<T>(query, dim, step.scale, staged);
+      scratch.unit[g] = 1.0f;
+      if constexpr (kInDigits<T>) scratch.unit[g] = cut_query<X>(staged, dim);
     }
   }
 
@@ -296,12 +298,19 @@ struct Decoder {
     const int32_t count = item.view.base + item.view.evictable + 1;
     const int32_t stride = padded(count);
     scores_of_keys<kDim>(keys, item, stride);
-    apply_scales(keys, item, stride);
     float* inverse = scratch.inverse;
-    for (int32_t g = 0; g < group; ++g) inverse[g] = softmax_numerators(scratch.logits + g * stride, count, stride);
+    for (int32_t g = 0; g < group; ++g) {
+      float* logits = scratch.logits + g * stride;
+      if (kScaled<T>) apply_scales(keys, item, scratch.unit[g], logits);
+      inverse[g] = softmax_numerators(logits, count, stride);
+    }
     if (item.range.score_offset >= 0) add_scores(item, stride, inverse);
     if (index + 1 < items.end) touch_bookkeeping<T>(layer, item_at(layer, items.row_by_row, index + 1));
-    apply_scales(values, item, stride);
+    for (int32_t g = 0; kScaled<T> && g < group; ++g) {
+      float* weights = scratch.logits + g * stride;
+      apply_scales(values, item, 1.0f, weights);
+      if constexpr (kInDigits<T>) inverse[g] *= cut_weights<T>(weights, count);
+    }
     weighted_values<kDim>(values, item, stride);
 
     const int64_t head = static_cast<int64_t>(item.row) * step.query_heads + item.head * group;

@@ -9,11 +9,14 @@
 
 #include "common/int8.h"
 #include "cpu/simd.h"
+#include "cpu/vnni.h"
 
 namespace ssd {
 namespace {
 
-constexpr int kTile = 8;  // slots scored or accumulated together
+// Slots scored or accumulated together: in digits more, for their sums become floats once per tile.
+template <class T>
+constexpr int kTile = kInDigits<T> ? 32 : 8;
 
 // dot[u] += q . keys[u] over head_dim elements, for kSlots slots `dim` apart.
 template <int kSlots, class T, class Pace>
@@ -92,8 +95,9 @@ SSD_INLINE void accumulate_tile(const float* p, const T* values, int count, int 
   }
 }
 
-SSD_INLINE void multiply(const float* __restrict factors, int count, float* __restrict to) {
-  for (int i = 0; i < count; ++i) to[i] *= factors[i];
+// to[i] *= factor * factors[i].
+SSD_INLINE void multiply(float factor, const float* __restrict factors, int count, float* __restrict to) {
+  for (int i = 0; i < count; ++i) to[i] *= factor * factors[i];
 }
 
 // `dim` elements times `factor`, widened into the lane order of Slot.

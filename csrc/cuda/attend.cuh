@@ -7,17 +7,21 @@
 
 #include <cfloat>
 #include <cmath>
+#include <type_traits>
 
 #include "cuda/decode.h"
+#include "cuda/int8.cuh"
 #include "cuda/item.cuh"
 #include "cuda/port.cuh"
 
 namespace ssd::cuda {
 
-// How slots are shared out to lanes: `lanes` neighbouring lanes read one slot, 16 bytes each and kCopies times.
+// How slots are shared out to lanes: `lanes` neighbouring lanes read kDepth neighbouring slots, of each a chunk and
+// kCopies times.
 template <class T, int kDim>
 struct Geometry {
-  static constexpr int kVector = 16 / sizeof(T);  // elements of a chunk
+  static constexpr int kBytes = kChunkBytes<T, kDim>;
+  static constexpr int kVector = kBytes / sizeof(T);  // elements of a chunk
   static constexpr int kCopies = kDim == 0 && sizeof(T) == 4 ? 2 : 1;
   static constexpr int kDepth = kChunksPerStage / kCopies;  // slots of a lane per stage
   int32_t dim_, lane_bits_;
@@ -32,11 +36,76 @@ struct Geometry {
   SSD_DEVICE int32_t slot_bytes() const { return dim() * static_cast<int32_t>(sizeof(T)); }
 };
 
+// A lane's chunk of a query, and what it makes of a key's: the sum of products, added to a dot product.
+template <class T, int kVector>
+struct QueryChunk {
+  struct Key {
+    float x[kVector];
+    SSD_DEVICE explicit Key(const ChunkOf<kVector * sizeof(T)>& chunk) { port::widen(chunk, x, T{}); }
+    SSD_DEVICE explicit Key(const float* fresh) { memcpy(x, fresh, sizeof x); }
+  };
+  float x[kVector];
+
+  template <class Memory>
+  SSD_DEVICE void load(const Memory& shared, int g, int32_t chunk, bool is_there) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[i] = is_there ? shared.queries[g][chunk * kVector + i] : 0.0f;
+  }
+  SSD_DEVICE void add_products(const Key& key, float& dot) const {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) dot += x[i] * key.x[i];
+  }
+};
+template <int kVector>
+struct QueryChunk<Int8, kVector> {
+  static constexpr int kWords = kVector / 4;
+  struct Key {
+    ChunkOf<kVector> bytes;
+    SSD_DEVICE explicit Key(const ChunkOf<kVector>& chunk) : bytes(chunk) {}
+    SSD_DEVICE explicit Key(const int8_t* fresh) { memcpy(&bytes, __builtin_assume_aligned(fresh, kVector), kVector); }
+  };
+  uint32_t digits[kQueryDigits - 1][kWords];  // all but the lowest, which stays in shared memory
+
+  template <class Memory>
+  SSD_DEVICE void load(const Memory& shared, int g, int32_t chunk, bool is_there) {
+#pragma unroll
+    for (int digit = 1; digit < kQueryDigits; ++digit)
+#pragma unroll
+      for (int i = 0; i < kWords; ++i)
+        digits[digit - 1][i] = is_there ? shared.queries[g][digit][chunk * kWords + i] : 0;
+  }
+  // A digit's sum is at most kVector * 127 * 128. Each of the sums below is at most twice the sum of all products'
+  // magnitudes, so that cancelling digits cost nothing.
+  SSD_DEVICE void add_products(const Key& key, float& dot) const {
+    int32_t sums[kQueryDigits - 1] = {};
+#pragma unroll
+    for (int digit = 0; digit < kQueryDigits - 1; ++digit) sums[digit] = sum(digits[digit], key);
+    dot += static_cast<float>(sums[0]);
+    dot += 256.0f * static_cast<float>(256 * sums[2] + sums[1]);
+  }
+  // Of the lowest digit.
+  template <class Memory>
+  SSD_DEVICE static float lowest_products(const Memory& shared, int g, int32_t chunk, const Key& key) {
+    return static_cast<float>(sum(shared.queries[g][0] + chunk * kWords, key)) / 256.0f;
+  }
+
+ private:
+  SSD_DEVICE static int32_t sum(const uint32_t digit[kWords], const Key& key) {
+    int32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) sum = port::add_products(digit[i], key.bytes.words[i], sum);
+    return sum;
+  }
+};
+
 template <class T, int kDim, int kGroup>
 struct Attention {
   using Shape = Geometry<T, kDim>;
-  using Memory = Shared<kDim ? kDim : kMaxHeadDim, kGroup>;
+  using Memory = Shared<T, kDim, kGroup>;
+  using Chunk = ChunkOf<Shape::kBytes>;
+  using Query = QueryChunk<T, Shape::kVector>;
   static constexpr int kVector = Shape::kVector, kCopies = Shape::kCopies, kDepth = Shape::kDepth;
+  static constexpr bool kInt8 = std::is_same_v<T, Int8>;
 
   const CacheLayer& layer;
   const Item& item;
@@ -50,11 +119,11 @@ struct Attention {
   const int32_t gap;    // item.gap, from `begin` on
   const int32_t apart;  // item.view.apart, from `begin` on
   int32_t tiles;        // of keys; and as many of values
+  int32_t warp_tiles;   // of which this warp reads any token: in the last one it may have nothing to do
   // The first chunk that this lane reads of its first token.
   const char* lane_keys;
   const char* lane_values;
-  // And of its second token of the next tile to copy, up to tile run_end: a copy's address reaches 2 KB either way.
-  const char* next = nullptr;
+  const char* next = nullptr;  // and of the next tile to copy, up to tile run_end
   int32_t run_end = 0;
 
   SSD_DEVICE Attention(const CacheLayer& layer, const Item& item)
@@ -62,31 +131,35 @@ struct Attention {
         item(item),
         shape(layer.shape.head_dim),
         shared(*reinterpret_cast<Memory*>(port::shared_memory())),
-        keys(first_slot(layer.keys)),
-        values(first_slot(layer.values)),
+        keys(static_cast<const T*>(layer.keys) + first_slot() * shape.dim()),
+        values(static_cast<const T*>(layer.values) + first_slot() * shape.dim()),
         begin(item.part * kPartSlots),
         count(larger(smaller(item.total - begin, kPartSlots), 0)),
         appends(item.part == 0),
         gap(item.gap - begin),
         apart(item.view.apart - begin) {
     tiles = whole_tiles(count + tile_tokens() - 1);
-    const int64_t first = static_cast<int64_t>(begin + slot_group()) * shape.slot_bytes() + lane() * 16;
+    const int32_t before = (port::warp_index() * port::kWarp >> shape.lane_bits_) * kDepth;
+    warp_tiles = port::shuffle(static_cast<int32_t>(whole_tiles(larger(count - before, 0) + tile_tokens() - 1)), 0);
+    const int64_t first =
+        static_cast<int64_t>(begin + slot_group() * kDepth) * shape.slot_bytes() + lane() * Shape::kBytes;
     lane_keys = port::whole(reinterpret_cast<const char*>(keys) + first);
     lane_values = port::whole(reinterpret_cast<const char*>(values) + first);
   }
 
   // What the row's own slots are counted from: beside the slab, if the first ones are in a shared prompt.
-  SSD_DEVICE const T* first_slot(const void* slab) const {
-    const int64_t slot = static_cast<int64_t>(item.row) * layer.shape.slots + item.offset - item.view.apart;
-    return static_cast<const T*>(slab) + slot * shape.dim();
+  SSD_DEVICE int64_t first_slot() const {
+    return static_cast<int64_t>(item.row) * layer.shape.slots + item.offset - item.view.apart;
+  }
+  // And those of the shared prompt, in its own slab.
+  SSD_DEVICE int64_t first_prompt_slot() const {
+    return (static_cast<int64_t>(shared.prompt) * layer.shape.heads + item.head) * layer.shape.max_prompt;
   }
 
-  // Bytes from there to what slots of the shared prompt are counted from.
+  // Bytes from the one to the other.
   SSD_DEVICE int64_t to_prompt(bool is_key) const {
-    const LayerShape& sizes = layer.shape;
-    const int64_t slot = (static_cast<int64_t>(shared.prompt) * sizes.heads + item.head) * sizes.max_prompt;
     const char* prompt = static_cast<const char*>(is_key ? layer.prompt_keys : layer.prompt_values);
-    return prompt + slot * shape.slot_bytes() - reinterpret_cast<const char*>(is_key ? keys : values);
+    return prompt + first_prompt_slot() * shape.slot_bytes() - reinterpret_cast<const char*>(is_key ? keys : values);
   }
 
   SSD_DEVICE int32_t lane() const { return port::thread_index() & (shape.lanes() - 1); }  // among those of its slot
@@ -97,8 +170,12 @@ struct Attention {
   SSD_DEVICE int32_t whole_tiles(uint32_t tokens) const { return tokens * shape.lanes() / (kThreads * kDepth); }
   // The token of this part that this thread reads in a tile, maybe beyond the last.
   SSD_DEVICE int32_t token(int32_t tile, int depth) const {
-    return (tile * kDepth + depth) * shape.groups() + slot_group();
+    return tile * tile_tokens() + slot_group() * kDepth + depth;
   }
+  // Of a slot's lanes, each has one logit in the end, or several have the same: then the first of them counts.
+  SSD_DEVICE int32_t lanes_per_depth() const { return shape.lanes() / kDepth; }
+  SSD_DEVICE int32_t own_token(int32_t tile) const { return token(tile, lane() / lanes_per_depth()); }
+  SSD_DEVICE bool owns_token() const { return lane() % lanes_per_depth() == 0; }
   SSD_DEVICE Chunk& staged(int32_t tile, int depth, int copy) const {
     return shared.stages[(tile % kStages * kDepth + depth) * kCopies + copy][port::thread_index()];
   }
@@ -106,15 +183,16 @@ struct Attention {
   // Starts to copy what this thread needs of a tile: of each in turn, keys' tiles coming before values'.
   SSD_DEVICE void copy_tile(int32_t index) {
     if (index == run_end && !start_run(index)) return;
-    const int32_t step = shape.groups() * shape.slot_bytes();
-    const char* from = next;
 #pragma unroll
     for (int depth = 0; depth < kDepth; ++depth)
 #pragma unroll
       for (int copy = 0; copy < kCopies; ++copy)
-        if (has_chunk(copy))
-          port::copy16_async(&staged(index, depth, copy), from + (depth - 1) * step + copy * shape.lanes() * 16);
-    next = from + kDepth * step;
+        if (has_chunk(copy)) port::copy_async<Shape::kBytes>(&staged(index, depth, copy), next + chunk_at(depth, copy));
+    next += tile_tokens() * shape.slot_bytes();
+  }
+  // Bytes from a lane's first chunk of a tile.
+  SSD_DEVICE int32_t chunk_at(int depth, int copy) const {
+    return depth * shape.slot_bytes() + copy * shape.lanes() * Shape::kBytes;
   }
 
   // Finds how many whole tiles lie side by side from this one on. If not even this one does, copies it slot by slot
@@ -133,9 +211,10 @@ struct Attention {
     const int32_t whole = whole_tiles(smaller(until, count));
     if (tile < whole) {
       run_end += whole - tile - 1;
-      next = from + further(first) + shape.groups() * shape.slot_bytes();
+      next = from + further(first);
       return true;
     }
+    if (tile >= warp_tiles) return false;
     if (until >= count)
       copy_slots(index, tile, from + further(first), [](int32_t) { return 0; });
     else
@@ -146,15 +225,14 @@ struct Attention {
   // Zeros arrive of tokens beyond the last, of which nothing is read.
   template <class Offset>
   SSD_DEVICE void copy_slots(int32_t index, int32_t tile, const char* from, Offset further) const {
-    const int32_t step = shape.groups() * shape.slot_bytes();
 #pragma unroll
     for (int depth = 0; depth < kDepth; ++depth) {
       const int32_t j = token(tile, depth);
-      const char* slot = from + depth * step + further(j);
 #pragma unroll
       for (int copy = 0; copy < kCopies; ++copy)
         if (has_chunk(copy))
-          port::copy16_async(&staged(index, depth, copy), slot + copy * shape.lanes() * 16, j < count);
+          port::copy_async<Shape::kBytes>(&staged(index, depth, copy), from + chunk_at(depth, copy) + further(j),
+                                          j < count);
     }
   }
   // Always one group of copies.
@@ -163,19 +241,30 @@ struct Attention {
     port::commit_copies();
   }
 
-  // A chunk of this lane as floats.
-  SSD_DEVICE void load(int32_t tile, int depth, int copy, float to[kVector]) const {
-    port::widen(staged(tile, depth, copy), to, T{});
+  // Starts to copy the scales of the part's tokens, for the threads that will have their logits, and zeros beyond.
+  SSD_DEVICE void fetch_scales() const {
+    if (!owns_token()) return;
+    const int64_t own = first_slot(), prompt = apart > 0 ? first_prompt_slot() : 0;
+#pragma unroll 1
+    for (int32_t tile = 0; tile < tiles; ++tile) {
+      const int32_t j = own_token(tile);
+      const bool is_apart = j < apart;
+      const int64_t slot = is_apart ? prompt + begin + j : own + item.slot_of(begin + j);
+      port::copy_async<4>(shared.logits[0] + j, (is_apart ? layer.prompt_key_scales : layer.key_scales) + slot,
+                          j < count);
+      port::copy_async<4>(shared.value_scales + j, (is_apart ? layer.prompt_value_scales : layer.value_scales) + slot,
+                          j < count);
+    }
   }
 
-  SSD_DEVICE void load_queries(float q[kGroup][kCopies][kVector]) const {
+  // Whether queries have more bits than their upper digits.
+  SSD_DEVICE bool is_fine() const { return layer.dtype == kFloat32; }
+
+  SSD_DEVICE void load_queries(Query q[kGroup][kCopies]) const {
 #pragma unroll
     for (int g = 0; g < kGroup; ++g)
 #pragma unroll
-      for (int copy = 0; copy < kCopies; ++copy)
-#pragma unroll
-        for (int i = 0; i < kVector; ++i)
-          q[g][copy][i] = has_chunk(copy) ? shared.queries[g][chunk(copy) * kVector + i] : 0.0f;
+      for (int copy = 0; copy < kCopies; ++copy) q[g][copy].load(shared, g, chunk(copy), has_chunk(copy));
   }
 
   // Adds up dot [kDepth] over the lanes of a slot. They halve what they hold until each has one depth, which is less
@@ -198,48 +287,65 @@ struct Attention {
 
   // The part's logits into shared memory, -inf for tokens of the last tile that are not there, and the new token's at
   // kNewToken.
-  SSD_DEVICE void attend_keys(const float q[kGroup][kCopies][kVector]) {
-    const int32_t lanes_per_depth = shape.lanes() / kDepth;
+  SSD_DEVICE void attend_keys(const Query q[kGroup][kCopies]) {
 #pragma unroll 1
     for (int32_t tile = 0; tile < tiles; ++tile) {
       port::wait_copies<kStages - 2>();
       fetch(tile + kStages - 1);
+      if (tile >= warp_tiles) break;
       float dot[kGroup][kDepth] = {};
+      if constexpr (kInt8)
+        if (is_fine() && has_chunk(0)) {
 #pragma unroll
-      for (int depth = 0; depth < kDepth; ++depth) {
+          for (int depth = 0; depth < kDepth; ++depth) {
+            const typename Query::Key key(staged(tile, depth, 0));
 #pragma unroll
-        for (int copy = 0; copy < kCopies; ++copy) {
-          if (!has_chunk(copy)) continue;
-          float key[kVector];
-          load(tile, depth, copy, key);
-#pragma unroll
-          for (int g = 0; g < kGroup; ++g)
-#pragma unroll
-            for (int i = 0; i < kVector; ++i) dot[g][depth] += q[g][copy][i] * key[i];
+            for (int g = 0; g < kGroup; ++g) dot[g][depth] = Query::lowest_products(shared, g, chunk(0), key);
+          }
         }
-      }
-      const int32_t j = token(tile, lane() / lanes_per_depth);
+#pragma unroll
+      for (int depth = 0; depth < kDepth; ++depth)
+#pragma unroll
+        for (int copy = 0; copy < kCopies; ++copy)
+          if (has_chunk(copy)) {
+            const typename Query::Key key(staged(tile, depth, copy));
+#pragma unroll
+            for (int g = 0; g < kGroup; ++g) q[g][copy].add_products(key, dot[g][depth]);
+          }
+      const int32_t j = own_token(tile);
+      const bool is_there = owns_token() && j < count;
+      float scale = 1.0f;
+      if constexpr (kInt8) scale = is_there ? shared.logits[0][j] : 0.0f;
 #pragma unroll
       for (int g = 0; g < kGroup; ++g) {
-        const float logit = reduce(dot[g]);
-        if (lane() % lanes_per_depth == 0) shared.logits[g][j] = j < count ? logit : -INFINITY;
+        float logit = reduce(dot[g]);
+        if constexpr (kInt8) logit *= scale * shared.query_scales[g];
+        if (owns_token()) shared.logits[g][j] = is_there ? logit : -INFINITY;
       }
     }
     if (appends) attend_fresh(q);
   }
 
   // All lanes read the new token, and the block's first one keeps the logits.
-  SSD_DEVICE void attend_fresh(const float q[kGroup][kCopies][kVector]) const {
+  SSD_DEVICE void attend_fresh(const Query q[kGroup][kCopies]) const {
+    float dot[kGroup][1] = {};
+#pragma unroll
+    for (int copy = 0; copy < kCopies; ++copy)
+      if (has_chunk(copy)) {
+        const typename Query::Key key(shared.fresh[0] + chunk(copy) * kVector);
+#pragma unroll
+        for (int g = 0; g < kGroup; ++g) {
+          if constexpr (kInt8)
+            if (is_fine()) dot[g][0] = Query::lowest_products(shared, g, chunk(copy), key);
+          q[g][copy].add_products(key, dot[g][0]);
+        }
+      }
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
-      float dot = 0.0f;
-#pragma unroll
-      for (int copy = 0; copy < kCopies; ++copy)
-#pragma unroll
-        for (int i = 0; i < kVector; ++i)
-          if (has_chunk(copy)) dot += q[g][copy][i] * shared.fresh[0][chunk(copy) * kVector + i];
-      for (int mask = shape.lanes() / 2; mask > 0; mask /= 2) dot += port::shuffle_xor(dot, mask);
-      if (port::thread_index() == 0) shared.logits[g][kNewToken] = dot;
+      float logit = dot[g][0];
+      for (int mask = shape.lanes() / 2; mask > 0; mask /= 2) logit += port::shuffle_xor(logit, mask);
+      if constexpr (kInt8) logit *= shared.fresh_scales[0] * shared.query_scales[g];
+      if (port::thread_index() == 0) shared.logits[g][kNewToken] = logit;
     }
   }
 
@@ -271,23 +377,29 @@ struct Attention {
     for (int32_t tile = 0; tile < tiles; ++tile) {
       port::wait_copies<kStages - 2>();
       fetch(tiles + tile + kStages - 1);
-      float weight[kDepth][kGroup];
+      if (tile >= warp_tiles) break;
+      float weight[kGroup][kDepth], scale[kDepth];
+      if constexpr (kInt8) port::load_floats<kDepth>(shared.value_scales + token(tile, 0), scale);
 #pragma unroll
-      for (int depth = 0; depth < kDepth; ++depth)
+      for (int g = 0; g < kGroup; ++g) {
+        port::load_floats<kDepth>(shared.logits[g] + token(tile, 0), weight[g]);
 #pragma unroll
-        for (int g = 0; g < kGroup; ++g)
-          weight[depth][g] = port::power_of_two(shared.logits[g][token(tile, depth)] - highest[g]);
+        for (int depth = 0; depth < kDepth; ++depth) {
+          weight[g][depth] = port::power_of_two(weight[g][depth] - highest[g]);
+          if constexpr (kInt8) weight[g][depth] *= scale[depth];
+        }
+      }
 #pragma unroll
       for (int depth = 0; depth < kDepth; ++depth)
 #pragma unroll
         for (int copy = 0; copy < kCopies; ++copy) {
           if (!has_chunk(copy)) continue;
           float value[kVector];
-          load(tiles + tile, depth, copy, value);
+          port::widen(staged(tiles + tile, depth, copy), value, T{});
 #pragma unroll
           for (int g = 0; g < kGroup; ++g)
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) acc[g][copy][i] += weight[depth][g] * value[i];
+            for (int i = 0; i < kVector; ++i) acc[g][copy][i] += weight[g][depth] * value[i];
         }
     }
   }
@@ -314,7 +426,13 @@ struct Attention {
     float total = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) total += shared.sums[warp][g][e];
-    if (appends) total += port::power_of_two(shared.logits[g][kNewToken] - highest) * shared.fresh[1][e];
+    if (appends) {
+      const float weight = port::power_of_two(shared.logits[g][kNewToken] - highest);
+      if constexpr (kInt8)
+        total += weight * shared.fresh_scales[1] * static_cast<float>(shared.fresh[1][e]);
+      else
+        total += weight * shared.fresh[1][e];
+    }
     return total;
   }
 };

@@ -48,36 +48,53 @@ struct Decoder : Attention<T, kDim, kGroup> {
   // Scores and, where they will be needed, positions of the part's tokens: for the threads that copy them. And what is
   // not in the launch list.
   SSD_DEVICE void fetch_scores() const {
-    if (evicts() && port::thread_index() == 0) port::copy4_async(&shared.recent, &params.layer.heads[item.head].recent);
+    if (evicts() && port::thread_index() == 0)
+      port::copy_async<4>(&shared.recent, &params.layer.heads[item.head].recent);
     if (item.parts > 1) return;
 #pragma unroll 1
     for (int32_t j = port::thread_index(); j < count; j += kThreads) {
       if (j < item.view.unscored) continue;
       const int64_t from = scored_at() + item.slot_of(j);
-      port::copy4_async(shared.scores + j, params.layer.scores + from);
-      if (evicts()) port::copy4_async(shared.positions + j, params.layer.positions + from);
+      port::copy_async<4>(shared.scores + j, params.layer.scores + from);
+      if (evicts()) port::copy_async<4>(shared.positions + j, params.layer.positions + from);
     }
   }
 
-  // Element e of a vector, turned to the new token's position if the step says so, and rounded as it is stored.
-  SSD_DEVICE T element(const T* x, int32_t e) const {
+  // Element e of a vector of the step, turned to the new token's position if the step says so, and rounded as q, k and
+  // v are.
+  template <class E>
+  SSD_DEVICE E element(const E* x, int32_t e) const {
     if (!params.step.cos) return x[e];
+    return turned(x, e, 0);
+  }
+  // Element e + i, both in one half of the vector.
+  template <class E>
+  SSD_DEVICE E turned(const E* x, int32_t e, int i) const {
     const int32_t half = shape.dim() / 2;
     const bool first = e < half;
     const int32_t pair = first ? e : e - half;
     const int64_t angle = static_cast<int64_t>(item.position()) * half + pair;
-    const float cos = params.step.cos[angle], sin = params.step.sin[angle];
-    const float a = port::to_float(x[pair]), b = port::to_float(x[pair + half]);
-    T turned;
-    port::from_float(first ? a * cos - b * sin : b * cos + a * sin, &turned);
-    return turned;
+    const float cos = params.step.cos[angle + i], sin = params.step.sin[angle + i];
+    const float a = port::to_float(x[pair + i]), b = port::to_float(x[pair + half + i]);
+    E result;
+    port::from_float(first ? a * cos - b * sin : b * cos + a * sin, &result);
+    return result;
+  }
+
+  SSD_DEVICE int64_t key_at() const {
+    return item.row * params.step.k_row_stride + item.head * params.step.k_head_stride;
+  }
+  SSD_DEVICE int64_t value_at() const {
+    return item.row * params.step.v_row_stride + item.head * params.step.v_head_stride;
+  }
+  SSD_DEVICE int64_t query_at(int32_t g) const {
+    return item.row * params.step.q_row_stride + (item.head * group() + g) * params.step.q_head_stride;
   }
 
   // Rule 1: the new token into its slot, and its key and value as floats into shared memory.
   SSD_DEVICE void append() const {
-    const DecodeStep& step = params.step;
-    const T* k = static_cast<const T*>(step.k) + item.row * step.k_row_stride + item.head * step.k_head_stride;
-    const T* v = static_cast<const T*>(step.v) + item.row * step.v_row_stride + item.head * step.v_head_stride;
+    const T* k = static_cast<const T*>(params.step.k) + key_at();
+    const T* v = static_cast<const T*>(params.step.v) + value_at();
     const int64_t slot = static_cast<int64_t>(item.new_slot) * shape.dim();
 #pragma unroll 1
     for (int32_t e = port::thread_index(); e < shape.dim(); e += kThreads) {
@@ -91,22 +108,72 @@ struct Decoder : Attention<T, kDim, kGroup> {
 
   // The queries from g0 on, scaled to give logits in base 2, as floats into shared memory.
   SSD_DEVICE void stage_queries(int32_t g0) const {
-    const DecodeStep& step = params.step;
-    const float scale = step.scale * kLog2E;
-    const T* first =
-        static_cast<const T*>(step.q) + item.row * step.q_row_stride + (item.head * group() + g0) * step.q_head_stride;
+    const float scale = params.step.scale * kLog2E;
+    const T* first = static_cast<const T*>(params.step.q) + query_at(g0);
 #pragma unroll 1
     for (int g = 0; g < kGroup; ++g)
 #pragma unroll 1
       for (int32_t e = port::thread_index(); e < shape.dim(); e += kThreads)
         shared.queries[g][e] =
-            g0 + g < group() ? port::to_float(element(first + g * step.q_head_stride, e)) * scale : 0.0f;
+            g0 + g < group() ? port::to_float(element(first + g * params.step.q_head_stride, e)) * scale : 0.0f;
   }
 
-  SSD_DEVICE T* output(int32_t g) const {
+  // Both where slots are bytes. A warp has a vector: the first one the key, the second the value, and queries begin
+  // with the third.
+  SSD_DEVICE void append_and_stage_bytes(int32_t g0) const {
+    using Vector = WarpVector<kWidthOf<kDim>>;
+    const int warp = port::warp_index();
+    const int32_t first = g0 == 0 ? 0 : 2;
+#pragma unroll 1
+    for (int32_t job = first + (warp - first & kWarps - 1); job < kGroup + 2; job += kWarps) {
+      if (job < 2 ? !appends : g0 + job - 2 >= group()) continue;
+      Vector vector;
+      with_type<T>(params.layer.dtype, [&](auto type) {
+        using E = decltype(type);
+        const void* from = job == 0 ? params.step.k : job == 1 ? params.step.v : params.step.q;
+        const E* x = static_cast<const E*>(from) + (job == 0   ? key_at()
+                                                    : job == 1 ? value_at()
+                                                               : query_at(g0 + job - 2));
+        const bool turns = job != 1 && params.step.cos;
+        vector.load(shape.dim(), [&](int32_t e, float* to) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) to[i] = port::to_float(turns ? turned(x, e, i) : x[e + i]);
+        });
+      });
+      if (job < 2) {
+        keep_bytes(vector, job);
+        continue;
+      }
+      uint32_t words[Vector::kQuads][kQueryDigits];
+      const float scale = vector.digits(words);
+#pragma unroll
+      for (int digit = 0; digit < kQueryDigits; ++digit)
+#pragma unroll
+        for (int quad = 0; quad < Vector::kQuads; ++quad)
+          if (Vector::first(quad) < shape.dim())
+            shared.queries[job - 2][digit][Vector::first(quad) / 4] = words[quad][digit];
+      if (port::lane_index() == 0) shared.query_scales[job - 2] = scale * params.step.scale * kLog2E;
+    }
+  }
+
+  // Rule 1 for the new token's key (which 0) or value (1).
+  template <class Vector>
+  SSD_DEVICE void keep_bytes(const Vector& vector, int which) const {
+    T* slot = const_cast<T*>(which == 0 ? keys : values) + static_cast<int64_t>(item.new_slot) * shape.dim();
+    uint32_t words[Vector::kQuads];
+    const float scale = vector.quantise(words);
+    Vector::store(words, shape.dim(), slot);
+    Vector::store(words, shape.dim(), shared.fresh[which]);
+    if (port::lane_index() != 0) return;
+    (which == 0 ? params.layer.key_scales : params.layer.value_scales)[this->first_slot() + item.new_slot] = scale;
+    shared.fresh_scales[which] = scale;
+  }
+
+  SSD_DEVICE void put_output(int32_t g, int32_t e, float value) const {
     const int32_t head = item.head * group() + g;
-    return static_cast<T*>(params.step.out) +
-           (static_cast<int64_t>(item.row) * params.step.query_heads + head) * shape.dim();
+    const int64_t at = (static_cast<int64_t>(item.row) * params.step.query_heads + head) * shape.dim() + e;
+    with_type<T>(params.layer.dtype,
+                 [&](auto type) { port::from_float(value, static_cast<decltype(type)*>(params.step.out) + at); });
   }
 
   // What a split head's part hands over for a query head: [head_dim] sums, maximum, norm.
@@ -121,7 +188,7 @@ struct Decoder : Attention<T, kDim, kGroup> {
 
   // Rule 2 for the query heads g0 .. of the group: their output, or this part's share of it.
   SSD_DEVICE void attend(int32_t g0) {
-    float q[kGroup][Base::kCopies][Base::kVector];
+    typename Base::Query q[kGroup][Base::kCopies];
     this->load_queries(q);
     this->attend_keys(q);
     port::sync_block();
@@ -146,7 +213,7 @@ struct Decoder : Attention<T, kDim, kGroup> {
         if (split)
           split[e] = total;
         else
-          port::from_float(total * inverse[g], output(g0 + g) + e);
+          put_output(g0 + g, e, total * inverse[g]);
       }
       if (split && port::thread_index() == 0) {
         split[shape.dim()] = highest[g];
@@ -230,7 +297,7 @@ struct Decoder : Attention<T, kDim, kGroup> {
             total += sums[i] * weight;
           }
         }
-        port::from_float(total / norm, output(g) + e);
+        put_output(g, e, total / norm);
         if (e == 0) {
           maxima()[g] = highest;
           norms()[g] = norm;
@@ -271,8 +338,17 @@ struct Decoder : Attention<T, kDim, kGroup> {
     if (!evicting) return;
     port::sync_block();
     const int64_t first = static_cast<int64_t>(item.view.base) * shape.dim();
-    const Evictable<T> head{const_cast<T*>(keys) + first, const_cast<T*>(values) + first, scores + item.view.base,
-                            positions + item.view.base};
+    float *key_scales = nullptr, *value_scales = nullptr;
+    if constexpr (Base::kInt8) {
+      key_scales = params.layer.key_scales + this->first_slot() + item.view.base;
+      value_scales = params.layer.value_scales + this->first_slot() + item.view.base;
+    }
+    const Evictable<T> head{const_cast<T*>(keys) + first,
+                            const_cast<T*>(values) + first,
+                            scores + item.view.base,
+                            positions + item.view.base,
+                            key_scales,
+                            value_scales};
     evict(head, item.view.evictable + 1, item.keep, shape.dim(), ranks(), lists(), counts(), &shared.moves);
   }
 
@@ -280,6 +356,7 @@ struct Decoder : Attention<T, kDim, kGroup> {
   SSD_DEVICE void start(bool with_scores) {
     this->run_end = 0;
     this->copy_tile(0);
+    if constexpr (Base::kInt8) this->fetch_scales();
     if (with_scores) fetch_scores();
     port::commit_copies();
 #pragma unroll 1
@@ -288,9 +365,13 @@ struct Decoder : Attention<T, kDim, kGroup> {
 
   SSD_DEVICE void run() {
     start(scored());
-    if (appends) append();
+    if constexpr (!Base::kInt8)
+      if (appends) append();
     for (int32_t g0 = 0;;) {
-      stage_queries(g0);
+      if constexpr (Base::kInt8)
+        append_and_stage_bytes(g0);
+      else
+        stage_queries(g0);
       if (g0 == 0) advance(params, item, item.view.step + 1);
       port::sync_block();
       attend(g0);
@@ -316,15 +397,17 @@ struct Decoder : Attention<T, kDim, kGroup> {
   // The whole output of a row or head that cannot be stepped.
   SSD_DEVICE static void clear(const DecodeParams& params, const Item& item) {
     const int64_t first = static_cast<int64_t>(item.row) * params.step.query_heads + item.head * params.group;
-    T* out = static_cast<T*>(params.step.out) + first * params.layer.shape.head_dim;
+    const int64_t begin = first * params.layer.shape.head_dim;
+    with_type<T>(params.layer.dtype, [&](auto type) {
 #pragma unroll 1
-    for (int32_t e = port::thread_index(); e < params.group * params.layer.shape.head_dim; e += kThreads)
-      port::from_float(0.0f, out + e);
+      for (int32_t e = port::thread_index(); e < params.group * params.layer.shape.head_dim; e += kThreads)
+        port::from_float(0.0f, static_cast<decltype(type)*>(params.step.out) + begin + e);
+    });
   }
 };
 
 template <class T, int kDim, int kGroup>
-SSD_KERNEL(kThreads, blocks_per_multiprocessor(port::kCapability, kDim, kGroup))
+SSD_KERNEL(kThreads, blocks_per_multiprocessor(port::kCapability, kDim, kGroup, std::is_same_v<T, Int8>))
 decode_kernel(const DecodeParams params) {
   using Block = Decoder<T, kDim, kGroup>;
   auto& shared = *reinterpret_cast<typename Block::Memory*>(port::shared_memory());

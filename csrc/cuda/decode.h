@@ -15,6 +15,7 @@ constexpr int kChunksPerStage = 4;       // of 16 bytes, per thread
 constexpr int kPartSlots = 256;          // kept tokens that one block attends to
 constexpr int kNewToken = kPartSlots;    // its index behind those
 constexpr int kTokens = kPartSlots + 4;  // room for both
+constexpr int kQueryDigits = 4;          // of 8 bits, for products with bytes
 constexpr int kGroupBlock = 4;           // query heads that read a slot together
 constexpr int kMaxHeadDim = 256;
 
@@ -86,7 +87,7 @@ struct Launch {
   int32_t shared_bytes;
 };
 
-Launch decode_launch(const LayerShape& shape, int32_t query_heads, const Workspace& workspace);
+Launch decode_launch(const CacheLayer& layer, int32_t query_heads, const Workspace& workspace);
 Launch prefill_launch(const LayerShape& shape, const Prefill& prompts);
 
 // The launch items of a layer, [parts] of them, from its head table [heads]: all parts of a head side by side. The
@@ -120,12 +121,33 @@ struct alignas(16) Turn {
   int32_t goes_on;  // whether there is a step left, and the cursor can be right
 };
 
-// Shared memory of the decode kernel. kWidth: at least the head_dim. What is used after the attention lies where the
-// stages were: sums, and behind them the arrays of ranking_bytes, whose length only the layer knows.
+// How a block that serves any head_dim (kDim 0) lays out vectors: at least so many elements, and so many bytes a copy:
+// 8 divide every vector of bytes.
+template <int kDim>
+constexpr int kWidthOf = kDim ? kDim : kMaxHeadDim;
+template <class T, int kDim>
+constexpr int kChunkBytes = kDim == 0 && sizeof(T) == 1 ? 8 : 16;
+
+// The new token's key and value, and queries that are scaled to give logits in base 2.
+template <class T, int kWidth, int kGroup>
+struct StepVectors {
+  float fresh[2][kWidth];
+  float queries[kGroup][kWidth];
+};
+// In 8 bits: bytes, and queries as WarpVector::digits gives them, with the scales of both.
 template <int kWidth, int kGroup>
-struct Shared {
-  float fresh[2][kWidth];         // key and value of the new token
-  float queries[kGroup][kWidth];  // scaled
+struct alignas(16) StepVectors<Int8, kWidth, kGroup> {
+  int8_t fresh[2][kWidth];
+  uint32_t queries[kGroup][kQueryDigits][kWidth / 4];
+  float value_scales[kPartSlots];  // of the part's tokens; those of keys lie where logits will
+  float query_scales[kGroup];
+  float fresh_scales[2];
+};
+
+// Shared memory of the decode kernel. What is used after the attention lies where the stages were: sums, and behind
+// them the arrays of ranking_bytes, whose length only the layer knows.
+template <class T, int kDim, int kGroup>
+struct Shared : StepVectors<T, kWidthOf<kDim>, kGroup> {
   float logits[kGroup][kTokens];  // in base 2
   float scores[kTokens];          // before this step, then with what the tokens have gained
   int32_t positions[kTokens];
@@ -135,8 +157,8 @@ struct Shared {
   int32_t moves;
   int32_t recent;  // of the head's row of the table
   union {
-    Chunk stages[kStages * kChunksPerStage][kThreads];
-    float sums[kWarps][kGroup][kWidth];  // of values
+    ChunkOf<kChunkBytes<T, kDim>> stages[kStages * kChunksPerStage][kThreads];
+    float sums[kWarps][kGroup][kWidthOf<kDim>];  // of values
   };
 };
 
@@ -151,22 +173,22 @@ SSD_INLINE int32_t ranking_bytes(int32_t largest, int32_t group) {
 
 // Blocks that are to share a multiprocessor of a compute capability (80 for 8.0), which bounds the registers of a
 // thread: as many as shared memory has room for and ptxas serves without spills.
-SSD_INLINE constexpr int32_t blocks_per_multiprocessor(int32_t capability, int32_t head_dim, int32_t group) {
-  if (group > 1) return capability < 90 ? 3 : 4;
-  if (capability < 90) return 4;
-  return head_dim == 64 || head_dim == 128 ? 6 : 5;
+SSD_INLINE constexpr int32_t blocks_per_multiprocessor(int32_t capability, int32_t head_dim, int32_t group, bool int8) {
+  const bool known = head_dim == 64 || head_dim == 128;
+  if (capability < 90) return group == 1 ? 4 : int8 ? 2 : 3;
+  return group == 1 ? (known ? 6 : 5) : known ? 4 : 3;
 }
 
-template <int kWidth, int kGroup>
+template <class T, int kDim, int kGroup>
 SSD_INLINE int32_t shared_bytes(int32_t largest, int32_t group) {
-  using Memory = Shared<kWidth, kGroup>;
+  using Memory = Shared<T, kDim, kGroup>;
   constexpr int32_t kAround = sizeof(Memory) - sizeof(Memory::stages);
   const int32_t after = static_cast<int32_t>(sizeof(Memory::sums)) + ranking_bytes(largest, group);
   return kAround + larger(after, static_cast<int32_t>(sizeof(Memory::stages)));
 }
 
-// Defined in decode_f32.cu, decode_bf16.cu and decode_f16.cu: one file per data type, for reading CUDA's headers takes
-// as long as compiling a kernel for one architecture. kDim 0 takes the head_dim at run time.
+// Defined in decode_f32.cu, decode_bf16.cu, decode_f16.cu and decode_i8.cu: one file per data type, for reading CUDA's
+// headers takes as long as compiling a kernel for one architecture. kDim 0 takes the head_dim at run time.
 template <class T, int kDim>
 int start_decode(const DecodeParams& params, const Launch& launch, void* stream);
 int start_prefill(const PrefillParams& params, const Launch& launch, void* stream);

@@ -1,6 +1,8 @@
 // Rule 4 of docs/specification.md for one head by one block: which tokens lose, and winners into the losers' slots.
 #pragma once
 
+#include <type_traits>
+
 #include "common/evict.h"
 #include "cuda/decode.h"
 #include "cuda/port.cuh"
@@ -127,6 +129,8 @@ struct Evictable {
   T* values;
   float* scores;
   int32_t* positions;
+  float* key_scales;  // of bytes
+  float* value_scales;
 };
 
 // Overwrites the losers among the first `keep` slots with the winners beyond them. ranks [count] are in shared memory;
@@ -165,7 +169,9 @@ SSD_DEVICE void evict(const Evictable<T>& head, int32_t count, int32_t keep, int
     }
   }
   port::sync_block();
-  const int32_t chunks = head_dim * static_cast<int32_t>(sizeof(T)) / 16;
+  constexpr bool kInt8 = std::is_same_v<T, Int8>;
+  using Chunk = ChunkOf<kInt8 ? 8 : 16>;  // as divides a vector
+  const int32_t chunks = head_dim * static_cast<int32_t>(sizeof(T)) / sizeof(Chunk);
 #pragma unroll 1
   for (int32_t move = warp; move < *moves; move += kWarps) {
     const int32_t from = winners_at[move], to = losers_at[move];
@@ -176,6 +182,11 @@ SSD_DEVICE void evict(const Evictable<T>& head, int32_t count, int32_t keep, int
     // All loads before the first store: the compiler cannot know that the slots differ.
     const float score = port::load_shared_by_blocks(head.scores + from);
     const int32_t position = port::load_shared_by_blocks(head.positions + from);
+    float key_scale = 0.0f, value_scale = 0.0f;
+    if constexpr (kInt8) {
+      key_scale = port::load_shared_by_blocks(head.key_scales + from);
+      value_scale = port::load_shared_by_blocks(head.value_scales + from);
+    }
 #pragma unroll 1
     for (int32_t chunk = lane; chunk < chunks; chunk += port::kWarp) {
       const Chunk moved_key = port::load_shared_by_blocks(key + chunk);
@@ -186,6 +197,10 @@ SSD_DEVICE void evict(const Evictable<T>& head, int32_t count, int32_t keep, int
     if (lane == 0) {
       head.scores[to] = score;
       head.positions[to] = position;
+      if constexpr (kInt8) {
+        head.key_scales[to] = key_scale;
+        head.value_scales[to] = value_scale;
+      }
     }
   }
 }

@@ -20,24 +20,30 @@ int decode_as(const DecodeParams& params, const Launch& launch, void* stream) {
   }
 }
 
-template <int kGroup>
+template <class T, int kGroup>
 int32_t bytes_for(int32_t head_dim, int32_t largest, int32_t group) {
   switch (head_dim) {
     case 64:
-      return shared_bytes<64, kGroup>(largest, group);
+      return shared_bytes<T, 64, kGroup>(largest, group);
     case 128:
-      return shared_bytes<128, kGroup>(largest, group);
+      return shared_bytes<T, 128, kGroup>(largest, group);
     default:
-      return shared_bytes<kMaxHeadDim, kGroup>(largest, group);
+      return shared_bytes<T, 0, kGroup>(largest, group);
   }
+}
+// The same for all types but bytes.
+template <class T>
+int32_t bytes_for(int32_t head_dim, int32_t largest, int32_t group) {
+  return group == 1 ? bytes_for<T, 1>(head_dim, largest, group) : bytes_for<T, kGroupBlock>(head_dim, largest, group);
 }
 
 }  // namespace
 
-Launch decode_launch(const LayerShape& shape, int32_t query_heads, const Workspace& workspace) {
+Launch decode_launch(const CacheLayer& layer, int32_t query_heads, const Workspace& workspace) {
+  const LayerShape& shape = layer.shape;
   const int32_t group = query_heads / shape.heads;
-  const int32_t bytes = group == 1 ? bytes_for<1>(shape.head_dim, workspace.largest, group)
-                                   : bytes_for<kGroupBlock>(shape.head_dim, workspace.largest, group);
+  const int32_t bytes = layer.kv_format == kInt8 ? bytes_for<Int8>(shape.head_dim, workspace.largest, group)
+                                                 : bytes_for<float>(shape.head_dim, workspace.largest, group);
   return {shape.batch, workspace.parts, kThreads, bytes};
 }
 
@@ -60,8 +66,9 @@ void list_items(const LayerShape& shape, const HeadRange* table, bool alternatin
 }
 
 int decode(const DecodeParams& params, void* stream) {
-  const Launch launch = decode_launch(params.layer.shape, params.step.query_heads, params.workspace);
+  const Launch launch = decode_launch(params.layer, params.step.query_heads, params.workspace);
   if (launch.columns == 0 || launch.rows == 0) return 0;
+  if (params.layer.kv_format == kInt8) return decode_as<Int8>(params, launch, stream);
   switch (params.layer.dtype) {
     case kBFloat16:
       return decode_as<BFloat16>(params, launch, stream);

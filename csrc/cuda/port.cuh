@@ -48,17 +48,24 @@ SSD_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(~0u, vote); }
 // Asynchronous copies from global to shared memory. A thread sees its own copies after wait_copies<n>, when at most the
 // n groups it committed last are under way; other threads see them after a barrier that follows.
 // Unless it is wanted, nothing is read, and zeros arrive.
-SSD_DEVICE void copy16_async(void* shared, const void* global, bool wanted) {
+template <int kBytes>
+SSD_DEVICE void copy_async(void* shared, const void* global, bool wanted) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(wanted ? 16 : 0) : "memory");
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(wanted ? 16 : 0)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(kBytes),
+                 "r"(wanted ? kBytes : 0)
+                 : "memory");
 }
-SSD_DEVICE void copy16_async(void* shared, const void* global) {
+template <int kBytes>
+SSD_DEVICE void copy_async(void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-}
-SSD_DEVICE void copy4_async(void* shared, const void* global) {
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global) : "memory");
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(kBytes) : "memory");
 }
 SSD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>
@@ -88,9 +95,20 @@ SSD_DEVICE void store_relaxed(int32_t* at, int32_t value) {
 // Past the first-level cache, which other blocks' writes don't reach.
 SSD_DEVICE float load_shared_by_blocks(const float* at) { return __ldcg(at); }
 SSD_DEVICE int32_t load_shared_by_blocks(const int32_t* at) { return __ldcg(at); }
-SSD_DEVICE Chunk load_shared_by_blocks(const Chunk* at) {
+SSD_DEVICE ChunkOf<16> load_shared_by_blocks(const ChunkOf<16>* at) {
   const uint4 words = __ldcg(reinterpret_cast<const uint4*>(at));
   return {words.x, words.y, words.z, words.w};
+}
+SSD_DEVICE ChunkOf<8> load_shared_by_blocks(const ChunkOf<8>* at) {
+  const uint2 words = __ldcg(reinterpret_cast<const uint2*>(at));
+  return {words.x, words.y};
+}
+
+// From shared memory at once; `at` is a multiple of kCount floats from its start.
+template <int kCount>
+SSD_DEVICE void load_floats(const float* at, float to[kCount]) {
+  const auto words = *reinterpret_cast<const ChunkOf<4 * kCount>*>(at);
+  memcpy(to, &words, sizeof words);
 }
 
 // Of what no block of the launch writes, 16 bytes at a time.
@@ -112,6 +130,16 @@ SSD_DEVICE float power_of_two(float x) {
 }
 SSD_DEVICE int count_bits(uint32_t x) { return __popc(x); }
 SSD_DEVICE int first_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
+SSD_DEVICE int32_t bits_of(float x) { return __float_as_int(x); }
+SSD_DEVICE float float_of(int32_t bits) { return __int_as_float(bits); }
+// The nearest integer, of two equally near ones the even one; 0 for NaN.
+SSD_DEVICE int32_t nearest(float x) { return __float2int_rn(x); }
+// Bytes of the two, of which `low` has numbers 0 to 3, as the digits of `picks` say.
+SSD_DEVICE uint32_t permute(uint32_t low, uint32_t high, uint32_t picks) { return __byte_perm(low, high, picks); }
+// Adds the products of their signed bytes to a sum.
+SSD_DEVICE int32_t add_products(uint32_t a, uint32_t b, int32_t sum) {
+  return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
+}
 SSD_DEVICE float to_float(Float16 x) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
@@ -171,6 +199,15 @@ SSD_DEVICE void widen(const Chunk& chunk, float to[8], Float16) {
     to[2 * i] = to_float(Float16{static_cast<uint16_t>(chunk.words[i])});
     to[2 * i + 1] = to_float(Float16{static_cast<uint16_t>(chunk.words[i] >> 16)});
   }
+}
+// Signed bytes. One that is not negative, below a 23-bit mantissa's exponent, is a float; older devices convert
+// integers at a sixteenth of the rate of additions.
+template <int kBytes>
+SSD_DEVICE void widen(const ChunkOf<kBytes>& chunk, float to[kBytes], Int8) {
+  constexpr float kZero = 8388608.0f + 128.0f;
+#pragma unroll
+  for (int i = 0; i < kBytes; ++i)
+    to[i] = float_of(permute(chunk.words[i / 4] ^ 0x80808080u, 0x4B000000u, 0x7440 | i % 4)) - kZero;
 }
 
 SSD_DEVICE int warp_index() { return thread_index() / kWarp; }

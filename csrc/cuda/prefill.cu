@@ -2,6 +2,7 @@
 // docs/specification.md is applied once.
 #include "cuda/decode.h"
 #include "cuda/evict.cuh"
+#include "cuda/int8.cuh"
 #include "cuda/port.cuh"
 
 namespace ssd::cuda {
@@ -37,6 +38,25 @@ SSD_DEVICE void place(const CacheLayer& layer, const HeadRange& range, const flo
   port::sync_block();
 }
 
+// A token's key or value into a slot as bytes, by a warp: `from` and `to` are counted in vectors.
+SSD_DEVICE void store_bytes(const CacheLayer& layer, const void* vectors, int64_t from, void* slab, float* scales,
+                            int64_t to) {
+  using Vector = WarpVector<kMaxHeadDim>;
+  const int32_t dim = layer.shape.head_dim;
+  Vector vector;
+  with_type<Int8>(layer.dtype, [&](auto type) {
+    const auto* x = static_cast<const decltype(type)*>(vectors) + from * dim;
+    vector.load(dim, [&](int32_t e, float* to) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[i] = port::to_float(x[e + i]);
+    });
+  });
+  uint32_t words[Vector::kQuads];
+  const float scale = vector.quantise(words);
+  Vector::store(words, dim, static_cast<Int8*>(slab) + to * dim);
+  if (port::lane_index() == 0) scales[to] = scale;
+}
+
 SSD_KERNEL(kThreads, 4)
 prefill_kernel(const PrefillParams params) {
   const CacheLayer& layer = params.layer;
@@ -54,15 +74,21 @@ prefill_kernel(const PrefillParams params) {
   place(layer, range, scores, prompt_len, ranks, slots, counts);
 
   const int64_t slot_chunks = shape.head_dim * item_size(layer.dtype) / 16;
-  const int64_t from = static_cast<int64_t>(port::block_column()) * prompts.prompt_stride * slot_chunks;
-  const int64_t to = (static_cast<int64_t>(row) * shape.slots + range.offset) * slot_chunks;
+  const int64_t first = static_cast<int64_t>(port::block_column()) * prompts.prompt_stride;
+  const int64_t first_slot = static_cast<int64_t>(row) * shape.slots + range.offset;
   const int warp = port::warp_index(), lane = port::lane_index();
   for (int32_t i = warp; i < prompt_len; i += kWarps) {
     if (slots[i] < 0) continue;
-    for (int64_t chunk = lane; chunk < slot_chunks; chunk += port::kWarp) {
-      const int64_t source = from + i * slot_chunks + chunk, target = to + slots[i] * slot_chunks + chunk;
-      static_cast<Chunk*>(layer.keys)[target] = static_cast<const Chunk*>(prompts.k)[source];
-      static_cast<Chunk*>(layer.values)[target] = static_cast<const Chunk*>(prompts.v)[source];
+    const int64_t from = first + i, to = first_slot + slots[i];
+    if (layer.kv_format == kInt8) {
+      store_bytes(layer, prompts.k, from, layer.keys, layer.key_scales, to);
+      store_bytes(layer, prompts.v, from, layer.values, layer.value_scales, to);
+    } else {
+      for (int64_t chunk = lane; chunk < slot_chunks; chunk += port::kWarp) {
+        const int64_t source = from * slot_chunks + chunk, target = to * slot_chunks + chunk;
+        static_cast<Chunk*>(layer.keys)[target] = static_cast<const Chunk*>(prompts.k)[source];
+        static_cast<Chunk*>(layer.values)[target] = static_cast<const Chunk*>(prompts.v)[source];
+      }
     }
     if (range.score_offset >= 0 && lane == 0) {
       const int64_t scored = static_cast<int64_t>(row) * shape.scored_slots + range.score_offset + slots[i];

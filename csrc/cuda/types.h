@@ -11,10 +11,16 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+// A byte of a vector that has a scale: the one type in which q, k, v and the output don't come.
+struct Int8 {
+  int8_t value;
+};
 
 // What one asynchronous copy moves.
-struct alignas(16) Chunk {
-  uint32_t words[4];
+template <int kBytes>
+struct alignas(kBytes) ChunkOf {
+  uint32_t words[kBytes / 4];
 };
+using Chunk = ChunkOf<16>;
 
 }  // namespace ssd::cuda

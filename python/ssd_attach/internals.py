@@ -13,6 +13,8 @@ and why there is no way around it:
 - `remove_hooks`: torch's hooks by what they are; a copy of a module has them, but no handles to remove them by.
 - `foreign_hooks`: hooks of a module that change what it computes. Some of transformers' own (`IDLE_HOOKS`) stay on a
   model whose hidden states were asked for once, and do nothing outside such calls.
+- `cache_advice`: ``generate`` of a Janus has a loop of its own for pictures, which makes its cache itself and takes no
+  other; that its class is such a one is not told by anything public.
 - `checkpoints_layers`: layers drop the KV cache while they checkpoint gradients.
 - `ACT2FN`: activations by name, of which some can be fused.
 - `without_weights`: a model class says by underscored attributes which weights it goes without.

@@ -26,13 +26,17 @@ from torch import Tensor
 import ssd_kernels
 from ssd_attach.choice import choose
 from ssd_attach.units import show_bytes
+from ssd_janus.evaluation import report
 from ssd_janus.extras import needs
 from ssd_janus.pipeline import Pipeline
 from ssd_janus.progress import progress_bar
 from ssd_janus.shape import ModelShape
 from ssd_kernels.files import write_atomically
-from ssd_shapes import attention, detector, export, runs, suite, tokens, world
+from ssd_shapes import attention, export, runs, suite, tokens, world
 from ssd_shapes.grpo import PARTS, VARIANTS, Asked, Learner, Options, Record, Task, Wanted, trained
+
+with needs("train", "scipy"):
+    from ssd_shapes import detector
 
 FAMILIES = ("two_object", "counting", "position", "color_attr")  # of several objects
 
@@ -116,25 +120,29 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """A summary as a table of Markdown; held-out figures are means over seeds, with the lowest and the highest."""
-    rows = ["| rollouts | seeds x steps | held out, full cache | held out, compressed | KL, nats per picture | "
-            "far tokens | rejected | cache | rollouts' share of the time |",
-            "|---|---|---|---|---:|---:|---:|---:|---:|"]
+def tables(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """A summary as two tables of Markdown: what was learnt, as means over seeds with the lowest and the highest, and
+    what the rollouts were."""
+    learnt = ["| rollouts | seeds | steps | held-out reward, full cache | compressed cache | right, full cache "
+              "| compressed cache |", "|---|---:|---:|---|---|---|---|"]
+    drawn = ["| rollouts | KL, nats per picture | tokens of a ratio beyond 2 | pictures rejected | cache of a step | "
+             "rollouts' share of the wall time | of the CPU time | CPU seconds per step |",
+             "|---|---:|---:|---:|---:|---:|---:|---:|"]
 
-    def change(found: Mapping[str, Any], cache: str) -> str:
-        first, last = ([each[cache] for each in found[f"held_out_{when}"]] for when in ("first", "last"))
-        return (f"{statistics.fmean(first):.2f} -> {statistics.fmean(last):.2f} "
-                f"({min(last):.2f} to {max(last):.2f})")
+    def change(found: Mapping[str, Any], name: str) -> str:
+        first, last = ([each[name] for each in found[f"held_out_{when}"]] for when in ("first", "last"))
+        spread = f" ({min(last):.2f} to {max(last):.2f})" if len(last) > 1 else ""
+        return f"{statistics.fmean(first):.2f} to {statistics.fmean(last):.2f}{spread}"
 
     for variant, found in summary.items():
+        held_out = " | ".join(change(found, name) for name in ("full", "compressed", "full_right", "compressed_right"))
+        learnt.append(f"| {variant} | {len(found['seeds'])} | {max(found['steps'])} | {held_out} |")
         kl = "-" if found["kl_per_token"] is None else f"{tokens.TOKENS * found['kl_per_token']:.3f}"
-        far = "-" if found["far"] is None else f"{found['far']:.3%}"
-        rows.append(
-            f"| {variant} | {len(found['seeds'])} x {max(found['steps'])} | {change(found, 'full')} | "
-            f"{change(found, 'compressed')} | {kl} | {far} | {found['rejected']:.1%} | "
-            f"{show_bytes(found['cache_bytes'])} | {found['rollout_share']:.0%} |")
-    return "\n".join(rows)
+        far = "-" if found["far"] is None else f"{found['far']:.2%}"
+        drawn.append(f"| {variant} | {kl} | {far} | {found['rejected']:.1%} | {show_bytes(found['cache_bytes'])} | "
+                     f"{found['rollout_share']:.0%} | {found['rollout_share_of_cpu']:.0%} | "
+                     f"{found['cpu_seconds_per_step']:.1f} |")
+    return "\n".join([*learnt, "", *drawn]) + "\n"
 
 
 def save_plot(records: Sequence[Record], file: Path) -> None:
@@ -170,12 +178,12 @@ def save_plot(records: Sequence[Record], file: Path) -> None:
 
 
 def write_results(records: Sequence[Record], options: Mapping[str, Any], out: Path) -> str:
-    """Write ``results.json`` and ``reinforce.png`` into a folder; returns the table."""
+    """Write ``results.json`` and ``reinforce.png`` into a folder; returns the tables."""
     summary = summarise(records)
     runs.write_json(out / "results.json", {"options": options, "summary": summary,
                                            "runs": [asdict(record) for record in records if record.steps]})
     save_plot(records, out / "reinforce.png")
-    return table(summary)
+    return tables(summary)
 
 
 def reinforce(
@@ -197,6 +205,10 @@ def reinforce(
     measure_every: Annotated[int, typer.Option(help="Steps between measurements.", min=1)] = 5,
     model: Annotated[Path | None, typer.Option(help="Folder of the model; the included one if not given.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.", min=0)] = 1,
+    page: Annotated[
+        Path | None, typer.Option(help="Page whose tables to write, between <!-- reinforce --> and "
+                                       "<!-- /reinforce -->; the plot goes beside it.")
+    ] = None,
 ) -> None:
     """Train from full, compressed and corrected rollouts, and write results.json and reinforce.png.
 
@@ -207,6 +219,10 @@ def reinforce(
     for name in variant or ():
         if name not in VARIANTS:
             raise ValueError(f"--variant must be one of {', '.join(VARIANTS)}, got {name}")
+    if page is not None:
+        report.check_page(page, ("reinforce",))
+    with needs("plot", "matplotlib"):
+        import matplotlib  # noqa: F401  # not to miss it after hours
     if threads:
         torch.set_num_threads(threads)
     pipe = Pipeline.from_pretrained(model, dtype=torch.float32)
@@ -219,7 +235,7 @@ def reinforce(
     runs.keep_options(out, kept, any(out.glob("*-*.json")), False)
     plan = [(name, seed) for seed in range(seeds) for name in chosen]
     records, start = list[Record](), None
-    with progress_bar("steps of all runs") as report:
+    with progress_bar("steps of all runs") as progress:
         for number_, (name, seed) in enumerate(plan):
             learner = Learner(task, options, name, seed, initial, out)
             records.append(learner.record)
@@ -233,13 +249,16 @@ def reinforce(
                       f"{last['trained']} rejected {last['rejected']} "
                       f"{sum(last['seconds'].values()):.0f} s ({sum(last['cpu_seconds'].values()):.0f} s of CPU)",
                       flush=True)
-                report(number_ * steps + last["step"], len(plan) * steps)
+                progress(number_ * steps + last["step"], len(plan) * steps)
             start = start or learner.record.held_out[0]
             shown = write_results(records, kept, out)
             first, last = learner.record.held_out[0], learner.record.held_out[-1]
             print(f"{learner.record.name} done; held out, full cache: {first['full']:.3f} -> {last['full']:.3f}, "
                   f"compressed: {first['compressed']:.3f} -> {last['compressed']:.3f}", flush=True)
-    print(shown)
+    print(shown, end="")
+    if page is not None:
+        report.fill_page(page, {"reinforce": shown})
+        save_plot(records, page.with_name("reinforce.png"))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,6 @@ class CUDABackend(Backend):
     """Blocks over (row, head), or parts of a long head; everything a step needs to know is read on the device."""
 
     name = "cuda"
-    kv_formats = ("auto",)
     reads_table = False
     device_type = "cuda"
 
@@ -150,7 +149,7 @@ class CUDABackend(Backend):
         needed = 16 * largest  # beyond it the extension's sum could overflow
         if needed <= SHARED_BYTES:
             needed = self.extension().cuda_decode_launch(1, heads, query_heads, state.keys.shape[2], known.parts,
-                                                         largest)[2]
+                                                         largest, state.layout.kv_format == "int8")[2]
         if needed > SHARED_BYTES:
             raise ValueError(f"backend='cuda' cannot rank the {largest} evictable tokens of a heavy head for "
                              f"{query_heads // heads} query heads: that takes at least {needed} bytes of shared "

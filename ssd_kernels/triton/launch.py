@@ -132,7 +132,7 @@ def prefill_constants(head_dim: int, item_size: int, longest: int, keep_prompt: 
 
 
 def step_bytes(layout: LayerLayout, prompt_len: int, step: int, head_dim: int, item_size: int,
-               query_heads: int | None = None, int8: bool = False) -> int:
+               query_heads: int | None = None) -> int:
     """Bytes that one decode step of one layer has to move for one batch row: the floor of its time.
 
     Keys and values of every kept slot are read once and the new token's are written; a scored head's scores are read
@@ -142,11 +142,10 @@ def step_bytes(layout: LayerLayout, prompt_len: int, step: int, head_dim: int, i
     Args:
         layout: of the layer. prompt_len, step: cursors of the row before the step.
         head_dim: D. item_size: bytes of an element of q, k and v. query_heads: Hq; None for one per KV head.
-        int8: whether keys and values are stored in 8 bits, with a float32 scale each.
     """
     heads = len(layout.heads)
     vector = head_dim * item_size
-    stored = head_dim + 4 if int8 else vector
+    stored = vector if layout.kv_format == "auto" else head_dim + 4  # bytes and a scale
     total = 16 + vector * (2 * (query_heads or heads) + 2 * heads)
     for head, span in enumerate(layout.heads):
         view = RowView.of(layout, head, prompt_len, step)

@@ -40,13 +40,14 @@ def warm_logits(row_logits, scale, picture, pictures, guided, codes, temperature
     inside = code < codes
     logit = tl.load(row_logits + picture * codes + code, mask=inside, other=-float("inf"))
     if picture < guided:
+        factor = tl.load(scale + picture)
         plain = tl.load(row_logits + (pictures + picture) * codes + code, mask=inside, other=0.0)
-        logit = tl.where(inside, plain + (logit - plain) * tl.load(scale + picture), logit)
+        logit = tl.where(inside & (factor > 1.0), plain + (logit - plain) * factor, logit)
     return tl.div_rn(logit, tl.full(logit.shape, temperature, tl.float32))
 
 
 @triton.jit
-def thresholds(logit, inside, top_k, share, TOP_K: tl.constexpr, TOP_P: tl.constexpr):
+def thresholds(logit, inside, top_k, share, EACH: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr):
     """What keeps a code: the largest logit; the smallest key for top-k; the smallest for top-p, and how many codes of
     just that key, the first ones, go all the same.
 
@@ -59,7 +60,7 @@ def thresholds(logit, inside, top_k, share, TOP_K: tl.constexpr, TOP_P: tl.const
     one = tl.full((), 1, tl.uint32)
     key = ordered(logit)
     if TOP_K:
-        for index in range(32):
+        for index in range(tl.where(top_k > 0, 32, 0) if EACH else 32):
             candidate = lowest | (one << (31 - index).to(tl.uint32))
             reach = tl.sum((inside & (key >= candidate)).to(tl.int32), 0)
             lowest = tl.where(reach >= top_k, candidate, lowest)
@@ -69,7 +70,7 @@ def thresholds(logit, inside, top_k, share, TOP_K: tl.constexpr, TOP_P: tl.const
         total = tl.sum(mass.to(tl.int64), 0)
         wide = tl.full((), 0, tl.int64) + share
         limit = ((total >> 22) * wide + (((total & 0x3FFFFF) * wide) >> 22)) >> 8
-        for index in range(32):
+        for index in range(tl.where(share > 0, 32, 0) if EACH else 32):
             candidate = border | (one << (31 - index).to(tl.uint32))
             below = tl.sum(tl.where(key < candidate, mass, 0).to(tl.int64), 0)
             border = tl.where(below <= limit, candidate, border)
@@ -81,17 +82,25 @@ def thresholds(logit, inside, top_k, share, TOP_K: tl.constexpr, TOP_P: tl.const
 
 @triton.jit(do_not_specialize=["seed_stride", "step_stride", "pictures", "guided", "top_k", "share"])
 def sample_kernel(tokens, row_logits, scale, seeds, seed_stride, steps, step_stride, pictures, guided, codes,
-                  temperature, top_k, share, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
-                  CHUNK: tl.constexpr):
-    """One picture. ``row_logits`` float32 [pictures + guided, codes]; ``share``: `filters.tail_share`. ``BLOCK``: a
-    power of two, at least ``codes``; ``CHUNK``: codes that get noise at once.
+                  temperature, top_k, share, EACH: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+                  BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """One picture. ``row_logits`` float32 [pictures + guided, codes]; ``share``: `filters.tail_share`. If EACH, these
+    numbers are tensors with one of every picture, `filters.PerPicture`. ``BLOCK``: a power of two, at least ``codes``;
+    ``CHUNK``: codes that get noise at once.
 
     For `thresholds` the threads hold all codes in registers. Then these are read again, in chunks, and drawn from.
     """
     picture = tl.program_id(0).to(tl.int64)
+    greedy = False
+    if EACH:
+        temperature, top_k = tl.load(temperature + picture), tl.load(top_k + picture)
+        share = tl.load(share + picture)
+        greedy = temperature == 0.0
+        temperature = tl.where(greedy, 1.0, temperature)
+        top_k, share = tl.where(greedy, 1, top_k), tl.where(greedy, 0, share)
     all_codes = tl.arange(0, BLOCK)
     all_logits = warm_logits(row_logits, scale, picture, pictures, guided, codes, temperature, all_codes)
-    top, lowest, border, leaving = thresholds(all_logits, all_codes < codes, top_k, share, TOP_K, TOP_P)
+    top, lowest, border, leaving = thresholds(all_logits, all_codes < codes, top_k, share, EACH, TOP_K, TOP_P)
     seed, step = tl.load(seeds + picture * seed_stride), tl.load(steps + picture * step_stride)
     best = tl.full((), -1.0, tl.float32)
     winner = tl.full((), 0, tl.int32)
@@ -106,6 +115,8 @@ def sample_kernel(tokens, row_logits, scale, seeds, seed_stride, steps, step_str
             kept = kept & ((key > border) | (equal & (equals + tl.cumsum(equal.to(tl.int32), 0) > leaving)))
             equals += tl.sum(equal.to(tl.int32), 0)
         noise = exponential(seed, step, first // 4 + tl.arange(0, CHUNK // 4), CHUNK // 4)
+        if EACH:
+            noise = tl.where(greedy, 1.0, noise)
         race = tl.where(kept, tl.div_rn(exp(logit - top), noise), -1.0)
         fastest = tl.max(race, 0)
         winner = tl.where(fastest > best, tl.min(tl.where(race == fastest, code, BLOCK), 0), winner)

@@ -50,6 +50,32 @@ def test_everybody_is_right_and_measured(dtype: str):
     json.dumps(lines)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_8_bits_stand_beside_the_point_s_dtype(dtype: str):
+    """Right, with fewer bytes held and moved, and never what others are compared with."""
+    lines = kernel.measure(point(dtype=dtype), options(kv_formats=("int8", "auto"), only=("ssd_kernels",)))
+    found = {line["contender"]["name"]: line for line in lines[1:]}
+    assert len(found) == 8 and {line["status"] for line in lines} == {"ok"}
+    for name in ("heavy", "heavy, row buffer 4", "window", "window, row buffer 4"):
+        whole, eighth = (found[f"ssd_kernels cpu: {name}{format}"] for format in ("", ", int8"))
+        assert eighth["contender"]["kv_format"] == "int8" and whole["contender"]["kv_format"] == "auto"
+        assert all(eighth["bytes"][part] < whole["bytes"][part] for part in ("useful", "read", "allocated"))
+    assert kernel.ours_of(lines) is found["ssd_kernels cpu: heavy"]
+
+
+def test_wrong_scales_get_no_number(monkeypatch: pytest.MonkeyPatch):
+    right = CompressedCache.decode
+
+    def decode(self: CompressedCache, layer: int, *given: torch.Tensor) -> torch.Tensor:
+        out = right(self, layer, *given)
+        if self.backend == "cpu":
+            self._layers[layer].scales[0].mul_(1 + 2**-20)
+        return out
+
+    monkeypatch.setattr(CompressedCache, "decode", decode)
+    assert "key_scales of row 0" in kernel.measure(point(), one(kv_formats=("int8",)))[1]["status"]
+
+
 @pytest.mark.slow
 def test_flex_attention_is_right():
     [_, line] = kernel.measure(point(), options(only=("FlexAttention",)))
@@ -209,8 +235,10 @@ def test_plan_of_a_policy_is_measured(tmp_path: Path):
                      "--out", str(out))
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["contender"]["name"] for line in lines] == [kernel.READ, "ssd_kernels cpu: the plan"]
-    assert lines[1]["point"]["lengths"] == [24 + 57] * 2  # 10% of 576, the new token included
+    assert [line["contender"]["name"] for line in lines] == 2 * [kernel.READ, "ssd_kernels cpu: the plan"]
+    assert [line["contender"]["kv_format"] for line in lines[1::2]] == ["auto", "int8"]
+    for line in lines:
+        assert line["point"]["lengths"] == [24 + 57] * 2  # 10% of 576, the new token included
     assert out.read_text() == result.stdout
 
 

@@ -405,6 +405,7 @@ def test_sensitivity(common: list[Any], tmp_path: Path, monkeypatch: pytest.Monk
     (("--page", PAGE.parent / "quality.md"), "must have the lines <!-- goals -->"),
     (("--model", "/absent", "--policy", "h2o"), "/absent"),
     (("--section", "int8"), "--section says nothing without --page"),
+    (("--kv", "best"), "--kv must be auto or int8, got best"),
 ])
 def test_what_cannot_work_is_said_before_drawing(tmp_path: Path, wrong: tuple[object, ...], message: str) -> None:
     result = run("compare", "--out", tmp_path / "out", *wrong)

@@ -11,10 +11,14 @@ import tiny
 import torch
 from PIL import Image
 
+import ssd_janus
+from ssd_attach.choice import choose
+from ssd_attach.models import chameleon, emu3
+from ssd_attach.units import show_bytes
 from ssd_janus import ModelShape, Pipeline, profiling
 from ssd_janus.checkpoints import fingerprint, included_model, included_profile
 from ssd_janus.prompts import shapes_suite
-from ssd_kernels.policies import KINDS, POLICIES, HeadProfile, adaptive
+from ssd_kernels.policies import KINDS, POLICIES, HeadProfile, Raster, adaptive
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -60,6 +64,35 @@ def test_the_readme(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert len(names["pictures"]) == 4
     else:
         assert names["out"].shape == (2, 6, 128) and names["out"].isfinite().all()
+
+
+SIZES = {  # KV heads, D, layers, and the raster
+    "Janus-Pro-1B": (16, 128, 24, Raster(24, 24)), "Janus-Pro-7B": (32, 128, 30, Raster(24, 24)),
+    "Emu3, 90 x 90": (8, 128, 32, emu3().raster), "Lumina-mGPT 7B, 48 x 48": (32, 128, 32, chameleon().raster),
+    "Lumina-mGPT 7B, 64 x 64": (32, 128, 32, chameleon(64, 64).raster),
+    "LlamaGen XL, 16 x 16": (20, 64, 36, Raster(16, 16)), "LlamaGen XL, 32 x 32": (20, 64, 36, Raster(32, 32))}
+
+
+def test_what_caches_of_models_take() -> None:
+    """The table of docs/models.md is what plans say."""
+    lines = (DOCS / "models.md").read_text().splitlines()
+    for name, (heads, dim, layers, raster) in SIZES.items():
+        shape = ModelShape(layers, heads, heads, dim, raster.tokens, raster.columns, raster)
+        full = choose(shape, "full", torch.bfloat16)
+        others = [choose(shape, "full", torch.bfloat16, kv_format="int8"), choose(shape, None, torch.bfloat16),
+                  choose(shape, None, torch.bfloat16, kv_format="int8")]
+        cells = [f"{show_bytes(each.nbytes())}, {each.nbytes() / full.nbytes():.1%}" for each in others]
+        assert f"| {name} | {heads} x {dim}, {layers} | {show_bytes(full.nbytes())} | {' | '.join(cells)} |" in lines
+
+
+def test_what_enable_says() -> None:
+    """The lines of docs/models.md, of the included model."""
+    names = {"ssd_janus": ssd_janus, "model": Pipeline.from_pretrained(None).model}
+    text = (DOCS / "models.md").read_text()
+    calls = re.findall(r"^print\((ssd_janus\.enable\(model, .*\))\)$", text, re.MULTILINE)
+    assert len(calls) == 2
+    for call in calls:
+        assert f"```\n{eval(call, names)}\n```" in text
 
 
 def test_every_policy_is_in_the_guide() -> None:

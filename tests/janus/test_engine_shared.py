@@ -74,7 +74,7 @@ def test_more_samples_fit(fresh: Any) -> None:
 
     def needed(pictures: int, different: int) -> int:
         return weights + _size(engine.plan, 2 * pictures, 512, different) + memory.step_bytes(
-            fresh, pictures, 2 * pictures, 512)
+            fresh, pictures, 2 * pictures, 512, different)
 
     for pictures, different in ((16, 4), (17, 6)):
         room = needed(pictures, different)

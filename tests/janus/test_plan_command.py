@@ -116,6 +116,19 @@ def test_reasons_are_the_profiles(folder: Path, profile: HeadProfile, file: Path
     assert found["predicted_cost"] == pytest.approx(sum(head["cost"] for head in found["heads"]))
 
 
+def test_reasons_count_8_bits_alike(folder: Path, profile: HeadProfile, file: Path) -> None:
+    """As kept, as a window and as the runner-up: all of them would be stored in 8 bits."""
+    common = ("--policy", "adaptive", "--budget", 0.5, "--row-buffer", 0, "--model", folder, "--profile", file)
+    plain, stored = facts(*common)["heads"], facts(*common, "--kv", "int8")["heads"]
+    for one, other in zip(plain, stored, strict=True):
+        extra = float(profile.int8_cost[one["layer"], one["head"]])
+        assert extra > 0
+        for name in ("cost", "window_cost"):
+            assert other[name] == pytest.approx(one[name] + extra)
+        if one["runner_up"] is not None:
+            assert other["runner_up"]["cost"] == pytest.approx(one["runner_up"]["cost"] + extra)
+
+
 def test_the_summary_counts_what_the_plan_takes(folder: Path, file: Path) -> None:
     common = ("--policy", "ssd", "--budget", 0.6, "--model", folder, "--profile", file)
     found = facts(*common)

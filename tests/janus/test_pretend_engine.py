@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import tiny
 import torch
 from pretend import guard
 from test_engine import prompts_of
+from test_int8 import Dense
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import ssd_janus
 from ssd_attach.online import OnlinePlan
 from ssd_janus import Pipeline
-from ssd_janus.engine import Engine, Sampling, StepTiming, batch, capture, saying, weights
+from ssd_janus.engine import Engine, Sampling, StepTiming, capture, layers, saying, weights
 from ssd_janus.engine.capture import WARM_STEPS
 from ssd_janus.shape import ModelShape
 from ssd_kernels import CachePlan, HeadSpec, backends, philox
@@ -84,6 +86,15 @@ def test_the_engine_draws_the_same_and_no_step_waits(fresh: Any, machine: preten
     for step in steps[WARM_STEPS + 1:]:
         assert [event.kind for event in step] == ["replay"]
     assert {event.device for step in steps for event in step} == {torch.device(device).index}
+
+
+@pytest.mark.parametrize("keep_prompt", [True, False], ids=["keep_prompt", "evict_prompt"])
+def test_steps_attend_to_what_8_bits_hold(fresh: Any, machine: pretend.Machine, backend: str,
+                                          keep_prompt: bool) -> None:
+    plan = CachePlan.uniform(HeadSpec.full(), tiny.LAYERS, 4, keep_prompt=keep_prompt, kv_format="int8")
+    dense = Dense()
+    Engine(fresh.to("cuda"), plan, backend=backend).generate(2 * prompts(), guidance=2.0, observer=dense)
+    dense.check(shared=keep_prompt)
 
 
 def test_libraries_are_ready_before_the_capture(fresh: Any, machine: pretend.Machine) -> None:
@@ -179,20 +190,22 @@ def test_filters_that_a_launch_knows(warpers: list[Any], numbers: Any) -> None:
     assert Sampling(warpers=warpers).numbers == numbers and Sampling(greedy=True, warpers=warpers).numbers is None
 
 
-@pytest.mark.parametrize(("choice", "dtype", "table"), [
-    ("greedy", torch.float32, True), ("sampled", torch.float32, True), ("sampled", torch.bfloat16, False)], ids=str)
+@pytest.mark.parametrize(("choice", "dtype", "table", "kv_format"), [
+    ("greedy", torch.float32, True, "auto"), ("sampled", torch.float32, True, "int8"),
+    ("sampled", torch.bfloat16, False, "auto")], ids=str)
 def test_what_a_step_launches_and_moves(fresh: Any, machine: pretend.Machine, monkeypatch: pytest.MonkeyPatch,
-                                        choice: str, dtype: torch.dtype, table: bool) -> None:
+                                        choice: str, dtype: torch.dtype, table: bool, kv_format: str) -> None:
     """The record of docs/engine.md: what a graph of a step holds, as far as an operation of torch is one launch."""
     if not table:
         monkeypatch.setattr(weights, "TABLE_CODES", 0)
     sampling, text = GREEDY if choice == "greedy" else Sampling.make(0.9, 50, 0.9), fresh.config.text_config
-    Engine(fresh.to(dtype).to("cuda"), PLAN, backend="triton").generate(prompts(), guidance=2.0, sampling=sampling,
+    plan = CachePlan(PLAN.layers, PLAN.row_buffer, kv_format=kv_format)
+    Engine(fresh.to(dtype).to("cuda"), plan, backend="triton").generate(prompts(), guidance=2.0, sampling=sampling,
                                                                       steps=8)
     (graph,) = machine.graphs
     step = step_traffic.Step(
         len(prompts()), text.hidden_size, text.intermediate_size, tiny.LAYERS, text.num_key_value_heads,
-        text.num_attention_heads, tiny.HEAD_DIM, 64, 8, dtype.itemsize, PLAN, 10, 20, tiny.TOKENS, table,
+        text.num_attention_heads, tiny.HEAD_DIM, 64, 8, dtype.itemsize, plan, 10, 20, tiny.TOKENS, table,
         choice == "greedy")
     launches, moved = Counter[str](), Counter[str]()
     for part in step.parts():
@@ -213,8 +226,15 @@ def test_the_table_of_a_step_is_that_of_the_pages_shape() -> None:
     """docs/engine.md says what the arithmetic gives for Janus-Pro-1B."""
     plan = CachePlan.uniform(HeadSpec.heavy(115), 24, 16, row_buffer=24)
     step = step_traffic.Step(8, 2048, 5632, 24, 16, 16, 128, 16384, 8, 2, plan, 24, 480, 576, table=False)
-    page = (Path(__file__).resolve().parents[2] / "docs" / "engine.md").read_text(encoding="utf-8").splitlines()
-    assert [line for line in step_traffic.lines(step) if line not in page] == []
+    text = (Path(__file__).resolve().parents[2] / "docs" / "engine.md").read_text(encoding="utf-8")
+    assert [line for line in step_traffic.lines(step) if line not in text.splitlines()] == []
+    stored = replace(step, plan=CachePlan(plan.layers, plan.row_buffer, kv_format="int8"))
+    # Of 16 rows and 16 heads: two vectors of 24 prompt tokens, 115 kept ones and the new one, 132 bytes each for 256.
+    assert step.attention() - stored.attention() == 16 * 16 * 2 * (24 + 115 + 1) * (256 - 132)
+    attention, whole = (f"{nbytes / 1e6:.2f}" for nbytes in (
+        stored.attention(), sum(moved * (24 if part.in_layer else 1) for part in stored.parts()
+                                for _, moved in part.operations)))
+    assert f"moves {attention} MB of a layer in 8 bits, and a step {whole}" in " ".join(text.split())
 
 
 COMPUTED = {"mm", "addmm", "bmm", "_safe_softmax", "_fused_rms_norm",
@@ -236,7 +256,7 @@ def test_other_prompts_compute_in_the_same_shapes(fresh: Any, machine: pretend.M
 
     What moves numbers, or computes element by element, is not looked at: torch has one kernel for all shapes.
     """
-    monkeypatch.setattr(batch, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(layers, "PREFILL_CHUNK", chunk)
     plan, seen = CachePlan(PLAN.layers, PLAN.row_buffer, keep_prompt), set[Any]()
     options = {"guidance": 2.0, "sampling": GREEDY, "steps": WARM_STEPS + 1}  # graphs stay in memory here
     expected = [Engine(fresh, plan).generate(prompts_of_lengths(lengths), **options) for lengths in SHORT + LONG]
@@ -257,7 +277,7 @@ def test_other_prompts_compute_in_the_same_shapes(fresh: Any, machine: pretend.M
 
 def test_prompts_are_padded_beyond_the_rotary_table(fresh: Any, machine: pretend.Machine,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "SHORTEST_WIDTH", 128)  # the table has as many positions as prompt and picture
+    monkeypatch.setattr(layers, "SHORTEST_WIDTH", 128)  # the table has as many positions as prompt and picture
     given = prompts_of_lengths((5, 9, 12))
     expected = Engine(fresh, PLAN).generate(given, sampling=GREEDY, steps=4)
     assert torch.equal(Engine(fresh.to("cuda"), PLAN).generate(given, sampling=GREEDY, steps=4), expected)
@@ -277,12 +297,12 @@ def test_what_is_compiled_sees_two_shapes(fresh: Any, machine: pretend.Machine, 
 
         return recorded
 
-    monkeypatch.setattr(batch, "_compiled", compiled)
+    monkeypatch.setattr(layers, "_compiled", compiled)
     engine = Engine(fresh.to(device), PLAN, compile=True)
     for lengths in SHORT + LONG:
         engine.generate(prompts_of_lengths(lengths), guidance=2.0, steps=2)
     rows = 8 if device == "cpu" else 6
-    assert seen == {(name, *[size] * tensors) for size in (rows, batch.PREFILL_CHUNK)
+    assert seen == {(name, *[size] * tensors) for size in (rows, layers.PREFILL_CHUNK)
                     for name, tensors in (("project", 1), ("mix", 2))}
 
 
@@ -347,11 +367,12 @@ def test_positions_go_to_the_device_once(fresh: Any, machine: pretend.Machine, o
     steps = of_steps(machine, Engine(fresh.to("cuda"), PLAN), sampling=GREEDY, steps=WARM_STEPS + 1,
                      **options)
     assert len(steps) == WARM_STEPS and all(names(step, *WAITING) == [] for step in steps)
-    widths = len({batch.prefill_width(len(prompt), batch.PREFILL_CHUNK) for prompt in prompts()})
+    widths = len({layers.prefill_width(len(prompt), layers.PREFILL_CHUNK) for prompt in prompts()})
     copies = [event.place.partition(":")[0] for event in machine.of_kind("to_device")]
     assert not any(place.endswith("ssd_kernels/reference.py") for place in copies)
     # Tokens, rows and ends of every group of prompts; and once: whose rows, guidance, lengths.
-    assert copies.count("python/ssd_janus/engine/batch.py") == 3 * widths + 3
+    assert copies.count("python/ssd_janus/engine/layers.py") == 2 * widths
+    assert copies.count("python/ssd_janus/engine/batch.py") == widths + 3
 
 
 def test_too_little_memory_is_shared(fresh: Any, machine: pretend.Machine, caplog: pytest.LogCaptureFixture) -> None:

@@ -63,8 +63,9 @@ def record(pipe: Pipeline, drawn: Path, tmp_path: Path) -> Path:
 
 
 def test_records_of_comparisons(record: Path) -> None:
-    check_json_reader(read_record, record, r"(goals|prediction)\b(?!.removed).*|(parts|grid)\.[^.]+\.removed|profile|"
-                      r"grid\.[^.]+\.(reason|reached|predicted_cost|fidelity|quality)\.removed|.*(kl_interval|psnr_db|ssim)|"
+    check_json_reader(read_record, record, r"(goals|prediction)\b(?!.removed).*|int8_goals.*|profile|"
+                      r"(parts|grid)\.[^.]+\.removed|grid\.[^.]+\.(kv_format|reason|tokens|reached)\.removed|"
+                      r"grid\.[^.]+\.(predicted_cost|fidelity|quality)\.removed|.*(kl_interval|psnr_db|ssim)|"
                       r"profile\.seconds|.*\.by_prompt\.\w+.*|.*\.families\.\w+\.removed")
     found = json.loads(record.read_text())
     found["grid"]["other"] = json.loads(json.dumps(found["grid"]["a"]))

@@ -102,3 +102,34 @@ def test_backends_get_the_scale_as_a_float(scale: float | None, monkeypatch: pyt
     monkeypatch.setattr(cache._backend, "decode", watched)
     cache.decode(0, *torch.randn(3, B, H, D), scale)
     assert kinds == [float]
+
+
+@each_format
+def test_finished_rows_wait_for_their_restart(case: Case) -> None:
+    """Others go on where kernels leave finished rows alone; whoever restarts has what a fresh row has."""
+    cache, twin = _cache(case), _cache(case)
+    prompt = torch.randn(2, B, H, P, D, generator=torch.Generator().manual_seed(1)).to(case.device)
+    for each in (cache, twin):
+        each.prefill(0, *prompt, [P, 2])
+        assert _step(each, 1) is not None
+    cache.finish([1])
+    if case.name in ("cpu", "reference"):
+        before = snapshot(cache)
+        with pytest.raises(ValueError, match=f"row 1 has taken {N} steps"):
+            _step(cache, 2)
+        assert_untouched(cache, before)
+    else:
+        kept = [tensor[1].clone() for tensor in (cache._layers[0].keys, cache._layers[0].scores)]
+        for seed in range(2, 2 + N - 1):
+            assert torch.equal(_step(cache, seed)[0], _step(twin, seed)[0])
+        assert all(map(torch.equal, kept, (cache._layers[0].keys[1], cache._layers[0].scores[1])))
+        with pytest.raises(ValueError, match="has taken all"):
+            _step(cache)
+    cache.prefill(0, *(tensor[1:] for tensor in prompt), [P], rows=[1])
+    cache.prefill(0, *(tensor[:1] for tensor in prompt), [P], rows=[0])
+    twin.prefill(0, *prompt, [P, P])
+    for seed in range(N):
+        assert torch.equal(_step(cache, seed), _step(twin, seed))
+    for rows in ([2], [0, 0]):
+        with pytest.raises(ValueError, match="rows must be"):
+            cache.finish(rows)

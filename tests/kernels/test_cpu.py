@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from ssd_kernels import CompressedCache, HeadSpec, backends, info, native
+from ssd_kernels.kv_format import decoded
 
-from .cases import BF16, F16, F32, Case, mixed, short, uniform
+from . import test_kv_format
+from .cases import BF16, F16, F32, IN_INT8, Case, each_format_of, mixed, short, uniform
 from .pair import Pair, bits
 
-CASE = Case("cpu")
+each_format = each_format_of("cpu")
 SETS = info()["extension"].get("instruction_sets", [])
 pytestmark = pytest.mark.skipif(not SETS, reason="the extension is not built")
 
@@ -30,53 +33,105 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     extension.set_instruction_set(best)
 
 
+@each_format
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
 @pytest.mark.parametrize(("heads", "group", "head_dim", "row_buffer"), [(8, 3, 40, 4), (4, 1, 72, 0), (4, 1, 128, 5)],
                          ids=["H8-G3-D40-R4", "H4-G1-D72-R0", "H4-G1-D128-R5"])
-def test_instruction_set(instruction_set: str, dtype: torch.dtype, heads: int, group: int, head_dim: int,
+def test_instruction_set(instruction_set: str, case: Case, dtype: torch.dtype, heads: int, group: int, head_dim: int,
                          row_buffer: int) -> None:
     """"AVX-512, AVX2 and portable code chosen at run time": the same contract holds for each."""
-    pair = Pair(mixed(heads, row_buffer), CASE, group=group, head_dim=head_dim, max_prompt=7, steps=20, dtype=dtype)
+    pair = Pair(mixed(heads, row_buffer), case, group=group, head_dim=head_dim, max_prompt=7, steps=20, dtype=dtype)
     pair.prefill([7, 2])
     pair.run(20)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
+@pytest.mark.parametrize("head_dim", [40, 72, 128], ids="D{}".format)
+def test_bits_of_8(instruction_set: str, dtype: torch.dtype, head_dim: int) -> None:
+    """What each stores in 8 bits of vectors that are easily got wrong."""
+    case = next(case for case in IN_INT8 if case.name == "cpu")
+    test_kv_format.test_steps_store_the_same_bits_everywhere(case, dtype, head_dim)
+    test_kv_format.test_prompts_store_the_same_bits_everywhere(case, dtype, head_dim, False)
+
+
+@each_format
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
 @pytest.mark.parametrize(("group", "head_dim"), [(1, 40), (1, 64), (2, 128)], ids=["G1-D40", "G1-D64", "G2-D128"])
-def test_shared_prompts(instruction_set: str, dtype: torch.dtype, group: int, head_dim: int) -> None:
+def test_shared_prompts(instruction_set: str, case: Case, dtype: torch.dtype, group: int, head_dim: int) -> None:
     """Bits are those of copies wherever a prompt ends within the slots that are summed up together."""
     heads, lengths = 4, list(range(17))
     k, v, new_k, new_v, q = (torch.randn(len(lengths), *shape, head_dim).to(dtype) for shape in (
         (heads, 17), (heads, 17), (heads,), (heads,), (heads * group,)))
     outs = []
     for shared_prompts in (None, len(lengths)):
-        cache = CompressedCache(mixed(heads, 3), len(lengths), heads * group, head_dim, 17, 12, dtype, "cpu", "cpu",
-                                shared_prompts=shared_prompts)
+        cache = CompressedCache(case.stored(mixed(heads, 3)), len(lengths), heads * group, head_dim, 17, 12, dtype,
+                                "cpu", "cpu", shared_prompts=shared_prompts)
         cache.prefill(0, k, v, lengths)
         outs.append(torch.stack([cache.decode(0, q.roll(step), new_k.roll(step), new_v.roll(step))
                                  for step in range(9)]))
     assert torch.equal(bits(outs[0]), bits(outs[1])) and outs[0].isfinite().all()
 
 
-def test_every_head_dim(instruction_set: str) -> None:
+@each_format
+def test_every_head_dim(instruction_set: str, case: Case) -> None:
     """head_dim 32 to 256 in multiples of 8: every tail of every vector width."""
     for head_dim in range(32, 257, 8):
-        pair = Pair(mixed(2), CASE, head_dim=head_dim, max_prompt=2, steps=4, dtype=BF16, batch=1)
+        pair = Pair(mixed(2), case, head_dim=head_dim, max_prompt=2, steps=4, dtype=BF16, batch=1)
         pair.prefill([2])
         pair.run(4)
 
 
+@each_format
 @pytest.mark.parametrize("threads", [2, 3], ids=["row-by-row", "head-by-head"])
-def test_both_orders_of_items(instruction_set: str, threads: int) -> None:
+def test_both_orders_of_items(instruction_set: str, case: Case, threads: int) -> None:
     """From 4 rows per thread on, threads go through the slabs row by row; fewer rows are shared out by heads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        pair = Pair(mixed(8), CASE, head_dim=64, max_prompt=3, steps=8, dtype=BF16, batch=9)
+        pair = Pair(mixed(8), case, head_dim=64, max_prompt=3, steps=8, dtype=BF16, batch=9)
         pair.prefill([row % 4 for row in range(9)])
         pair.run(8)
     finally:
         torch.set_num_threads(before)
+
+
+def attention_in_bytes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A step's output ``[D]`` over k and v ``[n, D]`` in 8 bits, and the float64 one over what slots hold."""
+    count, head_dim = k.shape
+    plan = next(case for case in IN_INT8 if case.name == "cpu").stored(uniform(HeadSpec.full(), 1))
+    cache = CompressedCache(plan, 1, 1, head_dim, count - 1, 1, F32, "cpu", "cpu")
+    cache.prefill(0, k[None, None, :-1], v[None, None, :-1], [count - 1])
+    out = cache.decode(0, q[None, None], k[None, -1:], v[None, -1:])[0, 0]
+    state = cache._layers[0]
+    keys, values = (decoded((one[0],) * 2 + (scales[0],) * 2, torch.float64)[0]
+                    for one, scales in zip(state.slabs[:2], state.scales, strict=True))
+    return out, torch.softmax(keys @ q.double() / math.sqrt(head_dim), 0) @ values
+
+
+@pytest.mark.parametrize("head_dim", [40, 128])
+@pytest.mark.parametrize("count", [1, 3, 33, 100])
+def test_bytes_of_every_magnitude(instruction_set: str, count: int, head_dim: int) -> None:
+    """Queries and values far from 1 lose no more than others, with one element or one token above all others too."""
+    random = torch.Generator().manual_seed(count)
+    q, *kv = (torch.randn(*shape, head_dim, generator=random) for shape in ((), (count,), (count,)))
+    k, v = kv
+    for size in (1e-30, 1e-3, 1.0, 1e30):
+        for query, keys, values in ((q * size, k / size, v * size), (q.index_fill(0, torch.tensor([3]), 40.0), k, v),
+                                    (q, k, v * torch.logspace(-6, 0, count)[:, None] * size)):
+            out, exact = attention_in_bytes(query, keys, values)
+            assert (out.double() - exact).abs().max() <= 4e-6 * values.abs().max(), size
+    for query, values in ((q * 0, v), (q, v * 0), (q * 1e-40, v)):
+        out, exact = attention_in_bytes(query, k, values)
+        assert (out.double() - exact).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bytes_hide_nothing_that_is_not_finite(instruction_set: str, bad: float) -> None:
+    """A query, key or value that is not finite gives no number."""
+    for place in range(3):
+        given = [torch.ones(64), torch.ones(5, 64), torch.ones(5, 64)]
+        given[place].view(-1)[-1] = bad
+        assert attention_in_bytes(*given)[0].isnan().all(), place
 
 
 def stored_as_float16(halves: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

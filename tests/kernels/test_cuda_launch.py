@@ -57,12 +57,16 @@ def test_parts_are_counted_by_slots(extension, capacity):
 def test_blocks_per_multiprocessor(extension):
     """The table that a measurement would change, and that shared memory has room for it."""
     table = {(80, 128, 1): 4, (80, 64, 1): 4, (80, 40, 1): 4, (80, 128, 4): 3,
-             (90, 128, 1): 6, (90, 64, 1): 6, (90, 40, 1): 5, (90, 128, 4): 4}
+             (90, 128, 1): 6, (90, 64, 1): 6, (90, 40, 1): 5, (90, 128, 4): 4,
+             (90, 64, 4): 4, (90, 40, 4): 3}
+    table = {**{(*variant, False): blocks for variant, blocks in table.items()},
+             **{(*variant, True): blocks for variant, blocks in table.items()},
+             (80, 128, 4, True): 2, (80, 40, 4, True): 2}
     for variant, blocks in table.items():
-        capability, head_dim, group = variant
+        capability, head_dim, group, int8 = variant
         assert extension.cuda_blocks_per_multiprocessor(*variant) == blocks, variant
         # Of an A100's or H100's multiprocessor each block takes 1 KB for the system.
-        shared = extension.cuda_decode_launch(1, 16, 16 * group, head_dim, 16, 120)[2]
+        shared = extension.cuda_decode_launch(1, 16, 16 * group, head_dim, 16, 120, int8)[2]
         assert blocks * (shared + 1024) <= (164 if capability == 80 else 228) * 1024, variant
         assert shared <= 48 * 1024
 
@@ -72,7 +76,8 @@ def launch_items(layout: LayerLayout, alternating: bool = False) -> list[list[in
     extension = build.module()
     heads = len(layout.heads)
     layer = extension.CUDALayer(*[0] * 7, 0, 1, heads, 32, layout.slots, layout.scored_slots, layout.max_prompt,
-                                layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt, 0, 0, 0, 0, False)
+                                layout.num_visual_tokens, layout.row_buffer, layout.keep_prompt, *[0] * 4, False,
+                                *[0] * 4)
     parts = count_parts(layout, heads, extension.CUDA_PART_SLOTS)
     table, items = layout.table(), torch.empty((parts, extension.CUDA_ITEM_WORDS), dtype=torch.int32)
     layer.list_items(table.data_ptr(), alternating, items.data_ptr())

@@ -191,6 +191,18 @@ def test_one_token_is_read_as_it_is_stored(case: Case) -> None:
     torch.testing.assert_close(out.cpu(), data * scales[..., None], rtol=5e-7, atol=0)
 
 
+@each_in_int8
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("ratio", [64.0, 512.0], ids="x{:.0f}".format)
+def test_queries_that_stick_out_where_keys_are_nothing(case: Case, dtype: torch.dtype, ratio: float) -> None:
+    """What a query's other elements give is as exact as without its largest."""
+    pair = Pair(uniform(HeadSpec.full(), 2), case, batch=1, group=2, steps=6, dtype=dtype)
+    for _ in range(6):
+        q, k = pair.draw(1, 4, 40), pair.draw(1, 2, 40)
+        q[..., 3], k[..., 3] = ratio * q[..., 3], k[..., 3] / ratio
+        pair.step(q, k)
+
+
 def test_float64_caches() -> None:
     """On the reference backend, which computes in float64 from the same contents."""
     pair = Pair(mixed(H, 3), INT8, dtype=F64, group=2)

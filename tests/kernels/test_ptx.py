@@ -92,7 +92,7 @@ QUIET = ("lockstep", "adversarial")
 each_order_of_cuda = pytest.mark.parametrize(("name", "order"), [
     pytest.param(name, order, id=f"{name}-{order.place if order else 'all'}",
                  marks=[] if name == "f32-D40-G5" and order else [EXHAUSTIVE])
-    for name in ("f32-D40-G5", "bf16-D128-G1") for order in (None, *planted.cuda_orders())])
+    for name in ("f32-D40-G5", "bf16-D128-G1", "i8-D40-G1") for order in (None, *planted.cuda_orders())])
 each_order_of_triton = pytest.mark.parametrize("order", [
     pytest.param(order, id=order.place if order else "all", marks=[] if order else [EXHAUSTIVE])
     for order in (None, *planted.triton_orders())])
@@ -135,10 +135,14 @@ def test_all_that_orders_is_known() -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("name", planted.CHANGES)
-def test_each_changed_source_is_noticed(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kernel", "change"), [
+    *(pytest.param(planted.KERNELS["f32-D40-G1"], change, id=name) for name, change in planted.CHANGES.items()),
+    *(pytest.param(planted.KERNELS["i8-D40-G1"], change, id=name)
+      for name, change in planted.CHANGES_TO_BYTES.items())])
+def test_each_changed_source_is_noticed(kernel: planted.Kernel, change: tuple[planted.Change, ...],
+                                        tmp_path: Path) -> None:
     _case("ptx")
-    kernel = planted.KERNELS["f32-D40-G1"]
     backends.get("ptx").extension()
-    with planted.changed(kernel, planted.CHANGES[name], tmp_path):
-        assert planted.noticed([*planted.runs(kernel), lambda: planted.ties(kernel)]) is not None
+    with planted.changed(kernel, change, tmp_path):
+        assert planted.noticed([*planted.runs(kernel), lambda: planted.ties(kernel),
+                                lambda: planted.halves(kernel)]) is not None

@@ -119,7 +119,7 @@ def launched(backend: str, step: Step) -> dict[str, Any]:
     views = [RowView.of(state.layout, head, PROMPT, step.step) for head in range(HEADS)]
     counted["slots"] = sum(view.base + view.evictable for view in views)
     counted["useful"] = step_bytes(state.layout, PROMPT, step.step, step.head_dim, step.dtype.itemsize,
-                                   HEADS * step.group, step.kv_format == "int8")
+                                   HEADS * step.group)
     return counted
 
 
@@ -183,7 +183,7 @@ def blocks(backend: str, step: Step, architecture: int) -> str:
     """Blocks per multiprocessor as docs/cuda.md gives them: by the records of machine code, "-" if in neither."""
     if backend == "ptx":
         kernels = json.loads(test_cuda_resources.RECORD.read_text())["kernels"]
-        dtype = "f32" if step.dtype == torch.float32 else "bf16"
+        dtype = "i8" if step.kv_format == "int8" else "f32" if step.dtype == torch.float32 else "bf16"
         name = f"decode {dtype} D{step.head_dim} G{step.group} sm_{architecture}"
         return str(kernels[name][f"blocks_{architecture}"])
     kernels = json.loads(test_triton_resources.RECORD.read_text())["kernels"]

@@ -26,6 +26,10 @@ FILTERS = [(1.0, 0, 1.0), (0.7, 50, 1.0), (1.3, 0, 0.9), (0.9, 50, 0.8), (1.0, 1
            (1.0, 0, 0.0)]
 
 
+def each_of(pictures: int, temperature: float, top_k: int, top_p: float) -> filters.PerPicture:
+    return filters.PerPicture.same(pictures, temperature, top_k, top_p, torch.device("cpu"))
+
+
 def by_transformers(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
     """Which codes its warpers leave."""
     warpers: list[Any] = [TemperatureLogitsWarper(temperature)]
@@ -53,7 +57,7 @@ def test_the_same_codes_stay(seed: int, codes: int, levels: int, top_k: int, top
     is up to torch's sort, which is not stable, and here the later ones."""
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(8, codes, generator=generator) * levels).round() * (3 / levels)
-    kept, weights = filters.warped(logits, temperature, top_k, top_p)
+    kept, weights = filters.warped(logits, each_of(8, temperature, top_k, top_p))
     expected = by_transformers(logits, temperature, top_k, top_p)
     clear = ~on_a_border(logits, temperature, top_k, top_p) if top_p < 1 else torch.ones(8, dtype=torch.bool)
     for stays in (kept, expected):
@@ -91,7 +95,7 @@ def test_the_border_of_masses_does_not_overflow() -> None:
 def test_the_likeliest_code_stays_however_small_top_p_is(top_p: float) -> None:
     torch.manual_seed(0)
     logits = torch.randn(8, sampling.MAX_CODES) * torch.tensor([0.01, 3.0]).repeat(4)[:, None]
-    kept, _ = filters.warped(logits, 1.0, 0, top_p)
+    kept, _ = filters.warped(logits, each_of(8, 1.0, 0, top_p))
     assert torch.equal(kept, by_transformers(logits, 1.0, 0, top_p))
     assert torch.equal(kept.int().argmax(1), logits.argmax(1))
 
@@ -130,11 +134,33 @@ def test_a_token_does_not_depend_on_its_batch() -> None:
         assert alone == together[picture]
 
 
-def _by_kernel(logits: torch.Tensor, steps: torch.Tensor, numbers: tuple[float, int, float]) -> torch.Tensor:
+@pytest.mark.parametrize("codes", [1, 5, 300])
+def test_every_picture_has_its_own_numbers(codes: int) -> None:
+    """The token that it has where all have its numbers; a temperature of 0 is the first of the likeliest codes, and a
+    scale up to 1 no guidance."""
+    generator = torch.Generator().manual_seed(codes)
+    numbers = [*FILTERS, (0.0, 5, 0.5), (1.0, 1000, 1.0)]
+    pictures = len(numbers)
+    seeds, steps = torch.arange(pictures) - 3, torch.arange(pictures) * 7
+    scale = torch.tensor([5.0, 1.0, 2.0, 0.0, 1.0 + 2**-23, -3.0, 3.0, 2.0, 4.0])
+    each = filters.PerPicture.of(numbers, torch.device("cpu"))
+    for _ in range(20):
+        logits = (torch.randn(2 * pictures, codes, generator=generator) * 6).round() / 2
+        drawn = filters.sample(logits, scale, seeds, steps, each=each)
+        for index, own in enumerate(numbers):
+            rows = [index, pictures + index][:1 + (scale[index] > 1)]
+            one, guidance = slice(index, index + 1), scale[index:index + len(rows) - 1]
+            expected = filters.sample(logits[rows], guidance, seeds[one], steps[one], *own) if own[0] else (
+                filters.guided(logits[rows], guidance).argmax(1))
+            assert drawn[one] == expected
+
+
+def _by_kernel(logits: torch.Tensor, steps: torch.Tensor, numbers: tuple[float, int, float],
+               scale: torch.Tensor = SCALE, each: filters.PerPicture | None = None) -> torch.Tensor:
     from ssd_kernels.triton.sample import sample_kernel
 
     tokens = torch.full((len(SEEDS),), -1)
-    sampling.launch_kernel(Launcher(sample_kernel, ARCHITECTURE), tokens, logits, SCALE, SEEDS, steps, *numbers)
+    sampling.launch_kernel(Launcher(sample_kernel, ARCHITECTURE), tokens, logits, scale, SEEDS, steps, *numbers, each)
     return tokens
 
 
@@ -149,6 +175,25 @@ def test_the_kernel_draws_the_same(codes: int, numbers: tuple[float, int, float]
         logits[0, codes // 2:] = -torch.inf if step == 1 else logits[0, 0]
         steps = torch.tensor([step]).expand(len(SEEDS))
         assert torch.equal(_by_kernel(logits, steps, numbers), filters.sample(logits, SCALE, SEEDS, steps, *numbers))
+
+
+MIXED = [[(0.7, 50, 1.0), (0.0, 0, 1.0), (1.0, 0, 1.0)], [(1.3, 0, 0.9), (0.9, 2, 0.8), (0.0, 3, 0.1)],
+         [(1.0, 0, 0.0), (1.0, 2000, 1 - 1e-9), (1.0, 1, 1.0)]]
+
+
+@on_ptx
+@pytest.mark.parametrize("numbers", MIXED, ids=str)
+@pytest.mark.parametrize("codes", [5, 200])
+def test_the_kernel_draws_by_the_numbers_of_every_picture(codes: int, numbers: list[tuple[float, int, float]]) -> None:
+    """Guided pictures, one with a scale that guides nothing, whose unconditional logits may be anything."""
+    torch.manual_seed(codes)
+    scale, each = torch.tensor([5.0, 1.0]), filters.PerPicture.of(numbers, torch.device("cpu"))
+    for step in (0, 1, 2**33 + 7):
+        logits = (torch.randn(5, codes) * 6).round() / 2
+        logits[4] = torch.nan
+        steps = torch.tensor([step]).expand(len(SEEDS))
+        expected = filters.sample(logits, scale, SEEDS, steps, each=each)
+        assert torch.equal(_by_kernel(logits, steps, (1.0, 0, 1.0), scale, each), expected)
 
 
 @on_ptx
@@ -177,8 +222,8 @@ def test_no_token_is_out_of_range(value: float) -> None:
 
 
 @on_ptx
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_nothing_spills_with_the_codes_of_janus(architecture: int) -> None:
+@pytest.mark.parametrize(("architecture", "each"), [(80, False), (90, False), (90, True)])
+def test_nothing_spills_with_the_codes_of_janus(architecture: int, each: bool) -> None:
     """Two programs' worth of threads in one: 64 registers each."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -192,10 +237,10 @@ def test_nothing_spills_with_the_codes_of_janus(architecture: int) -> None:
             return lambda *arguments, **named: launched.update(named, arguments=arguments)
 
     sampling.launch_kernel(Seen(), torch.empty(3, dtype=torch.long), torch.zeros(5, sampling.MAX_CODES), SCALE, SEEDS,
-                           SEEDS, 0.9, 50, 0.9)
+                           SEEDS, 0.9, 50, 0.9, each_of(3, 0.9, 50, 0.9) if each else None)
     from ssd_kernels.triton.sample import sample_kernel
 
-    names, types = sample_kernel.arg_names, {torch.float32: "*fp32", torch.int64: "*i64"}
+    names, types = sample_kernel.arg_names, {torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
     constants = {name: launched.pop(name) for name in names if name in launched}
     given = dict(zip(names, launched.pop("arguments"), strict=False))
     signature = {name: "constexpr" if name in constants else types[given[name].dtype]
@@ -215,6 +260,9 @@ def test_nothing_spills_with_the_codes_of_janus(architecture: int) -> None:
     ({"seeds": SEEDS.int()}, "seeds must be torch.int64"),
     ({"steps": torch.zeros(2, dtype=torch.long)}, r"steps must be \[3\]"),
     ({"temperature": 0.0}, "temperature must be above 0"), ({"top_k": -1}, "top_k must be at least 0"),
+    ({"each": each_of(2, 0.7, 5, 0.9)}, r"each.temperature must be \[3\]"),
+    ({"each": each_of(3, 0.7, 5, 0.9)._replace(top_k=SEEDS)}, "each.top_k must be torch.int32"),
+    ({"each": each_of(3, 0.7, 5, 0.9)._replace(tail=torch.zeros(6, dtype=torch.int32)[::2])}, "tail must be contig"),
     ({"top_p": -0.1}, "top_p must be within 0 .. 1"), ({"top_p": 1.5}, "top_p must be within 0 .. 1"),
 ])
 def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -222,6 +270,17 @@ def test_bad_input_is_refused(changes: dict[str, Any], message: str) -> None:
                  "steps": torch.zeros(3, dtype=torch.long), **changes}
     with pytest.raises((TypeError, ValueError), match=message):
         sampling.sample_in_one_launch(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("numbers", MIXED, ids=str)
+def test_a_gpu_draws_by_the_numbers_of_every_picture(numbers: list[tuple[float, int, float]]) -> None:
+    torch.manual_seed(0)
+    logits, steps, scale = torch.randn(5, 16384) * 3, torch.full((3,), 7), torch.tensor([5.0, 1.0])
+    each = filters.PerPicture.of(numbers, torch.device("cpu"))
+    drawn = sampling.sample_in_one_launch(*(tensor.cuda() for tensor in (logits, scale, SEEDS, steps)),
+                                          each=filters.PerPicture(*(tensor.cuda() for tensor in each)))
+    assert torch.equal(drawn.cpu(), filters.sample(logits, scale, SEEDS, steps, each=each))
 
 
 @pytest.mark.gpu

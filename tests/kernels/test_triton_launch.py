@@ -70,8 +70,8 @@ def test_config_does_not_depend_on_the_batch() -> None:
     assert "batch" not in launch.decode_config.__code__.co_varnames
 
 
-def layout(*specs: HeadSpec, row_buffer: int = 0, tokens: int = 576) -> LayerLayout:
-    return LayerLayout.build(specs, CachePlan([specs], row_buffer), 10, tokens)
+def layout(*specs: HeadSpec, row_buffer: int = 0, tokens: int = 576, kv_format: str = "auto") -> LayerLayout:
+    return LayerLayout.build(specs, CachePlan([specs], row_buffer, kv_format=kv_format), 10, tokens)
 
 
 def test_bytes_of_a_full_head() -> None:
@@ -81,7 +81,7 @@ def test_bytes_of_a_full_head() -> None:
 
 def test_bytes_of_a_full_head_in_8_bits() -> None:
     """64 bytes and a scale for each vector that is kept."""
-    assert launch.step_bytes(layout(HeadSpec.full()), 10, 20, 64, 2, int8=True) == 2 * 68 * 31 + 4 * 128 + 16
+    assert launch.step_bytes(layout(HeadSpec.full(), kv_format="int8"), 10, 20, 64, 2) == 2 * 68 * 31 + 4 * 128 + 16
 
 
 def test_bytes_stop_growing_with_the_window() -> None:

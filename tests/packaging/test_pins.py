@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PINS = [Requirement(line) for line in (ROOT / "constraints" / "cpu.txt").read_text().splitlines()
         if line and not line.startswith("#")]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-EXTRAS = ("test", "evaluate", "plot", "train", "triton", "lint")
+EXTRAS = ("test", "evaluate", "plot", "train", "triton", "serve", "lint")
 
 
 @pytest.fixture

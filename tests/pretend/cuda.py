@@ -135,6 +135,7 @@ def pretended(devices: int = 1, **sizes: Any) -> Iterator[Machine]:
         return to(self, torch.device("cuda", here.index(device)), non_blocking=non_blocking, **others)
 
     def in_thread(self: threading.Thread) -> None:
+        torch._C._set_only_lift_cpu_tensors(True)  # of this thread
         with Mode():
             run(self)
 

@@ -22,6 +22,7 @@ from .tensor import Pretended, touched
 
 ITEM_SIZES = (4, 2, 2)  # by the codes of storage types
 TENSORS = ("keys", "values", "scores", "positions", "cursors", "table", "pinned")
+SCALES = ("key_scales", "value_scales", "prompt_key_scales", "prompt_value_scales")
 
 
 class Layer:
@@ -31,7 +32,7 @@ class Layer:
         self.arguments = arguments
         names = ("dtype", "batch", "heads", "head_dim", "slots", "scored_slots", "max_prompt", "num_visual_tokens",
                  "row_buffer", "keep_prompt", "prompt_keys", "prompt_values", "prompt_of", "shared_prompts",
-                 "prompt_scores")
+                 "prompt_scores", *SCALES)
         self.addresses = dict(zip(TENSORS, arguments, strict=False))
         self.sizes = SimpleNamespace(**dict(zip(names, arguments[len(TENSORS):], strict=True)))
 
@@ -42,10 +43,12 @@ class Layer:
 
     def _row(self, row: int) -> Any:
         sizes, at = self.sizes, self.addresses
-        slab, scored = row * sizes.slots * sizes.head_dim * ITEM_SIZES[sizes.dtype], row * sizes.scored_slots * 4
+        item = 1 if sizes.key_scales else ITEM_SIZES[sizes.dtype]
+        slab, scored = row * sizes.slots * sizes.head_dim * item, row * sizes.scored_slots * 4
         moved = (at["keys"] + slab, at["values"] + slab, at["scores"] + scored, at["positions"] + scored,
                  at["cursors"] + 8 * row, at["table"], at["pinned"])
-        rest = {**vars(sizes), "batch": 1, "prompt_of": sizes.prompt_of and sizes.prompt_of + 4 * row}
+        rest = {**vars(sizes), "batch": 1, "prompt_of": sizes.prompt_of and sizes.prompt_of + 4 * row,
+                **{name: getattr(sizes, name) and getattr(sizes, name) + 4 * row * sizes.slots for name in SCALES[:2]}}
         return native.extension().Layer(*moved, *rest.values())
 
     def step(self, q: int, k: int, v: int, out: int, query_heads: int, strides: Sequence[int], scale: float, cos: int,
@@ -135,12 +138,14 @@ class Launcher:
                 yield parameter.name, value == 1, value % 16 == 0
 
 
-def _layer(given: SimpleNamespace, batch: int, row_buffer: int, *shared: int) -> Layer:
-    dtype = DTYPE_CODES[given.held["keys"].dtype]
-    shared = (given.prompt_keys, given.prompt_values, given.prompt_of, given.shared_prompts, given.PROMPT_SCORES
-              ) if getattr(given, "SHARED", False) else (0, 0, 0, 0, True)
-    return Layer(*(getattr(given, name) for name in TENSORS), dtype, batch, given.heads, given.D, given.slots,
-                 given.scored_slots, given.max_prompt, given.num_visual_tokens, row_buffer, given.KEEP_PROMPT, *shared)
+def _layer(given: SimpleNamespace, step: str, batch: int, row_buffer: int, *shared: int) -> Layer:
+    """``step``: a tensor in the dtype of the step. ``shared``: as `ssd_kernels._C.Layer` has them."""
+    scales = [getattr(given, name, 0) if given.INT8 else 0 for name in SCALES]
+    if not shared or not shared[0]:
+        scales[2:] = [0, 0]
+    return Layer(*(getattr(given, name) for name in TENSORS), DTYPE_CODES[given.held[step].dtype], batch, given.heads,
+                 given.D, given.slots, given.scored_slots, given.max_prompt, given.num_visual_tokens, row_buffer,
+                 given.KEEP_PROMPT, *(shared or (0, 0, 0, 0, True)), *scales)
 
 
 def _decode(given: SimpleNamespace) -> None:
@@ -148,15 +153,15 @@ def _decode(given: SimpleNamespace) -> None:
     strides = [getattr(given, f"{name}_{of}") for name in "qkv" for of in ("row", "head")]
     tables = (given.cos, given.sin) if given.ROTARY else (0, 0)
     prompts = (given.prompt_keys, given.prompt_values, given.prompt_of) if given.SHARED else (0, 0, 0)
-    layer = _layer(given, given.batch, given.period, *prompts, given.shared_prompts, given.PROMPT_SCORES)
+    layer = _layer(given, "q", given.batch, given.period, *prompts, given.shared_prompts, given.PROMPT_SCORES)
     layer.step(given.q, given.k, given.v, given.out, given.heads * given.GROUP, strides, given.scale, *tables)
 
 
 def _prefill(given: SimpleNamespace) -> None:
     batch, count = given.held["keys"].shape[0], len(given.held["rows"])
     # Which steps evict is nothing to a prefill.
-    _layer(given, batch, 0).start(given.k, given.v, given.given if given.GIVEN else 0, given.prompt_stride, count,
-                                  given.prompt_lens, given.rows)
+    _layer(given, "k", batch, 0).start(given.k, given.v, given.given if given.GIVEN else 0, given.prompt_stride, count,
+                                       given.prompt_lens, given.rows)
 
 
 def _noise(given: SimpleNamespace) -> None:
@@ -166,8 +171,9 @@ def _noise(given: SimpleNamespace) -> None:
 
 def _sample(given: SimpleNamespace) -> None:
     held = given.held
-    chosen = filters.sample(held["row_logits"], held["scale"], held["seeds"], held["steps"], given.temperature,
-                             given.top_k, 1 - given.share / 2**30)
+    numbers = {"each": filters.PerPicture(held["temperature"], held["top_k"], held["share"])} if given.EACH else {
+        "temperature": given.temperature, "top_k": given.top_k, "top_p": 1 - given.share / 2**30}
+    chosen = filters.sample(held["row_logits"], held["scale"], held["seeds"], held["steps"], **numbers)
     held["tokens"].copy_(chosen)
 
 

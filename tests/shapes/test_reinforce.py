@@ -204,11 +204,11 @@ def test_a_resumed_run_is_the_same(tmp_path: Path, variant: str) -> None:
 
 
 def test_learning_shows(tmp_path: Path) -> None:
-    one = learner(tmp_path, steps=12, lr=3e-3, samples=8, measure_every=12)
+    one = learner(tmp_path, steps=8, lr=1e-2, samples=8, measure_every=8)
     while not one.done:
         one.step()
     first, last = one.record.held_out
-    assert last["full"] > first["full"] + 0.1 and last["compressed"] > first["compressed"] + 0.1
+    assert last["full"] > first["full"] + 0.2 and last["compressed"] > first["compressed"] + 0.2
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
@@ -247,9 +247,9 @@ def test_prompts_of_the_task() -> None:
     drawn = task.draw(1, 2, 20)
     assert drawn == task.draw(1, 2, 20) and drawn[:5] == task.draw(1, 2, 5)
     assert drawn != task.draw(1, 3, 20) and drawn != task.draw(2, 2, 20)
-    for (prompt, wanted), test in itertools.product(drawn, (False,)):
+    for prompt, wanted in drawn:
         assert sum(thing["count"] for thing in wanted["include"]) > 1
-        assert test == any(map(world.held_out, world.named(wanted["include"]))) and prompt[-1] == 3
+        assert not any(map(world.held_out, world.named(wanted["include"]))) and prompt[-1] == 3
     assert len(task.held_out) == 20 and {wanted["tag"] for _, wanted in task.held_out} == set(reinforce.FAMILIES)
     assert all(any(map(world.held_out, world.named(wanted["include"]))) for _, wanted in task.held_out)
     assert task.plan.budget(576) == pytest.approx(0.2, abs=0.01)
@@ -264,10 +264,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     rewards = itertools.cycle([0.5, 1.0, 0.0])
     monkeypatch.setattr(reinforce, "reward_of", lambda found, wanted: next(rewards))
     given = {"out": tmp_path / "run", "steps": 1, "seeds": 1, "prompts": 1, "samples": 2, "held_out": 2, "layers": 1,
-             "model": model, "threads": 0}
+             "model": model, "threads": 0, "page": tmp_path / "page.md"}
+    (tmp_path / "page.md").write_text("Before.\n<!-- reinforce -->\nold\n<!-- /reinforce -->\nAfter.\n")
     reinforce.reinforce(**given)
     said = capsys.readouterr().out
-    assert "corrected-0 step 1: reward" in said and "| uncorrected | 1 x 1 |" in said
+    assert "corrected-0 step 1: reward" in said and "| uncorrected | 1 | 1 |" in said
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [record["variant"] for record in results["runs"]] == list(grpo.VARIANTS)
     summary = results["summary"]
@@ -275,6 +276,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert all(record["held_out"][0] == results["runs"][0]["held_out"][0] for record in results["runs"])
     assert abs(summary["full"]["kl_per_token"]) < 1e-5 and math.isfinite(summary["corrected"]["kl_per_token"])
     assert (tmp_path / "run" / "reinforce.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "reinforce.png").exists()
+    text = (tmp_path / "page.md").read_text()
+    assert text.startswith("Before.\n") and "| full | 1 | 1 |" in text and text.endswith("After.\n")
     before = (tmp_path / "run" / "results.json").read_bytes()
     reinforce.reinforce(**given)
     assert (tmp_path / "run" / "results.json").read_bytes() == before

@@ -18,6 +18,7 @@ from .options import (
     Backend,
     Device,
     Dtype,
+    FormatName,
     Guidance,
     Model,
     PolicyName,
@@ -32,11 +33,6 @@ if TYPE_CHECKING:
     from ..pipeline import Pipeline
 
 BUDGETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
-
-
-class FormatName(str, Enum):
-    auto = "auto"
-    int8 = "int8"
 
 
 class SectionName(str, Enum):
@@ -70,7 +66,8 @@ def compare(
         help=f"Share of the bytes of a full cache that policies may keep, which is that of the picture's tokens with "
              f"--kv auto; may be repeated. Default: {', '.join(map(str, BUDGETS))}.")] = None,
     kv: Annotated[list[FormatName] | None, typer.Option(
-        help="How plans store keys and values, auto in the model's dtype; may be repeated. Default: auto.")] = None,
+        help="How plans store keys and values: auto, in the model's dtype, or int8; may be repeated. Default: "
+             "auto.")] = None,
     row_buffer: Annotated[list[int] | None, typer.Option(
         min=0, help="Steps between evictions; may be repeated. Default: 0 and one grid row (24).")] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Only the first so many prompts for quality. Default: "
@@ -100,6 +97,9 @@ def compare(
             raise ValueError(f"--budget must be within (0, 1], got {value}")
     parts = list(dict.fromkeys(part or PartName))
     names = [name for name in PolicyName if name in (policy or PolicyName)]
+    if FormatName.best in (kv or []):
+        raise ValueError("--kv must be auto or int8, got best: both are compared at as many bytes, and the page says "
+                         "which one a profile predicts to cost less")
     formats = [name.value for name in FormatName if name in (kv or [FormatName.auto])]
     if section and page is None:
         raise ValueError("--section says nothing without --page")

@@ -113,19 +113,22 @@ def evaluate(
                 results[name] = quality.evaluate(
                     pipe, chosen, out / name, prompts=scenes, seeds=seeds,
                     progress=lambda done, total: show(number * total + done, len(plans) * total), **common)  # noqa: B023
-    facts = {"suite": suite.value, "prompts": len(prompts), "seeds": seeds}
-    report.write(results, out, facts)
+    bytes_of = {name: each.byte_budget(pipe.shape.num_visual_tokens, head_dim=pipe.shape.head_dim, dtype=pipe.dtype)
+                for name, each in plans.items()}
+    facts = {"suite": suite.value, "prompts": len(prompts), "seeds": seeds, "byte_budgets": bytes_of}
+    shares = bytes_of if any(each.kv_format != "auto" for each in plans.values()) else None
+    report.write(results, out, facts, shares)
     if plot is not None:
         from ..plots import save_curves
 
         plot.parent.mkdir(parents=True, exist_ok=True)
         save_curves(results, plot)
     if page is not None:
-        report.into_page(results, page, suite.value)
+        report.into_page(results, page, suite.value, shares)
     if as_json:
         print((out / "results.json").read_text(), end="")
     else:
-        head, rows = report.columns(results)
+        head, rows = report.columns(results, shares)
         print_table(table(rows, head))
         messages.print(f"pictures, results.json and table.md are in {out}", soft_wrap=True)
 

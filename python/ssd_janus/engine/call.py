@@ -10,9 +10,10 @@ import torch
 from ssd_attach.internals import GenerationMode, prepared_config
 from ssd_kernels import CachePlan
 
-from .engine import Engine, unconditional_prompt
+from .engine import Engine
 from .sampling import Sampling
 from .saying import warn_once
+from .unconditional import unconditional_prompt
 from .weights import unsupported
 
 

@@ -6,17 +6,40 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
 from .batch import Batch
 from .saying import warn_once
+from .weights import Weights
 
 # Steps of the picture that run one operation at a time first, on the stream of the capture: libraries set up their
 # workspaces of that stream in them. They are real steps, so nothing has to be put back before the capture.
 WARM_STEPS = 2
 CAPTURABLE = frozenset({"triton", "cuda"})
 _capturing = threading.Lock()
+
+
+class Capturable(Protocol):
+    """A step, as `CapturedStep` takes it.
+
+    Attributes:
+        weights: that it reads.
+        done: steps taken.
+    """
+
+    weights: Weights
+    done: int
+
+    def prepare(self) -> None:
+        """What comes before the step and is no part of the graph."""
+
+    def advance(self) -> None:
+        """What becomes the graph."""
+
+    def step(self) -> None:
+        """Both, one operation at a time; counts."""
 
 
 def can_capture(batch: Batch) -> bool:
@@ -26,12 +49,12 @@ def can_capture(batch: Batch) -> bool:
 
 
 class CapturedStep:
-    """Does what `Batch.step` does, after `WARM_STEPS` calls from a graph of `Batch.advance`.
+    """Does what a batch's `step` does, after `WARM_STEPS` calls from a graph of its `advance`.
 
     Where capturing fails, a warning says why, once, and the steps go on one operation at a time.
     """
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Capturable) -> None:
         self.batch = batch
         self._to_warm = WARM_STEPS
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -55,8 +78,8 @@ class CapturedStep:
         self.batch.done += 1
 
 
-def _captured(batch: Batch) -> torch.cuda.CUDAGraph | None:
-    """A graph of `Batch.advance`, which draws nothing while it is recorded; None, with a warning, when that fails."""
+def _captured(batch: Capturable) -> torch.cuda.CUDAGraph | None:
+    """A graph of `advance`, which draws nothing while it is recorded; None, with a warning, when that fails."""
     device = batch.weights.device
     graph = torch.cuda.CUDAGraph()
     try:

@@ -19,14 +19,17 @@ from ssd_kernels import CachePlan, CompressedCache
 from .. import waiting
 from ..progress import ProgressCallback
 from ..shape import ModelShape, placement
-from . import memory
-from .batch import PACKED_ROW_MULTIPLE, ROW_MULTIPLE, Batch, LogitsProcessor
+from . import continuous, memory
+from .batch import Batch, LogitsProcessor
 from .capture import CapturedStep, can_capture
 from .decoding import DECODE_CHUNK, decode
+from .layers import PACKED_ROW_MULTIPLE, ROW_MULTIPLE
 from .memory import MemoryReport
 from .rollout import Rollout, rollout
 from .sampling import Sampling, noise_for
+from .slots import Slots
 from .timing import StepTiming
+from .unconditional import unconditional_prompt
 from .weights import Weights
 
 _logger = logging.getLogger("ssd_janus")
@@ -203,6 +206,15 @@ class Engine:
             else torch.cuda.max_memory_allocated(self.device))
         return torch.cat(tokens)
 
+    @property
+    def row_multiple(self) -> int:
+        """To a multiple of which the rows of every product are padded."""
+        return (PACKED_ROW_MULTIPLE if self.packed else ROW_MULTIPLE) if self.exact else 1
+
+    def slots(self, capacity: int, *, max_prompt: int | None = None, steps: int | None = None) -> Slots:
+        """Room for ``capacity`` pictures that join and leave while others are drawn; see `continuous.slots`."""
+        return continuous.slots(self, capacity, max_prompt, steps)
+
     def rollout(self, prompts: Sequence[Sequence[int] | torch.Tensor], samples: int = 1,
                 seeds: int | Sequence[int] | None = 0, **options: Any) -> Rollout:
         """Samples of prompts with the log-probabilities of their tokens, for training; see `rollout.rollout`."""
@@ -354,8 +366,7 @@ class Engine:
         seeds = None if request.seeds is None else [request.seeds[i] for i in order]
         noise = None if request.sampling.greedy else noise_for(len(order), weights.codes, seeds, weights.device)
         observer = self.plan.observer() if isinstance(self.plan, OnlinePlan) else request.observer
-        multiple = (PACKED_ROW_MULTIPLE if self.packed else ROW_MULTIPLE) if self.exact else 1
-        batch = Batch(weights, cache, guidance, request.steps, request.sampling, noise, row_multiple=multiple,
+        batch = Batch(weights, cache, guidance, request.steps, request.sampling, noise, row_multiple=self.row_multiple,
                       compiled=self.compile, observer=observer, logits_processor=request.logits_processor,
                       timing=request.timing)
         batch.start(prompts)
@@ -364,21 +375,6 @@ class Engine:
     def _report_row(self, request: _Request, batch: Batch, numbers: range, back: torch.Tensor) -> None:
         if request.on_row is not None and batch.done % self.shape.columns == 0:
             request.on_row(numbers, batch.tokens[:, :batch.done].cpu()[back])
-
-
-def unconditional_prompt(config: GenerationConfig, prompt: Sequence[int]) -> list[int]:
-    """The prompt that guidance steers away from: padding tokens, which are attended to, in the place of all but the
-    begin-of-text and begin-of-image tokens (transformers' Janus).
-
-    Raises:
-        ValueError: ``config`` does not name these tokens.
-    """
-    begin = (getattr(config, "generation_kwargs", None) or {}).get("boi_token_id")
-    named = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id, "boi_token_id": begin}
-    for name, token in named.items():
-        if not isinstance(token, int):
-            raise ValueError(f"generation_config must name a {name} for guidance, got {token!r}")
-    return [token if token in (config.bos_token_id, begin) else config.pad_token_id for token in prompt]
 
 
 def _positive(name: str, value: int) -> int:

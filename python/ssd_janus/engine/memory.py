@@ -21,7 +21,7 @@ from ssd_kernels import CachePlan
 from ssd_kernels.process import control_groups
 
 from ..shape import ModelShape, placement
-from .batch import PREFILL_CHUNK, PREFILL_TOKENS, ROW_MULTIPLE, prefill_width
+from .layers import PREFILL_CHUNK, PREFILL_TOKENS, ROW_MULTIPLE, prefill_width
 from .linear import can_pack
 from .weights import TABLE_CODES
 
@@ -87,8 +87,8 @@ def packs(model: Any, packed: bool | None = None) -> bool:
     return bool(packed) or (place == "cpu" and possible and packed_bytes(model) <= PACKED_SHARE * total_memory())
 
 
-def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int) -> int:
-    """What a batch needs beside weights and cache, at most: prompts that all differ, and sampling with every filter.
+def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int, different: int | None = None) -> int:
+    """What a batch needs beside weights and cache, at most: sampling with every filter.
 
     That is the rotary table and the table of next inputs, and the largest of three moments: the table is made, the
     prompts are in a layer, a token is chosen from logits. Temporary memory of libraries is not in it.
@@ -96,7 +96,9 @@ def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int) -> int:
     Args:
         pictures, rows: of the batch.
         max_prompt: longest prompt, tokens.
+        different: prompts that differ among those of the rows, of which each is run once; None: all do.
     """
+    different = rows if different is None else different
     shape, config = ModelShape.of(model), model.model.language_model.config
     size = 4 if packs(model) else placement(model)[1].itemsize
     codes = model.model.generation_head.vision_head.out_features
@@ -108,7 +110,7 @@ def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int) -> int:
         tokens = max(PREFILL_CHUNK, width, rows)
     else:
         width = max_prompt
-        tokens = max(min(rows * max_prompt, max(PREFILL_TOKENS, max_prompt)), rows) + ROW_MULTIPLE
+        tokens = max(min(different * max_prompt, max(PREFILL_TOKENS, max_prompt)), rows) + ROW_MULTIPLE
     # Keys and values: as projected, rotated, and once more for every row of the cache.
     copies = 2 * rows * width * shape.num_heads * shape.head_dim
     layer = tokens * (3 * config.hidden_size + 3 * widths + 4 * config.intermediate_size) + copies
@@ -156,8 +158,9 @@ def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, 
 
     def fits(pictures: int) -> bool:
         rows = pictures * (1 + guided)
-        shared = shared_prompts(plan, rows, rows if different is None else different(pictures))
-        return cache_bytes(rows, shared) + step_bytes(model, pictures, rows, max_prompt) <= free
+        count = rows if different is None else different(pictures)
+        shared = shared_prompts(plan, rows, count)
+        return cache_bytes(rows, shared) + step_bytes(model, pictures, rows, max_prompt, count) <= free
 
     low, high = 0, 1
     while fits(high):

@@ -203,7 +203,7 @@ class CountedNoise:
     """
 
     def __init__(self, codes: int, seeds: Sequence[int], device: torch.device) -> None:
-        words = [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]  # torch's generators take unsigned ones, too
+        words = [signed(seed) for seed in seeds]
         self._codes, self._seeds = codes, torch.tensor(words, dtype=torch.long, device=device)
         self._values: torch.Tensor | None = None
 
@@ -220,6 +220,11 @@ class CountedNoise:
              numbers: tuple[float, int, float]) -> torch.Tensor:
         """Tokens [pictures] in one launch, guidance included; see `ssd_kernels.filters.sample`."""
         return sample_in_one_launch(logits, scale, self._seeds, step.expand(len(self._seeds)), *numbers)
+
+
+def signed(seed: int) -> int:
+    """A seed as a word of 64 bits with a sign: torch's generators take unsigned ones, too."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def noise_for(pictures: int, codes: int, seeds: Sequence[int] | None, device: torch.device) -> Noise:

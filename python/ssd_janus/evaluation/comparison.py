@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ssd_attach.online import OnlinePlan
+from ssd_attach.choice import make_plan
 from ssd_kernels import CachePlan, HeadSpec, policies
 from ssd_kernels.policies import HeadProfile, predicted_cost
 
@@ -136,14 +136,11 @@ def build(case: Case, shape: ModelShape, profile: HeadProfile | None, prompt_tok
     Raises:
         TypeError, ValueError: as the policy, above all for a budget too small for the row buffer.
     """
-    if case.policy == "online":
-        return policies.within_budget(lambda tokens: OnlinePlan(shape, tokens, case.row_buffer), shape, None,
-                                      case.budget, dtype, case.kv_format, profile)
     parameters = dict(case.parameters)
     if profile is not None and "tau_quantile" in parameters:
         parameters["tau"] = float(profile.sparsity.quantile(parameters.pop("tau_quantile")))
-    plan = policies.build(case.policy, shape, None, case.row_buffer, byte_budget=case.budget, dtype=dtype,
-                          kv_format=case.kv_format, profile=profile, **parameters)
+    plan = make_plan(case.policy, shape, None, case.row_buffer, byte_budget=case.budget, dtype=dtype,
+                     kv_format=case.kv_format, profile=profile, **parameters)
     return compete(plan, prompt_tokens) if case.competing else plan
 
 

@@ -10,6 +10,7 @@ from .report import markdown_table
 from .statistics import Interval, paired_difference
 
 SECTIONS = ("goals", "runs", "fidelity", "quality", "sensitivity", "prediction", "int8")
+PARTS = ("fidelity", "quality", "sensitivity")
 ABSENT = "not measured\n"
 IMPOSSIBLE = "-"
 
@@ -50,9 +51,9 @@ def _goals(goals: Sequence[Mapping[str, Any]]) -> str:
     return "".join(f"- {line}\n" for line in goal_lines(goals)) or ABSENT
 
 
-def _runs(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def _runs(parts: Mapping[str, Sequence[Mapping[str, Any]]], names: Iterable[str] = PARTS) -> str:
     text = ""
-    for name in ("fidelity", "quality", "sensitivity"):
+    for name in names:
         if name not in parts:
             text += f"- {name}: not measured, or not finished\n"
         for facts in parts.get(name, ()):
@@ -164,9 +165,10 @@ def _int8(entries: Sequence[Entry], record: Mapping[str, Any]) -> str:
                      _lead(entry, by_key.get(FULL)), _lead(entry, by_key.get(beside)),
                      _kl(close) if close else "",
                      f"{entry['predicted_cost']:.3g}" if entry.get("predicted_cost") else ""])
-    head = ["policy", "row buffer", "bytes", "tokens", "right pictures", "less the full cache's",
-            "less those in the model's dtype", "mean KL", "predicted cost"]
-    return f"{_goals(record.get('int8_goals', ()))}\n{markdown_table(head, rows)}\n{_runs(record['parts'])}"
+    head = ["policy", "row buffer", "bytes", "tokens", "right pictures", "more than the full cache",
+            "more than at as many bytes in the model's dtype", "mean KL", "predicted cost"]
+    runs = _runs(record["parts"], record["parts"])
+    return f"{_goals(record.get('int8_goals', ()))}\n{markdown_table(head, rows)}\n{runs}"
 
 
 def _lead(ours: Entry, theirs: Entry | None) -> str:

@@ -17,24 +17,31 @@ from .quality import Quality
 Result = Quality | Fidelity
 
 
-def columns(results: Mapping[str, Result]) -> tuple[list[str], list[list[str]]]:
-    """Headings and one row of cells per plan; all results must be of one suite."""
+def columns(results: Mapping[str, Result], shares: Mapping[str, float] | None = None
+            ) -> tuple[list[str], list[list[str]]]:
+    """Headings and one row of cells per plan; all results must be of one suite.
+
+    ``shares``, where plans store in several formats: of each plan, of the bytes that a full cache takes for the
+    picture's tokens.
+    """
     first = next(iter(results.values()))
     if isinstance(first, Quality):
-        head = ["plan", "budget", "pictures", "overall", *(name.replace("_", " ") for name in first.families)]
-        return head, [_quality(name, result) for name, result in results.items() if isinstance(result, Quality)]
-    head = ["plan", "budget", "pictures", "KL mean", "KL p99", "agreement", "head error", "PSNR dB", "SSIM"]
-    return head, [_fidelity(name, result) for name, result in results.items() if isinstance(result, Fidelity)]
+        own = ["overall", *(name.replace("_", " ") for name in first.families)]
+    else:
+        own = ["KL mean", "KL p99", "agreement", "head error", "PSNR dB", "SSIM"]
+    rows = [[name, f"{result.budget:.1%}", *([] if shares is None else [f"{shares[name]:.1%}"]), str(result.pictures),
+             *(_quality(result) if isinstance(result, Quality) else _fidelity(result))]
+            for name, result in results.items()]
+    return ["plan", "budget", *([] if shares is None else ["bytes"]), "pictures", *own], rows
 
 
-def _quality(name: str, result: Quality) -> list[str]:
-    return [name, f"{result.budget:.1%}", str(result.pictures), str(result.overall),
-            *map(str, result.families.values())]
+def _quality(result: Quality) -> list[str]:
+    return [str(result.overall), *map(str, result.families.values())]
 
 
-def _fidelity(name: str, result: Fidelity) -> list[str]:
+def _fidelity(result: Fidelity) -> list[str]:
     errors = [error for layer in result.head_error for error in layer]
-    return [name, f"{result.budget:.1%}", str(result.pictures), _kl(result), f"{result.kl_p99:.3f}",
+    return [_kl(result), f"{result.kl_p99:.3f}",
             f"{result.agreement:.2%}", f"{sum(errors) / len(errors):.3f}",
             *(("", "") if result.ssim is None else
               ("equal" if result.psnr_db is None else f"{result.psnr_db:.1f}", f"{result.ssim:.3f}"))]
@@ -45,9 +52,9 @@ def _kl(result: Fidelity) -> str:
     return f"{result.kl_mean:.4f}" + (f" [{interval.low:.4f}, {interval.high:.4f}]" if interval else "")
 
 
-def markdown(results: Mapping[str, Result]) -> str:
-    """A table for a page."""
-    return markdown_table(*columns(results))
+def markdown(results: Mapping[str, Result], shares: Mapping[str, float] | None = None) -> str:
+    """A table for a page; args as of `columns`."""
+    return markdown_table(*columns(results, shares))
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
@@ -61,21 +68,25 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def write(results: Mapping[str, Result], out: Path, facts: Mapping[str, Any]) -> None:
-    """Write ``results.json`` (figures and facts about the run) and ``table.md`` into ``out``."""
+def write(results: Mapping[str, Result], out: Path, facts: Mapping[str, Any],
+          shares: Mapping[str, float] | None = None) -> None:
+    """Write ``results.json`` (figures and facts about the run) and ``table.md`` into ``out``; ``shares`` as of
+    `columns`."""
     record = {**facts, "results": {name: result.as_json() for name, result in results.items()}}
     write_text(out / "results.json", json.dumps(record, indent=1) + "\n")
-    write_text(out / "table.md", markdown(results))
+    write_text(out / "table.md", markdown(results, shares))
 
 
-def into_page(results: Mapping[str, Result], page: Path, name: str) -> None:
+def into_page(results: Mapping[str, Result], page: Path, name: str, shares: Mapping[str, float] | None = None) -> None:
     """Replace what stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` of a Markdown page by the table.
+
+    Args: as of `columns`, and the page and the name.
 
     Raises:
         FileNotFoundError: no such page.
         ValueError: the page has no such pair of comments.
     """
-    fill_page(page, {name: markdown(results)})
+    fill_page(page, {name: markdown(results, shares)})
 
 
 def fill_page(page: Path, sections: Mapping[str, str]) -> None:

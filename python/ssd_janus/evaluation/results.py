@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ssd_kernels.kv_format import KV_FORMATS
 from ssd_kernels.reading import Field, naming, read_json, shown
 from ssd_kernels.schema import count, list_of, mapping_of, maybe, number, object_of
 
@@ -22,8 +23,8 @@ FIDELITY = object_of({
     "psnr_db": maybe(FIGURE), "ssim": maybe(FIGURE), "pictures": count, "budget": number})
 ENTRY = object_of(
     {"policy": TEXT, "budget": number, "row_buffer": count, "study": TEXT, "setting": TEXT, "guidance": FIGURE},
-    {"kv_format": TEXT, "reason": TEXT, "tokens": number, "reached": number, "predicted_cost": FIGURE,
-     "fidelity": FIDELITY, "quality": QUALITY})
+    {"kv_format": lambda field: field.choice(KV_FORMATS), "reason": TEXT, "tokens": number, "reached": number,
+     "predicted_cost": FIGURE, "fidelity": FIDELITY, "quality": QUALITY})
 FACTS = object_of({"command": TEXT, "date": TEXT, "machine": TEXT, "guidance": FIGURE, "fidelity_prompts": count,
                    "prompts": count, "seeds": count, "batch_size": count, "sensitivity_quality": FLAG}, {"dtype": TEXT})
 PARTS = object_of({}, dict.fromkeys(("fidelity", "quality", "sensitivity"), list_of(FACTS)))

@@ -1,4 +1,4 @@
-// Bits: logic, counting, and moving them about.
+// Bits: logic, counting, moving them about, and products of bytes.
 #include "step.h"
 
 namespace ptx {
@@ -69,6 +69,13 @@ uint32_t permuted(uint64_t low, uint64_t high, uint64_t picks) {
   return y;
 }
 
+// The products of four signed bytes, added to a sum.
+uint32_t products(uint64_t a, uint64_t b, uint64_t sum) {
+  uint32_t y = static_cast<uint32_t>(sum);
+  for (int i = 0; i < 4; ++i) y += static_cast<int8_t>(a >> (8 * i)) * static_cast<int8_t>(b >> (8 * i));
+  return y;
+}
+
 }  // namespace
 
 bool manipulate_bits(Step& step) {
@@ -114,6 +121,8 @@ bool manipulate_bits(Step& step) {
     }
     case Op::kPermute:
       return ternary(step, permuted);
+    case Op::kDot:
+      return ternary(step, products);
     case Op::kShiftFunnel:
       return ternary(step, [&](uint64_t low, uint64_t high, uint64_t by) -> uint64_t {
         const uint64_t both = high << 32 | static_cast<uint32_t>(low);

@@ -135,7 +135,7 @@ def cuda_ptx(name: str) -> str:
     return _made(BUILD / "cuda" / f"{name}.{digest}.ptx", lambda path: path.write_text(compile_cuda(name))).read_text()
 
 
-CUDA_MODULES = ("decode_f32", "decode_bf16", "decode_f16", "prefill")
+CUDA_MODULES = ("decode_f32", "decode_bf16", "decode_f16", "decode_i8", "prefill")
 
 
 @cache

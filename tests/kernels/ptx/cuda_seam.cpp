@@ -29,10 +29,10 @@ std::vector<uint8_t> bytes_of(const Params& params) {
 
 std::vector<ptx::Buffer> layer_buffers(const CacheLayer& layer) {
   const LayerShape& s = layer.shape;
-  const uint64_t slab = static_cast<uint64_t>(s.batch) * s.slots * s.head_dim * item_size(layer.dtype);
+  const uint64_t slots = static_cast<uint64_t>(s.batch) * s.slots, slab = slots * s.head_dim * stored_size(layer);
   const uint64_t scored = sizeof(float) * s.batch * s.scored_slots;
-  const uint64_t prompts =
-      static_cast<uint64_t>(s.shared_prompts) * s.heads * s.max_prompt * s.head_dim * item_size(layer.dtype);
+  const uint64_t prompt_slots = static_cast<uint64_t>(s.shared_prompts) * s.heads * s.max_prompt;
+  const uint64_t prompts = prompt_slots * s.head_dim * stored_size(layer);
   return {{address(layer.keys), slab, "keys"},
           {address(layer.values), slab, "values"},
           {address(layer.scores), scored, "scores"},
@@ -42,7 +42,11 @@ std::vector<ptx::Buffer> layer_buffers(const CacheLayer& layer) {
           {address(layer.pinned), sizeof(int32_t) * s.heads * pin_words(s), "pinned", true, false},
           {address(layer.prompt_keys), prompts, "prompt_keys", true, false},
           {address(layer.prompt_values), prompts, "prompt_values", true, false},
-          {address(layer.prompt_of), s.shared_prompts ? sizeof(int32_t) * s.batch : 0, "prompt_of", true, false}};
+          {address(layer.prompt_of), s.shared_prompts ? sizeof(int32_t) * s.batch : 0, "prompt_of", true, false},
+          {address(layer.key_scales), sizeof(float) * slots, "key_scales"},
+          {address(layer.value_scales), sizeof(float) * slots, "value_scales"},
+          {address(layer.prompt_key_scales), sizeof(float) * prompt_slots, "prompt_key_scales", true, false},
+          {address(layer.prompt_value_scales), sizeof(float) * prompt_slots, "prompt_value_scales", true, false}};
 }
 
 std::vector<ptx::Buffer> decode_buffers(const DecodeParams& params) {
@@ -94,8 +98,9 @@ const char* error_text(int) { return last_error.c_str(); }
 template <class T, int kDim>
 int start_decode(const DecodeParams& params, const Launch& launch, void*) {
   constexpr bool kIsFloat = std::is_same_v<T, float>, kIsBFloat16 = std::is_same_v<T, BFloat16>;
-  const char* type = kIsFloat ? "f" : kIsBFloat16 ? "NS0_8BFloat16E" : "NS0_7Float16E";
-  const char* module = kIsFloat ? "decode_f32" : kIsBFloat16 ? "decode_bf16" : "decode_f16";
+  constexpr bool kIsInt8 = std::is_same_v<T, Int8>;
+  const char* type = kIsFloat ? "f" : kIsBFloat16 ? "NS0_8BFloat16E" : kIsInt8 ? "NS0_4Int8E" : "NS0_7Float16E";
+  const char* module = kIsFloat ? "decode_f32" : kIsBFloat16 ? "decode_bf16" : kIsInt8 ? "decode_i8" : "decode_f16";
   const int group = params.step.query_heads == params.layer.shape.heads ? 1 : kGroupBlock;
   return start(module,
                std::string("decode_kernelI") + type + "Li" + std::to_string(kDim) + "ELi" + std::to_string(group) + "E",
@@ -110,6 +115,9 @@ template int start_decode<BFloat16, 128>(const DecodeParams&, const Launch&, voi
 template int start_decode<Float16, 0>(const DecodeParams&, const Launch&, void*);
 template int start_decode<Float16, 64>(const DecodeParams&, const Launch&, void*);
 template int start_decode<Float16, 128>(const DecodeParams&, const Launch&, void*);
+template int start_decode<Int8, 0>(const DecodeParams&, const Launch&, void*);
+template int start_decode<Int8, 64>(const DecodeParams&, const Launch&, void*);
+template int start_decode<Int8, 128>(const DecodeParams&, const Launch&, void*);
 
 int start_prefill(const PrefillParams& params, const Launch& launch, void*) {
   const LayerShape& s = params.layer.shape;

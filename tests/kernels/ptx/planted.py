@@ -22,7 +22,6 @@ from ..pair import Pair
 from ..split import LONG, long_pair
 from . import build, schedules, triton
 
-CASE = Case("ptx")
 TRITON = Path(ssd_kernels.__file__).parent / "triton"
 WITHOUT = Path(__file__).with_name("without.cuh")
 
@@ -36,24 +35,30 @@ class Kernel:
     dtype: torch.dtype
     head_dim: int
     group: int
+    kv_format: str = "auto"
+
+    @property
+    def case(self) -> Case:
+        return Case("ptx", kv_format=self.kv_format)
 
 
 KERNELS = {"f32-D40-G1": Kernel("decode_f32", "float, 0, 1", F32, 40, 1),
            "f32-D40-G5": Kernel("decode_f32", "float, 0, kGroupBlock", F32, 40, 5),
-           "bf16-D128-G1": Kernel("decode_bf16", "BFloat16, 128, 1", BF16, 128, 1)}
+           "bf16-D128-G1": Kernel("decode_bf16", "BFloat16, 128, 1", BF16, 128, 1),
+           "i8-D40-G1": Kernel("decode_i8", "Int8, 0, 1", F32, 40, 1, "int8")}
 
 
 def runs(kernel: Kernel) -> list[Callable[[], object]]:
     """Short ones that together reach every instruction that orders something, and the others."""
     def pair(plan: CachePlan, steps: int, lengths: tuple[int, int]) -> object:
-        both = Pair(plan, CASE, group=kernel.group, head_dim=kernel.head_dim, max_prompt=max(lengths), steps=steps,
-                    dtype=kernel.dtype)
+        both = Pair(plan, kernel.case, group=kernel.group, head_dim=kernel.head_dim, max_prompt=max(lengths),
+                    steps=steps, dtype=kernel.dtype)
         both.prefill(lengths)
         return both.run(steps)
 
     refreshed = (HeadSpec.heavy(40), HeadSpec.heavy(4, recent=1), HeadSpec.window(5), HeadSpec.full())
     return [lambda: pair(CachePlan([refreshed], row_buffer=3, keep_prompt=False), 4, (70, 3)),
-            lambda: long_pair(kernel.dtype, case=CASE, row_buffer=2, keep_prompt=False, heads=LONG[:2],
+            lambda: long_pair(kernel.dtype, case=kernel.case, row_buffer=2, keep_prompt=False, heads=LONG[:2],
                               group=kernel.group, head_dim=kernel.head_dim, lengths=(PART + 3, 2)).run(2),
             lambda: pair(CachePlan([[HeadSpec.heavy(4, recent=1), HeadSpec.heavy(40)]]), 6, (2, 70))]
 
@@ -61,12 +66,22 @@ def runs(kernel: Kernel) -> list[Callable[[], object]]:
 def ties(kernel: Kernel) -> object:
     """Windows that wrap, and heavy heads in which all tokens but one have a score of exactly 0."""
     plan = CachePlan([[HeadSpec.window(5), HeadSpec.heavy(4)]])
-    pair = Pair(plan, CASE, group=kernel.group, head_dim=32, max_prompt=1, steps=9, scale=1.0, dtype=kernel.dtype)
+    pair = Pair(plan, kernel.case, group=kernel.group, head_dim=32, max_prompt=1, steps=9, scale=1.0,
+                dtype=kernel.dtype)
     loud = torch.zeros(2, 2, 1, 32)
     loud[..., 0] = 100.0  # quiet keys' logits are 2e4 below, and their probability 0
     pair.prefill((1, 1), k=loud)
     queries = loud[:, :, 0].repeat_interleave(kernel.group, 1)
     return [pair.step(q=queries, k=-loud[:, :, 0]) for _ in range(9)]
+
+
+def halves(kernel: Kernel) -> object:
+    """A key that lies between bytes, where bytes are what is stored."""
+    pair = Pair(CachePlan([[HeadSpec.full()] * 2]), kernel.case, group=kernel.group, head_dim=32, max_prompt=1, steps=1,
+                dtype=kernel.dtype)
+    keys = (torch.arange(32) - 15.5).expand(2, 2, 32).clone()
+    keys[..., 0] = 127.0  # 1 a byte
+    return pair.step(k=keys)
 
 
 def triton_runs() -> list[Callable[[], object]]:
@@ -159,12 +174,12 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "a fence of the block only": (("port.cuh", "__threadfence();", "__threadfence_block();"),),
     "waits for a stage too few": (("attend.cuh", "port::wait_copies<kStages - 2>();\n      fetch(tile +",
                                    "port::wait_copies<kStages - 1>();\n      fetch(tile +"),),
-    "a shuffle of some lanes": (("attend.cuh", "const float logit = reduce(dot[g]);",
-                                 "const float logit = j < count ? reduce(dot[g]) : 0.0f;"),),
+    "a shuffle of some lanes": (("attend.cuh", "float logit = reduce(dot[g]);",
+                                 "float logit = j < count ? reduce(dot[g]) : 0.0f;"),),
     "a barrier of some threads": (("evict.cuh", "if (warp == 0 && lane == 0) *moves = length;",
                                    "if (warp == 0 && lane == 0) { *moves = length; port::sync_block(); }"),),
-    "copies from odd addresses": (("attend.cuh", "lane() * 16;", "lane() * 16 + 2;"),),
-    "absent tokens are copied": (("attend.cuh", "* 16, j < count);", "* 16, true);"),),
+    "copies from odd addresses": (("attend.cuh", "lane() * Shape::kBytes;", "lane() * Shape::kBytes + 2;"),),
+    "absent tokens are copied": (("attend.cuh", f"further(j),\n{'':42}j < count);", "further(j), true);"),),
     "a slot outside the slab": (("item.cuh", "(heavy ? view.evictable : at);",
                                  "(heavy ? view.evictable : at) + 100000;"),),
     "a sum that nothing starts": (("attend.cuh", "norm[g] = adds_new ? port::power_of_two("
@@ -177,6 +192,15 @@ CHANGES: dict[str, tuple[Change, ...]] = {
     "a key that is not appended": (("decode.cuh", "const_cast<T*>(keys)[slot + e] = key;", ""),),
     "a token too many": (("attend.cuh", "smaller(item.total - begin, kPartSlots)",
                           "smaller(item.total - begin + 1, kPartSlots)"),),
+}
+
+# The same to what only serves bytes.
+CHANGES_TO_BYTES: dict[str, tuple[Change, ...]] = {
+    "scales that stay behind": (("evict.cuh", "head.value_scales[to] = value_scale;", ""),),
+    "scales of absent tokens": (("attend.cuh", "layer.value_scales) + slot,\n                          j < count);",
+                                 "layer.value_scales) + slot, true);"),),
+    "a digit too few": (("attend.cuh", "256 * sums[2] + sums[1]", "sums[1]"),),
+    "halves rounded up": (("port.cuh", "__float2int_rn(x)", "__float2int_rd(x + 0.5f)"),),
 }
 
 

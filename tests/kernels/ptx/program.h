@@ -13,7 +13,7 @@ namespace ptx {
 // clang-format off
 enum class Op : uint8_t {
   kAbs, kAdd, kAnd, kAtomic, kBarrier, kBfe, kBfi, kBfind, kBranch, kBrev, kClz, kCommitCopies, kConvert, kConvertAddress,
-  kCopy, kDiv, kExit, kExp2, kFence, kFma, kLoad, kLoadMatrix, kLog2, kLop3, kMad, kMax, kMin, kMma, kMove, kMul, kNeg,
+  kCopy, kDiv, kDot, kExit, kExp2, kFence, kFma, kLoad, kLoadMatrix, kLog2, kLop3, kMad, kMax, kMin, kMma, kMove, kMul, kNeg,
   kNop, kNot, kOr, kPermute, kPopc, kReciprocal, kReduce, kRem, kRsqrt, kSelect, kSetPredicate, kShiftFunnel, kShl, kShr,
   kShuffle, kSqrt, kStore, kStoreMatrix, kSub, kVote, kWaitAllCopies, kWaitCopies, kWarpBarrier, kXor
 };

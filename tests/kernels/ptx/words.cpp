@@ -39,6 +39,7 @@ const std::map<std::string, Op> kOps = {{"abs", Op::kAbs},
                                         {"ldmatrix", Op::kLoadMatrix},
                                         {"lg2", Op::kLog2},
                                         {"lop3", Op::kLop3},
+                                        {"dp4a", Op::kDot},
                                         {"mad", Op::kMad},
                                         {"max", Op::kMax},
                                         {"membar", Op::kFence},
@@ -218,6 +219,10 @@ void describe(const std::string& opcode, Instruction& in) {
     case Op::kMul:
     case Op::kMad:
       in.mode = words.has("wide") ? kWide : words.has("hi") ? kHigh : kLow;
+      break;
+    case Op::kDot:
+      if (types.size() != 2 || types.front() != Type::kS32 || types.back() != Type::kS32)
+        throw std::invalid_argument("an unknown product of bytes");
       break;
     case Op::kBfind:
       in.from_sign = words.has("shiftamt");
