@@ -11,8 +11,8 @@ import typer
 from ssd_attach.units import show_bytes
 
 from .options import (
-    DEFAULT_BUDGET,
     Backend,
+    Budget,
     BudgetBytes,
     Device,
     Dtype,
@@ -21,7 +21,8 @@ from .options import (
     LayoutName,
     Model,
     Parameters,
-    PolicyName,
+    PlanFile,
+    Policy,
     ProfileFile,
     PromptsFile,
     RowBuffer,
@@ -46,11 +47,9 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("pictures"),
     seed: Seed = 0,
     model: Model = None,
-    plan: Annotated[Path | None, typer.Option(help="Plan file: what each head keeps.")] = None,
-    policy: Annotated[PolicyName | None, typer.Option(help="Make a plan by this rule. Default: full, nothing is "
-                                                           "evicted.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Share of the picture's tokens that the policy may keep, row "
-                                                      f"buffer included. Default: {DEFAULT_BUDGET}.")] = None,
+    plan: PlanFile = None,
+    policy: Policy = None,
+    budget: Budget = None,
     budget_bytes: BudgetBytes = None,
     kv: Kv = None,
     row_buffer: RowBuffer = None,

@@ -85,6 +85,11 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the first picture; the n
 Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance; 1 turns it off. Default: "
                                                      "the model's own.")]
 Plans = Annotated[list[Path] | None, typer.Option("--plan", help="Plan file; may be repeated.")]
+PlanFile = Annotated[Path | None, typer.Option(help="Plan file: what each head keeps.")]
+Policy = Annotated[PolicyName | None, typer.Option(
+    help="Make a plan by this rule. Default: full, nothing is evicted.")]
+Budget = Annotated[float | None, typer.Option(
+    help=f"Share of the picture's tokens that the policy may keep, row buffer included. Default: {DEFAULT_BUDGET}.")]
 Policies = Annotated[list[PolicyName] | None, typer.Option(
     "--policy", help="Make a plan by this rule; may be repeated. Default without --plan: full.")]
 Budgets = Annotated[list[float] | None, typer.Option(

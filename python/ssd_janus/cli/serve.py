@@ -10,8 +10,8 @@ import typer
 
 from ..extras import needs
 from .options import (
-    DEFAULT_BUDGET,
     Backend,
+    Budget,
     BudgetBytes,
     Device,
     Dtype,
@@ -19,7 +19,8 @@ from .options import (
     Kv,
     Model,
     Parameters,
-    PolicyName,
+    PlanFile,
+    Policy,
     ProfileFile,
     RowBuffer,
     check_plan_options,
@@ -43,11 +44,9 @@ def serve(
     name: Annotated[str | None, typer.Option(help="What clients call the model by. Default: the hub id, or the "
                                                   f"folder's name; {INCLUDED} is the included one.")] = None,
     model: Model = None,
-    plan: Annotated[Path | None, typer.Option(help="Plan file: what each head keeps.")] = None,
-    policy: Annotated[PolicyName | None, typer.Option(help="Make a plan by this rule. Default: full, nothing is "
-                                                           "evicted.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Share of the picture's tokens that the policy may keep, row "
-                                                      f"buffer included. Default: {DEFAULT_BUDGET}.")] = None,
+    plan: PlanFile = None,
+    policy: Policy = None,
+    budget: Budget = None,
     budget_bytes: BudgetBytes = None,
     kv: Kv = None,
     row_buffer: RowBuffer = None,

@@ -121,7 +121,6 @@ class Scheduler:
             QueueFull: as many pictures wait as may.
             Closed: after `close`, or after the device failed.
         """
-        self._slots.check(request)
         return self.submit_all([request], [rows_drawn])[0]
 
     def submit_all(self, requests: Sequence[PictureRequest], rows_drawn: Sequence[RowsDrawn | None]) -> list[Ticket]:
@@ -145,6 +144,12 @@ class Scheduler:
         with self._changed:
             return Load(len(self._waiting), len(self._entering) + len(self._alone), len(self._running),
                         self._slots.capacity, self._finished)
+
+    @property
+    def closed(self) -> bool:
+        """Whether no more pictures are taken: after `close`, or after the device failed."""
+        with self._changed:
+            return self._closed
 
     def close(self, cancel: bool = False, timeout: float | None = None) -> bool:
         """Take no more pictures, and wait for those that were asked for.
