@@ -2,6 +2,7 @@
 #
 #   make demo      draw pictures with a small Janus, full cache beside compressed -> demo/
 #   make test      all tests that need no GPU
+#   make test-serve  the tests that need a browser, a Ray cluster or many processes
 #   make simulation  all contract tests of the CUDA and Triton kernels, from their PTX on the CPU; takes long
 #   make gpu       first contact with a CUDA GPU: tests, times, sanitizers, with the Python at hand and offline -> $(OUT)
 #   make serve     answer OpenAI's image clients with the included model, at http://127.0.0.1:8000 -> README.md
@@ -35,7 +36,7 @@ BUILD_TOOLS := 'setuptools>=77' 'pybind11>=2.13,<4' ninja 'cmake>=3.24'
 SOURCES     := $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cpp %.cuh %.cu,$(SOURCES)) $(wildcard tests/*/*.cpp $(addprefix tests/kernels/*/*.,cpp h cuh))
 
-.PHONY: demo serve test simulation gpu bench quality policies lint format pins compat newest clean
+.PHONY: demo serve test test-serve simulation gpu bench quality policies lint format pins compat newest clean
 
 # Passive waiting: on a busy machine, threads that spin while they wait can turn seconds into minutes.
 demo: export OMP_WAIT_POLICY := passive
@@ -50,6 +51,13 @@ test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.built
 	$(BIN)/python -m tests.kernels.ptx.build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS)
+
+# Debian's Chromium where no browser is there. Playwright drives it and downloads none.
+test-serve: export OMP_WAIT_POLICY := passive
+test-serve: $(VENV)/.built
+	@command -v chromium chromium-browser google-chrome > /dev/null \
+		|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m serve
 
 # Installs nothing: a machine with a GPU brings its own torch, Triton and pytest. `make gpu STEPS="smoke kernel"` runs
 # some parts, `make gpu SECONDS=1800` gives every step more time.
