@@ -345,6 +345,7 @@ def test_a_broken_device_is_told(serve: Serve, monkeypatch: pytest.MonkeyPatch) 
     server = serve()
     with pytest.raises(openai.InternalServerError, match="drawing failed; the server's log says why"):
         client(server).images.generate(prompt="a heart")
+    assert 'ssd_janus_pictures_total{outcome="failed"} 1.0' in httpx2.get(f"{server.url}/metrics").text
     assert load(server)["status"] == "failed" and post(server, {"prompt": "a heart"}).status_code == 503
 
 

@@ -154,13 +154,8 @@ class Service:
 
     async def draw(self, requests: Sequence[PictureRequest]) -> list[bytes]:
         """PNGs of pictures. If it is cancelled, so are they."""
-        tickets = self.submit(requests)
-        try:
-            ended = await asyncio.gather(*map(asyncio.wrap_future, tickets), return_exceptions=True)
-            return [await self.png(self._tokens(each)) for each in ended]
-        finally:
-            for ticket in tickets:
-                ticket.cancel()
+        ended = await asyncio.gather(*map(asyncio.wrap_future, self.submit(requests)), return_exceptions=True)
+        return [await self.png(self._tokens(each)) for each in ended]
 
     def draw_rows(self, request: PictureRequest, partial_images: int) -> tuple[Ticket, AsyncIterator[bytes]]:
         """A picture while it is drawn: its ticket, and PNGs of so many parts of it, evenly spread, and of the whole.
