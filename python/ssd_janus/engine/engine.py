@@ -211,9 +211,10 @@ class Engine:
         """To a multiple of which the rows of every product are padded."""
         return (PACKED_ROW_MULTIPLE if self.packed else ROW_MULTIPLE) if self.exact else 1
 
-    def slots(self, capacity: int, *, max_prompt: int | None = None, steps: int | None = None) -> Slots:
+    def slots(self, capacity: int, *, max_prompt: int | None = None, steps: int | None = None,
+              any_plan: bool = False) -> Slots:
         """Room for ``capacity`` pictures that join and leave while others are drawn; see `continuous.slots`."""
-        return continuous.slots(self, capacity, max_prompt, steps)
+        return continuous.slots(self, capacity, max_prompt, steps, any_plan)
 
     def rollout(self, prompts: Sequence[Sequence[int] | torch.Tensor], samples: int = 1,
                 seeds: int | Sequence[int] | None = 0, **options: Any) -> Rollout:
