@@ -121,9 +121,8 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     @v1.get("/plans")
     async def plans() -> dict[str, Any]:
         """What requests may name as policy and budget, and what a page has to know of the model."""
-        policy, budget = service.plans.default
-        return {"object": "list", "data": service.plans.listed(), "default": {"policy": policy, "budget": budget},
-                "model": service.name, "size": service.size, "rows": service.rows}
+        return {"object": "list", **await service.offers(), "model": service.name, "size": service.size,
+                "rows": service.rows}
 
     @v1.get("/plans/{policy}")
     async def one_plan(policy: str, budget: str | None = None) -> Response:

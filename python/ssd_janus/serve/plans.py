@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from ssd_attach.choice import DEFAULT_BUDGET, WITH_PROFILE, WITHOUT_PROFILE
@@ -24,7 +24,6 @@ class Plans:
 
     Attributes:
         served: the server's own plan.
-        default: policy and budget to begin with.
     """
 
     def __init__(self, shape: ModelShape, served: CachePlan, profile: HeadProfile | None, any_plan: bool) -> None:
@@ -43,14 +42,8 @@ class Plans:
         self.served, full = served, served == shape.full_plan()
         names = [name for name in POLICIES if profile is not None or name not in NEED_PROFILE]
         self._names = (["full"] if full else [SERVED]) if not any_plan else names if full else [SERVED, *names]
-        self._budgets = [budget for budget in BUDGETS if _fits(shape, budget)]
+        self._first = (WITHOUT_PROFILE if profile is None else WITH_PROFILE) if any_plan and full else self._names[0]
         self._build = lru_cache(KEPT)(lambda name, budget: build(name, shape, budget, profile=profile))
-        self.default: tuple[str, float | None] = (SERVED, None)
-        if full:
-            self.default = ("full", 1.0)
-            if any_plan and self._budgets:
-                self.default = (WITHOUT_PROFILE if profile is None else WITH_PROFILE,
-                                min(self._budgets, key=lambda budget: abs(budget - DEFAULT_BUDGET)))
 
     def get(self, policy: str | None, budget: float | None) -> CachePlan:
         """
@@ -73,20 +66,27 @@ class Plans:
         except ValueError as error:
             raise Refused(400, str(error), "budget", "invalid_value") from None
 
-    def listed(self) -> list[dict[str, Any]]:
-        """Every policy that may be named: its name, what it says about itself, and budgets to choose from."""
-        return [{"policy": name, "about": "What this server was started with." if name == SERVED else
-                 _first_paragraph(POLICIES[name]),
-                 "budgets": [] if name == SERVED else [1.0] if name == "full" else self._budgets}
-                for name in self._names]
+    @cached_property
+    def offers(self) -> dict[str, Any]:
+        """As JSON: every policy that may be named, what it says about itself and budgets to choose from; and what to
+        begin with. Large models' take a while."""
+        data = [{"policy": name, "about": "What this server was started with." if name == SERVED else
+                 _first_paragraph(POLICIES[name]), "budgets": self._budgets(name)} for name in self._names]
+        budgets = next(offer["budgets"] for offer in data if offer["policy"] == self._first)
+        near = min(budgets, key=lambda budget: abs(budget - DEFAULT_BUDGET), default=None)
+        return {"data": data, "default": {"policy": self._first, "budget": near}}
 
-
-def _fits(shape: ModelShape, budget: float) -> bool:
-    try:
-        build("window", shape, budget)
-    except BudgetTooSmall:
-        return False
-    return True
+    def _budgets(self, name: str) -> list[float]:
+        """Those of `BUDGETS` that are large enough."""
+        if name in (SERVED, "full"):
+            return [1.0] if name == "full" else []
+        for index, budget in enumerate(BUDGETS):
+            try:
+                self._build(name, budget)
+            except BudgetTooSmall:
+                continue
+            return [*BUDGETS[index:]]
+        return [1.0]
 
 
 def _first_paragraph(policy: Callable[..., Any]) -> str:

@@ -119,6 +119,10 @@ class Service:
         """See `Plans.get`; large models' plans take a while."""
         return await asyncio.get_running_loop().run_in_executor(self._planning, self.plans.get, policy, budget)
 
+    async def offers(self) -> dict[str, Any]:
+        """See `Plans.offers`."""
+        return await asyncio.get_running_loop().run_in_executor(self._planning, lambda: self.plans.offers)
+
     def requests(self, asked: ImageRequest, plan: CachePlan | None = None) -> list[PictureRequest]:
         """The pictures that a client asks for, drawn with ``plan`` or the server's own; their seeds count on.
 

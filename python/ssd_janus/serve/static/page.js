@@ -6,6 +6,8 @@ const element = id => document.getElementById(id);
 const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}%`;
 const bytes = count => count < 1e9 ? `${(count / 1e6).toFixed(1)} MB` : `${(count / 1e9).toFixed(2)} GB`;
 
+const inBytes = text => String.fromCharCode(...new TextEncoder().encode(text)); // UTF-8, as headers carry it
+
 let offers = null; // what GET v1/plans says
 let run = null; // the AbortController of what is being drawn
 
@@ -21,7 +23,7 @@ class Refused extends Error {
 /** fetch with the key; throws `Refused`, or an Error that says that there is no server. */
 async function ask(path, options = {}) {
   const key = sessionStorage.getItem(KEY);
-  const headers = {...options.headers, ...(key ? {Authorization: `Bearer ${key}`} : {})};
+  const headers = {...options.headers, ...(key ? {Authorization: `Bearer ${inBytes(key)}`} : {})};
   let response;
   try {
     response = await fetch(path, {...options, headers});
@@ -57,8 +59,8 @@ async function* events(response) {
 
 /** One picture of the page, drawn with one plan. */
 class Picture {
-  constructor(policy, budget, prompt, seed, together) {
-    Object.assign(this, {policy, budget, prompt, seed, together, row: 0});
+  constructor(policy, budget, prompt, seed) {
+    Object.assign(this, {policy, budget, prompt, seed, row: 0});
     this.label = budget === null || policy === "full" ? policy : `${policy}, ${percent(budget)}`;
     this.figure = element("picture").content.cloneNode(true).querySelector("figure");
     this.part = selector => this.figure.querySelector(selector);
@@ -77,7 +79,7 @@ class Picture {
       event.preventDefault();
       this.savePlan().catch(showError);
     });
-    this.say("waits for a place");
+    this.say("waits");
   }
 
   say(state) {
@@ -110,11 +112,11 @@ class Picture {
     this.canvas.getContext("2d").drawImage(bitmap, 0, 0, width, drawn, 0, 0, width, drawn);
     bitmap.close();
     this.seconds = event.seconds;
-    this.cacheBytes = event.cache_bytes;
     const saved = 1 - event.cache_bytes / event.full_cache_bytes;
     this.part("progress").value = this.row;
-    this.part(".seconds").textContent = event.seconds.toFixed(1) + (this.together ? ", both at once" : "");
-    this.part(".cache").textContent = bytes(event.cache_bytes) + (saved > 0 ? `, ${percent(saved)} less` : "");
+    this.part(".seconds").textContent = event.seconds.toFixed(1);
+    this.part(".cache").textContent = bytes(event.cache_bytes);
+    this.part(".saved").textContent = percent(saved);
     this.part(".kept").textContent = percent(event.plan_budget, 1);
     this.say(done ? "done" : `row ${this.row} of ${offers.rows}`);
     if (done) {
@@ -150,13 +152,13 @@ function say(text) {
 }
 
 function showError(error) {
-  const text = error.message;
-  element("alert").textContent = text.charAt(0).toUpperCase() + text.slice(1);
-  element("alert").hidden = false;
   if (error.status === 401) {
     element("key-form").hidden = false;
     element("key").focus();
+    if (!sessionStorage.getItem(KEY)) return; // the form says it
   }
+  element("alert").textContent = error.message.charAt(0).toUpperCase() + error.message.slice(1);
+  element("alert").hidden = false;
 }
 
 function hideError() {
@@ -181,20 +183,23 @@ async function draw() {
   if (!element("beside").disabled && element("beside").checked) plans.push(["full", 1]);
   const turns = plans.length > 1 && element("turns").checked;
   for (const picture of pictures) picture.remove();
-  pictures = plans.map(plan => new Picture(...plan, prompt, seed, plans.length > 1 && !turns));
+  pictures = plans.map(plan => new Picture(...plan, prompt, seed));
   element("pictures").replaceChildren(...pictures.map(picture => picture.figure));
+  pictures[0].part(".frame").scrollIntoView({block: "nearest"});
   element("cancel").disabled = false;
-  say(`Drawing with seed ${seed}.`);
+  const how = (plans.length < 2 ? "" : turns ? " one after the other" : " together") + ` with seed ${seed}`;
+  say(`Drawing${how}.`);
   const mine = pictures;
   try {
     if (turns) for (const picture of mine) await picture.draw(own.signal);
     else await Promise.all(mine.map(picture => picture.draw(own.signal)));
     const results = mine.map(picture => `${picture.label} in ${picture.seconds.toFixed(1)} s`);
-    say(`Drawn with seed ${seed}: ${results.join("; ")}.`);
+    say(`Drawn${how}: ${results.join("; ")}.`);
   } catch (error) {
     const cancelled = own.signal.aborted;
     own.abort(); // the other picture, too
     for (const picture of mine) picture.stop();
+    if (mine.every(picture => !picture.row)) for (const picture of mine) picture.remove();
     if (run === own) say(cancelled ? "Cancelled." : "");
     if (!cancelled) showError(error);
   } finally {
