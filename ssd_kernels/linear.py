@@ -44,12 +44,12 @@ class Product:
                  epsilon: float = 1e-6, activation: str = "none") -> None:
         """
         Args:
-            weight: ``[out, in]`` of float32, bfloat16 or float16 on a CPU, contiguous; of ``swiglu`` ``[2 out, in]``, the
-                gates first.
+            weight: ``[out, in]`` of float32, bfloat16 or float16 on a CPU, contiguous; with ``swiglu`` ``[2 out, in]``,
+                the gates first.
             bias: a number for each row of ``weight``, or None.
             norm: weights ``[in]`` of the RMSNorm (arXiv 1910.07467) that comes before the product, or None.
             epsilon: of the norm.
-            activation: ``"none"``; ``"silu"``; or ``"swiglu"`` (arXiv 2002.05202), the SiLU of the gates times the rest.
+            activation: ``"none"``; ``"silu"``; or ``"swiglu"`` (arXiv 2002.05202), SiLU of the gates times the rest.
 
         Raises:
             TypeError: a tensor is not plain (`ssd_kernels.arguments.plain`).

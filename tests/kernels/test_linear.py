@@ -1,4 +1,4 @@
-"""Products with weights: the kernel of every instruction set this machine has, against float64 and by batch invariance."""
+"""Products with weights: each instruction set this machine has, against float64 and by batch invariance."""
 
 from __future__ import annotations
 
