@@ -82,6 +82,10 @@ class Ranks:
 ALONE = Ranks()
 
 
+# What to do about units that are not there.
+GO_ON = ("other ranks' work. If none is at work on it any more, run the same command again, with any number of ranks")
+
+
 def still_missing(missing: Sequence[str], total: int, what: str) -> str:
     """What a process says that has done its own units and does not find those of others.
 
@@ -90,8 +94,7 @@ def still_missing(missing: Sequence[str], total: int, what: str) -> str:
         total: how many there should be.
         what: they are, in the plural.
     """
-    return (f"{len(missing)} of {total} {what} are not there yet, such as {missing[0]}: other ranks' work. If none is "
-            "at work on it any more, run the same command again, with any number of ranks")
+    return f"{len(missing)} of {total} {what} are not there yet, such as {missing[0]}: {GO_ON}"
 
 
 def _natural(environment: Mapping[str, str], name: str) -> int:
