@@ -74,7 +74,7 @@ class HeadProfile:
         places: P visual tokens, ascending.
         columns: C.
         radius: of the neighbourhood, tokens.
-        meta: how it was measured: model, fingerprint of its weights, prompts, seconds; JSON values.
+        meta: how it was measured: model, fingerprint of its weights, prompts; JSON values.
         int8_error: [L, H] as ``error``, of a head that keeps every token, prompt and picture, in 8 bits; None in a
             profile made before it was measured.
     """
