@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..ranks import GO_ON, Ranks
 from .evaluate import FIDELITY_PROMPTS, SuiteName, suite_prompts
 from .options import (
     SAMPLING,
@@ -32,7 +33,7 @@ from .options import (
     load_profile,
 )
 from .presets import Preset, filled
-from .terminal import console, messages
+from .terminal import console, messages, saying
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -99,8 +100,11 @@ def compare(
 ) -> None:
     """Compare policies at equal bytes: fidelity, quality, sensitivity and the goals; writes results.json.
 
-    --policy, --budget, --kv, --row-buffer, --prompts, --fidelity-prompts and --seeds make it smaller.
+    --policy, --budget, --kv, --row-buffer, --prompts, --fidelity-prompts and --seeds make it smaller. Several calls may
+    work in one folder at once. With RANK and WORLD_SIZE in the environment, as torchrun sets them, or in a step of
+    Slurm, each process does its share of the batches, and the last one to finish sums up.
     """
+    ranks = Ranks.here()
     for value in budget or []:
         if not 0 < value <= 1:
             raise ValueError(f"--budget must be within (0, 1], got {value}")
@@ -134,7 +138,7 @@ def compare(
         with needs("plot", "matplotlib"):
             import matplotlib  # noqa: F401  # before the long part, not after
         check_folder(plots)
-    pipe = load(model, device, dtype, backend, sampling={name: given[name] for name in SAMPLING})
+    pipe = load(model, device, dtype, backend, ranks, sampling={name: given[name] for name in SAMPLING})
     heads = load_profile(profile, model, names, pipe)
     from ..prompts import fitting
 
@@ -169,8 +173,12 @@ def compare(
 
     from ..progress import progress_bar
 
-    with progress_bar("comparing") as show:
-        run.run([step for name in parts for step in steps[name]], facts, progress=show, publish=publish)
+    with progress_bar("comparing", ranks) as show:
+        missing = run.run([step for name in parts for step in steps[name]], facts, progress=show, publish=publish,
+                          ranks=ranks)
+    if missing:
+        saying(ranks)(f"{len(missing)} batches are not there yet, such as {missing[0]}: {GO_ON}")
+        return
     if as_json:
         print((out / "results.json").read_text(), end="")
         return

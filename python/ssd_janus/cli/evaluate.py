@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..ranks import Ranks, still_missing
 from .options import (
     SAMPLING,
     Backend,
@@ -33,9 +34,10 @@ from .options import (
     load_profile,
 )
 from .presets import Preset, filled
-from .terminal import messages, print_table, table
+from .terminal import messages, print_table, saying, table
 
 if TYPE_CHECKING:
+    from ..evaluation.folder import RunFolder
     from ..evaluation.report import Result
     from ..prompts import FilePrompt
 
@@ -81,7 +83,12 @@ def evaluate(
                                                    "<!-- SUITE --> and <!-- /SUITE -->.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Measure what plans do to pictures; writes results.json and table.md."""
+    """Measure what plans do to pictures; writes results.json and table.md.
+
+    With RANK and WORLD_SIZE in the environment, as torchrun sets them, or in a step of Slurm, each process does its
+    share of the batches in the same folder, and the last one to finish writes the results.
+    """
+    ranks = Ranks.here()
     for option, given, needed in (("--seeds", seeds is not None, suite is SuiteName.shapes),
                                   ("--no-pictures", not pictures, suite is SuiteName.fidelity)):
         if given and not needed:
@@ -101,7 +108,7 @@ def evaluate(
 
         with needs("plot", "matplotlib"):
             import matplotlib  # noqa: F401  # before the long part, not after
-    pipe = load(model, device, dtype, backend, sampling={name: given[name] for name in SAMPLING})
+    pipe = load(model, device, dtype, backend, ranks, sampling={name: given[name] for name in SAMPLING})
     heads = load_profile(profile, model, policy or [], pipe, formats=kv or [])
     plans = choose_plans(pipe, plan or [], policy or [], budget_bytes or budget or [], row_buffer, heads,
                          in_bytes=bool(budget_bytes), formats=kv or [])
@@ -112,20 +119,33 @@ def evaluate(
     if page is not None:
         report.check_page(page, [suite.value])
     scenes = [prompt.metadata for prompt in fitting(pipe, prompts)]
-    common: dict[str, Any] = {"guidance_scale": guidance, "batch_size": batch_size}
-    if suite is SuiteName.shapes:
+    texts = [scene["prompt"] for scene in scenes]
+    folders: dict[str, RunFolder[Any]] = {}
+    if suite is SuiteName.fidelity:
+        folders.update(fidelity.open_folders(pipe, plans, out, prompts=texts, guidance_scale=guidance,
+                                             batch_size=batch_size, pictures=pictures))
+    else:
         for name, chosen in plans.items():
-            quality.open_folder(pipe, chosen, out / name, prompts=scenes, **common)
-    results: dict[str, Result] = {}
-    with progress_bar("drawing") as show:
+            folders[name] = quality.open_folder(pipe, chosen, out / name, prompts=scenes, guidance_scale=guidance,
+                                                batch_size=batch_size)
+    with progress_bar("drawing", ranks) as show:
         if suite is SuiteName.fidelity:
-            results.update(fidelity.evaluate(pipe, plans, out, prompts=[scene["prompt"] for scene in scenes],
-                                             pictures=pictures, progress=show, **common))
+            fidelity.draw(pipe, plans, folders, prompts=texts, guidance_scale=guidance, pictures=pictures,
+                          progress=show, ranks=ranks)
         else:
             for number, (name, chosen) in enumerate(plans.items()):
-                results[name] = quality.evaluate(
-                    pipe, chosen, out / name, prompts=scenes, seeds=seeds,
-                    progress=lambda done, total: show(number * total + done, len(plans) * total), **common)  # noqa: B023
+                quality.draw(pipe, chosen, folders[name], prompts=scenes, seeds=seeds, guidance_scale=guidance,
+                             progress=lambda done, total: show(number * total + done, len(plans) * total),  # noqa: B023
+                             ranks=ranks, before=number * len(folders[name].batches(seeds)))
+    if not ranks.alone and (left := [file for folder in folders.values() for file in folder.missing(seeds)]):
+        every = sum(len(folder.batches(seeds)) for folder in folders.values())
+        saying(ranks)(still_missing(list(map(str, left)), every, "batches"))
+        return
+    results: dict[str, Result] = {}
+    if suite is SuiteName.fidelity:
+        results.update(fidelity.results(pipe, plans, folders))
+    else:
+        results.update({name: quality.result(pipe, chosen, folders[name], seeds) for name, chosen in plans.items()})
     bytes_of = {name: each.byte_budget(pipe.shape.num_visual_tokens, head_dim=pipe.shape.head_dim, dtype=pipe.dtype)
                 for name, each in plans.items()}
     facts = {"suite": suite.value, "prompts": len(prompts), "seeds": seeds, "byte_budgets": bytes_of}
