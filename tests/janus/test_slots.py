@@ -57,11 +57,11 @@ def alone(engine: Engine, request: PictureRequest, steps: int = STEPS) -> torch.
 
 
 @cache
-def tiny_engine(keep_prompt: bool = True, packed: bool = True) -> tuple[Engine, dict[int, torch.Tensor]]:
+def tiny_engine(keep_prompt: bool = True, products: str = "auto") -> tuple[Engine, dict[int, torch.Tensor]]:
     """And the tokens of `REQUESTS` by the numbers of these."""
     model = tiny.build_model(heads=4, kv_heads=2 if keep_prompt else 4)
     plan = plan_of_budget(model, 0.2)
-    engine = Engine(model, CachePlan(plan.layers, 3, keep_prompt), packed=packed and None)
+    engine = Engine(model, CachePlan(plan.layers, 3, keep_prompt), products=products)
     return engine, {index: alone(engine, request) for index, request in enumerate(REQUESTS)}
 
 
@@ -90,11 +90,11 @@ class Pause:
         assert self.go_on.wait(WAIT)
 
 
-@pytest.mark.parametrize(("keep_prompt", "packed"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(("keep_prompt", "products"), [(True, "auto"), (False, "auto"), (True, "torch")])
 @pytest.mark.parametrize("seed", range(3))
-def test_tokens_do_not_depend_on_company(seed: int, keep_prompt: bool, packed: bool) -> None:
+def test_tokens_do_not_depend_on_company(seed: int, keep_prompt: bool, products: str) -> None:
     """Random arrivals, in groups and parts of prompts, and random departures before the end."""
-    engine, expected = tiny_engine(keep_prompt, packed)
+    engine, expected = tiny_engine(keep_prompt, products)
     assert engine.exact
     chance, slots = random.Random(seed), engine.slots(1 + seed * 2, steps=STEPS)
     waiting, joining, left = chance.sample(range(len(REQUESTS)), len(REQUESTS)), None, 0

@@ -15,6 +15,7 @@ import typer
 
 from .evaluate import FIDELITY_PROMPTS, SuiteName, suite_prompts
 from .options import (
+    SAMPLING,
     Backend,
     Device,
     Dtype,
@@ -24,9 +25,13 @@ from .options import (
     PolicyName,
     ProfileFile,
     PromptsFile,
+    Temperature,
+    TopK,
+    TopP,
     load,
     load_profile,
 )
+from .presets import Preset, filled
 from .terminal import console, messages
 
 if TYPE_CHECKING:
@@ -74,14 +79,18 @@ def compare(
                                                             "all.")] = None,
     fidelity_prompts: Annotated[int, typer.Option(min=1, help="Only the first so many prompts for "
                                                               "fidelity.")] = FIDELITY_PROMPTS,
-    seeds: Annotated[int, typer.Option(min=1, help="Pictures per prompt (quality).")] = 3,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Pictures per prompt (quality). Default: 3.")] = None,
     sensitivity_quality: Annotated[bool, typer.Option(
         "--sensitivity-quality/--no-sensitivity-quality",
         help="Also judge pictures in the sensitivity part, which otherwise measures fidelity only.")] = False,
     model: Model = None,
     profile: ProfileFile = None,
     prompts_file: PromptsFile = None,
+    preset: Preset = None,
     guidance: Guidance = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     backend: Backend = "auto",
@@ -95,6 +104,9 @@ def compare(
     for value in budget or []:
         if not 0 < value <= 1:
             raise ValueError(f"--budget must be within (0, 1], got {value}")
+    given = filled(preset, {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+                            "seeds": seeds})
+    guidance, seeds = given["guidance"], given["seeds"] or 3
     parts = list(dict.fromkeys(part or PartName))
     names = [name for name in PolicyName if name in (policy or PolicyName)]
     if FormatName.best in (kv or []):
@@ -122,7 +134,7 @@ def compare(
         with needs("plot", "matplotlib"):
             import matplotlib  # noqa: F401  # before the long part, not after
         check_folder(plots)
-    pipe = load(model, device, dtype, backend)
+    pipe = load(model, device, dtype, backend, sampling={name: given[name] for name in SAMPLING})
     heads = load_profile(profile, model, names, pipe)
     from ..prompts import fitting
 

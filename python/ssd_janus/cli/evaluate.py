@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import (
+    SAMPLING,
     Backend,
     Budgets,
     BudgetsBytes,
@@ -23,11 +24,15 @@ from .options import (
     ProfileFile,
     PromptsFile,
     RowBuffer,
+    Temperature,
+    TopK,
+    TopP,
     check_plans_options,
     choose_plans,
     load,
     load_profile,
 )
+from .presets import Preset, filled
 from .terminal import messages, print_table, table
 
 if TYPE_CHECKING:
@@ -55,11 +60,15 @@ def evaluate(
     kv: Kvs = None,
     row_buffer: RowBuffer = None,
     profile: ProfileFile = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Pictures per prompt (shapes).")] = 1,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Pictures per prompt (shapes). Default: 1.")] = None,
     prompts_file: PromptsFile = None,
     limit: Annotated[int | None, typer.Option(min=1, help=(
         f"Only the first so many prompts. Default: all for shapes, {FIDELITY_PROMPTS} for fidelity."))] = None,
+    preset: Preset = None,
     guidance: Guidance = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     backend: Backend = "auto",
@@ -73,11 +82,15 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure what plans do to pictures; writes results.json and table.md."""
-    for option, given, needed in (("--seeds", seeds != 1, suite is SuiteName.shapes),
+    for option, given, needed in (("--seeds", seeds is not None, suite is SuiteName.shapes),
                                   ("--no-pictures", not pictures, suite is SuiteName.fidelity)):
         if given and not needed:
             raise ValueError(f"{option} says nothing with --suite {suite.value}")
     check_plans_options(plan, policy, budget, budget_bytes, row_buffer, profile, kv)
+    given = filled(preset, {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+                            **({"seeds": seeds} if suite is SuiteName.shapes else {}),
+                            **({"row_buffer": row_buffer} if policy else {})})
+    guidance, seeds, row_buffer = given["guidance"], given.get("seeds") or 1, given.get("row_buffer")
     prompts = suite_prompts(suite, prompts_file, limit)
     from ssd_kernels.files import check_file, check_folder
 
@@ -88,7 +101,7 @@ def evaluate(
 
         with needs("plot", "matplotlib"):
             import matplotlib  # noqa: F401  # before the long part, not after
-    pipe = load(model, device, dtype, backend)
+    pipe = load(model, device, dtype, backend, sampling={name: given[name] for name in SAMPLING})
     heads = load_profile(profile, model, policy or [], pipe, formats=kv or [])
     plans = choose_plans(pipe, plan or [], policy or [], budget_bytes or budget or [], row_buffer, heads,
                          in_bytes=bool(budget_bytes), formats=kv or [])

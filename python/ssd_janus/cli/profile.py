@@ -10,14 +10,19 @@ import typer
 
 from .options import (
     PROMPTS_FILE,
+    SAMPLING,
     Backend,
     Device,
     Dtype,
     Guidance,
     Model,
     Seed,
+    Temperature,
+    TopK,
+    TopP,
     load,
 )
+from .presets import Preset, filled
 from .terminal import console, messages
 
 
@@ -32,7 +37,11 @@ def profile(
                                               help="Line in the plots. Default: the median score.")] = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (needs matplotlib).")] = True,
     seed: Seed = 0,
+    preset: Preset = None,
     guidance: Guidance = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     backend: Backend = "auto",
@@ -43,6 +52,8 @@ def profile(
 
     Without --prompts-file, prompts of the shapes world that the suite of `evaluate` does not use.
     """
+    given = filled(preset, {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p})
+    guidance = given["guidance"]
     from ssd_kernels.files import check_folder
 
     from ..prompts import calibration, fitting, gather, read
@@ -54,7 +65,7 @@ def profile(
 
         with needs("plot", "matplotlib"):
             import matplotlib  # noqa: F401  # before the long part, not after
-    pipe = load(model, device, dtype, backend)
+    pipe = load(model, device, dtype, backend, sampling={name: given[name] for name in SAMPLING})
     texts = [prompt.text for prompt in fitting(pipe, chosen)]
     from .. import plots as plotting
     from ..profiling import measure

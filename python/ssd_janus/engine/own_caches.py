@@ -76,7 +76,6 @@ class OwnCaches(Slots):
     def _attend(self, layer: int, *heads: torch.Tensor) -> torch.Tensor:
         assert self._lineup is not None
         pictures, weights = self._lineup.pictures, self.weights
-        heads = tuple(tensor.to(self.dtype) for tensor in heads)
         for index, picture in enumerate(pictures):
             own = slice(index, None, len(pictures))  # its row, and the unconditional one if there is one
             assert picture.cache is not None

@@ -19,7 +19,6 @@ from ssd_kernels import CachePlan, CompressedCache
 from .layers import Layers, PromptGroup, grouped
 from .sampling import Noise, Sampling
 from .unconditional import unconditional_prompt
-from .weights import Weights
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -172,7 +171,7 @@ class Slots(ABC):
 
     def __init__(self, engine: Engine, capacity: int, max_prompt: int, steps: int) -> None:
         self.engine, self.capacity, self.max_prompt, self.steps = engine, capacity, max_prompt, steps
-        self.weights = Weights.of(engine.model, max_prompt + engine.shape.num_visual_tokens).prepared(engine.packed)
+        self.weights = engine.weights(max_prompt + engine.shape.num_visual_tokens)
         self.layers = Layers(self.weights, row_multiple=engine.row_multiple, compiled=engine.compile)
         self.dtype = engine.dtype
         self.free = list(range(capacity))
