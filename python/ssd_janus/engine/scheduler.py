@@ -241,10 +241,12 @@ class Scheduler:
                 _fail(tickets[0], error)
             return
         if joined:
-            slots = [picture.slot for picture in self._joining.pictures]
-            now = self._clock()
-            for slot, ticket in zip(slots, self._end_joining(), strict=True):
-                self._running[slot], ticket.joined = ticket, now
+            slots, now = [picture.slot for picture in self._joining.pictures], self._clock()
+            with self._changed:  # or `close` and `load` would not see them in between
+                tickets = self._end_joining()
+                self._running.update(zip(slots, tickets, strict=True))
+            for slot, ticket in zip(slots, tickets, strict=True):
+                ticket.joined = now
                 self._progressed(slot, ticket)
 
     def _take(self) -> None:

@@ -16,6 +16,7 @@ from fastapi.exceptions import StarletteHTTPException
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.sse import format_sse_event
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ..engine import PictureRequest, Ticket
@@ -25,6 +26,8 @@ from .page import page_routes
 from .schema import ImageRequest, Refused, parse, usage
 from .service import Drawn, Service
 
+# Of bodies that have not come wholly no more is read.
+ANSWER_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 413: {"Connection": "close"}}
 DISCARDED = 32  # times the largest body: so much of a larger one is read, that the client may read the answer
 
 _logger = logging.getLogger("ssd_janus")
@@ -58,6 +61,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
         api_key: without which nobody draws, as ``Authorization: Bearer KEY``; None lets everybody.
     """
     kept = KeptPictures(service.limits.kept_bytes, service.limits.kept_seconds)
+    service.metrics.gauge("kept", "kept under a URL", lambda: len(kept))
     began = int(time.time())
     model = {"id": service.name, "object": "model", "created": began, "owned_by": "ssd_janus"}
 
@@ -73,7 +77,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> JSONResponse:
-        headers = {**error.headers, **({"WWW-Authenticate": "Bearer"} if error.status == 401 else {})}
+        headers = {**error.headers, **ANSWER_HEADERS.get(error.status, {})}
         return JSONResponse(error.body, error.status, headers)
 
     @app.exception_handler(StarletteHTTPException)
@@ -179,6 +183,8 @@ async def _body(request: Request, service: Service) -> bytes:
         return await asyncio.wait_for(read(), limits.body_seconds)
     except asyncio.TimeoutError:
         raise Refused(408, f"the body must arrive within {limits.body_seconds} s") from None
+    except ClientDisconnect:
+        raise ClientGone from None
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:

@@ -134,7 +134,7 @@ class Service:
             raise Refused(404, f"the model {asked.model[:60]!r} does not exist; this server draws with {self.name!r}",
                           "model", "model_not_found")
         if n > self.limits.images:
-            raise Refused(400, f"n must be within 1 .. {self.limits.images}, got {n}", "n", "invalid_value")
+            raise Refused(422, f"n must be within 1 .. {self.limits.images}, got {n}", "n", "invalid_value")
         if asked.size not in (None, "auto", self.size):
             raise Refused(400, f"size must be {self.size}, which is all that this model draws, got {asked.size[:60]!r}",
                           "size", "invalid_value")
@@ -179,6 +179,7 @@ class Service:
             raise Refused(429, str(error), code="queue_full", retry_after=self.retry_after) from None
         except Closed:
             raise self.closed() from None
+        self.metrics.accepted.inc(len(tickets))
         for ticket in tickets:
             ticket.add_done_callback(self._done)
         return tickets
@@ -248,16 +249,16 @@ class Service:
     def _prompt(self, text: str) -> list[int]:
         code = "string_above_max_length"
         if len(text) > self.limits.prompt:
-            raise Refused(400, f"prompt must be at most {self.limits.prompt} characters long, got {len(text)}",
+            raise Refused(422, f"prompt must be at most {self.limits.prompt} characters long, got {len(text)}",
                           "prompt", code)
         if not text.strip():
             raise Refused(400, "prompt must not be blank", "prompt", "invalid_value")
         try:
             tokens = self.pipe.prompt_tokens([text])[0]
         except ValueError as error:
-            raise Refused(400, str(error), "prompt", code) from None
+            raise Refused(422, str(error), "prompt", code) from None
         if len(tokens) > self._slots.max_prompt:
-            raise Refused(400, f"prompt must be at most {self._slots.max_prompt} tokens long, got {len(tokens)}",
+            raise Refused(422, f"prompt must be at most {self._slots.max_prompt} tokens long, got {len(tokens)}",
                           "prompt", code)
         return tokens
 
