@@ -64,6 +64,26 @@ def read_picture(path: Path) -> tuple[Image.Image, dict[str, Any] | None]:
     return picture, found if isinstance(found, dict) else None
 
 
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """The ``facts`` of a PNG alone, without a look at its pixels; None if there are none.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no PNG, or damaged before its pixels; the message names it.
+    """
+    try:
+        with path.open("rb") as file, Image.open(file, formats=["PNG"]) as picture:
+            facts = picture.info.get(FACTS)
+        found = parse_json(facts) if isinstance(facts, str) else None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(f"{path} is no PNG") from None
+    except Exception as error:  # a damaged file makes Pillow raise many kinds
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:100]}") from None
+    return found if isinstance(found, dict) else None
+
+
 def file_names(prompts: Sequence[str], num_images_per_prompt: int) -> list[str]:
     """Readable PNG names in prompt-major order: ``01-a-red-circle.png``, or ``01-a-red-circle-2.png`` and so on."""
     digits = max(2, len(str(len(prompts))))

@@ -10,6 +10,7 @@ import typer
 
 from ssd_attach.units import show_bytes
 
+from ..ranks import Ranks
 from .options import (
     Backend,
     Budget,
@@ -33,13 +34,14 @@ from .options import (
     load_profile,
     policy_parameters,
     summary,
+    together,
 )
-from .terminal import console, messages, print_table, say, table
+from .terminal import console, messages, print_table, saying, table
 
 if TYPE_CHECKING:
     from ssd_kernels import CachePlan
 
-    from ..pipeline import Pipeline
+    from ..pipeline import Pipeline, RunStats
 
 
 def generate(
@@ -74,7 +76,13 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per picture on stdout.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Also show what memory was used for.")] = False,
 ) -> None:
-    """Draw prompts and write PNG files."""
+    """Draw prompts and write PNG files.
+
+    With RANK and WORLD_SIZE in the environment, as torchrun sets them, or in a step of Slurm, each process draws its
+    share of the prompts into the same folder; pictures of the same settings that are there already are kept.
+    """
+    ranks = Ranks.here()
+    say = saying(ranks)
     check_plan_options(plan, policy, budget, budget_bytes, row_buffer, parameter, kv)
     parameters = policy_parameters(policy, parameter)
     if redraw and layout is None:
@@ -84,30 +92,33 @@ def generate(
     from ..prompts import fitting, gather, passing
 
     def skip(message: str) -> None:
-        say(f"{message}: left out")
+        if ranks.number == 0:
+            say(f"{message}: left out")
 
     chosen = gather(prompts, prompts_file, skip if skip_invalid else None)
     check_folder(out)
-    pipe = load(model, device, dtype, backend)
+    pipe = load(model, device, dtype, backend, ranks)
     heads = load_profile(profile, model, [policy] if policy else [], pipe, formats=[kv])
     cache_plan = choose_plan(pipe, plan, policy, budget, row_buffer, heads, parameters,
                              budget_bytes=budget_bytes, kv=kv)
     chosen = fitting(pipe, chosen, skip if skip_invalid else None)
-    from ..drawing import draw
+    from ..drawing import draw, units
     from ..layouts import LAYOUTS
 
     folder = None if layout is None else LAYOUTS[layout.value](out, images_per_prompt)
     images = (images_per_prompt or 1) if folder is None else folder.images
     if folder is not None:
         chosen = passing(chosen, folder.check, skip if skip_invalid else None)
-        for line in folder.advice(chosen):
+        for line in folder.advice(chosen) if ranks.number == 0 else ():
             say(line)
     scale = pipe.guidance(guidance)
-    run, runs, count = None, 0, 0
+    runs: list[RunStats] = []
+    count = 0
     for drawn in draw(pipe, folder, out, chosen, images, guidance, seed, cache_plan, batch_size, redraw=redraw,
-                      say=say):
-        runs += run is not drawn.run
+                      say=say, ranks=ranks):
         run, count = drawn.run, count + 1
+        if not runs or runs[-1] is not run:
+            runs.append(run)
         if as_json:
             record = {"file": str(drawn.file), "prompt": drawn.prompt, "image": drawn.image, "seed": drawn.seed,
                       "width": drawn.size[0], "height": drawn.size[1], "plan_budget": round(run.budget, 4),
@@ -117,10 +128,11 @@ def generate(
             print(json.dumps(record), flush=True)
         else:
             console.print(str(drawn.file), soft_wrap=True)
-    kept = len(chosen) * images - count
-    done = summary(run) if run and runs == 1 and not kept else f"{count} pictures drawn"
-    messages.print(done + (f", the other {kept} were there already" if kept else ""), soft_wrap=True)
-    if verbose and run:
+    kept = sum(map(len, ranks.own(units(chosen, images, batch_size)))) * images - count
+    done = summary(together(runs)) if runs and not kept else f"{count} pictures drawn"
+    messages.print(("" if ranks.alone else f"{ranks}: ") + done + (
+        f", the other {kept} were there already" if kept else ""), soft_wrap=True)
+    if verbose and runs:
         _show_memory(pipe, cache_plan)
 
 

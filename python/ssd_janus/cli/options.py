@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ import typer
 
 from ssd_attach.units import show_bytes
 
+from ..ranks import ALONE, Ranks
 from .terminal import messages, say
 
 if TYPE_CHECKING:
@@ -255,15 +257,17 @@ def load_profile(file: Path | None, model: str | None, policies: Sequence[Policy
     return profile
 
 
-def load(model: str | None, device: str, dtype: DtypeName | None, backend: str) -> Pipeline:
+def load(model: str | None, device: str, dtype: DtypeName | None, backend: str, ranks: Ranks = ALONE) -> Pipeline:
+    """The model; with several processes on one machine, on the GPU of this one."""
     _quiet(local=model is None or Path(model).is_dir())
-    with messages.status("loading the model"):
+    with messages.status("loading the model") if ranks.alone else nullcontext():
         import torch
 
         from ..pipeline import Pipeline
 
         try:
-            return Pipeline.from_pretrained(model, device=device, backend=backend,
+            return Pipeline.from_pretrained(model, backend=backend,
+                                            device=ranks.device(device, torch.cuda.device_count()),
                                             dtype=None if dtype is None else getattr(torch, dtype.value))
         except OSError as error:
             if error.errno is None or error.filename is not None:
@@ -294,6 +298,12 @@ def last_run(pipe: Pipeline) -> RunStats:
     if pipe.last_run is None:
         raise RuntimeError("the pipeline has drawn nothing")
     return pipe.last_run
+
+
+def together(runs: Sequence[RunStats]) -> RunStats:
+    """Several runs as one; memory is that of the run that took most."""
+    return replace(max(runs, key=lambda run: run.cache_bytes), pictures=sum(run.pictures for run in runs),
+                   seconds=sum(run.seconds for run in runs), decode_seconds=sum(run.decode_seconds for run in runs))
 
 
 def summary(run: RunStats) -> str:
