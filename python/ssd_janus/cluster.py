@@ -7,6 +7,7 @@ goes to the next that is free; a unit depends on itself alone, so that its resul
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import pickle
@@ -57,6 +58,13 @@ def cluster_address(place: str) -> str | None:
     if not place.startswith(PREFIX) or not (address == "auto" or named):
         raise ValueError(f"--on must be ray, ray://auto or ray://HOST:PORT, got {place!r}")
     return address
+
+
+def check_installed() -> None:
+    """Raises an ImportError that names the extra if Ray is missing. Does not import it."""
+    with needs("ray", "ray"):
+        if importlib.util.find_spec("ray") is None:
+            raise ModuleNotFoundError("No module named 'ray'", name="ray")
 
 
 def needed(device: str, nodes: Sequence[Mapping[str, float]]) -> dict[str, int]:

@@ -298,7 +298,7 @@ def examine(layout: Layout, prompts: Sequence[FilePrompt], facts: Mapping[int, F
                                    f"{picture.size[0]} x {picture.size[1]}")
                 else:
                     differing.append(f"{file} does not say what it was drawn with")
-            elif line := _difference(file, old, facts[prompt.number]):
+            elif line := difference(file, old, facts[prompt.number]):
                 differing.append(line)
             elif picture.size != layout.file_size(*size()):
                 damaged.append(f"{file} has another size than when it was drawn")
@@ -326,13 +326,13 @@ def _differing(layout: Layout, prompt: FilePrompt, files: Sequence[Path], facts:
     for file in files:
         with suppress(OSError, ValueError):
             old = read_facts(file)
-            if line := f"{file} does not say what it was drawn with" if old is None else _difference(file, old, facts):
+            if line := f"{file} does not say what it was drawn with" if old is None else difference(file, old, facts):
                 yield line
     if files:
         yield from (f"{files[0]} has other {text}" for text in layout.differences(prompt))
 
 
-def _difference(file: Path, old: Facts, wanted: Facts) -> str:
+def difference(file: Path, old: Facts, wanted: Facts) -> str:
     """How what a picture was drawn with differs from what it would be drawn with; empty where it does not."""
     values = ", ".join(f"{name} ({shown(old.get(name))} there, {shown(wanted.get(name))} now)"
                        for name in {**wanted, **old} if old.get(name) != wanted.get(name))

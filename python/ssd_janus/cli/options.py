@@ -50,6 +50,7 @@ class PolicyName(str, Enum):
 class LayoutName(str, Enum):
     geneval = "geneval"
     dpg = "dpg"
+    parquet = "parquet"
 
 
 class FormatName(str, Enum):
@@ -86,6 +87,11 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the first picture; the n
                                                "plan and seed repeat a picture, whatever is drawn beside it.")]
 Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance; 1 turns it off. Default: "
                                                      "the model's own.")]
+On = Annotated[str | None, typer.Option("--on", metavar="PLACE", help=(
+    "Draw on a Ray cluster: ray starts one on this machine, ray://auto or ray://HOST:PORT join one that this machine "
+    "is a node of. There is a worker for every GPU, or with --device cpu for every two cores."))]
+Workers = Annotated[int | None, typer.Option(min=1, help=(
+    "With --on: as many workers, also where the cluster has yet to grow to them. Default: as many as fit."))]
 Plans = Annotated[list[Path] | None, typer.Option("--plan", help="Plan file; may be repeated.")]
 PlanFile = Annotated[Path | None, typer.Option(help="Plan file: what each head keeps.")]
 Policy = Annotated[PolicyName | None, typer.Option(
@@ -257,18 +263,27 @@ def load_profile(file: Path | None, model: str | None, policies: Sequence[Policy
     return profile
 
 
-def load(model: str | None, device: str, dtype: DtypeName | None, backend: str, ranks: Ranks = ALONE) -> Pipeline:
-    """The model; with several processes on one machine, on the GPU of this one."""
+def load_here(model: str | None, device: str, dtype: DtypeName | None) -> Pipeline:
+    """The model as workers elsewhere load it for ``device``, but on the CPU of this process, which draws nothing."""
+    return load(model, "cpu", dtype, "auto", own_dtype=device != "cpu")
+
+
+def load(model: str | None, device: str, dtype: DtypeName | None, backend: str, ranks: Ranks = ALONE, *,
+         own_dtype: bool = False) -> Pipeline:
+    """The model; with several processes on one machine, on the GPU of this one.
+
+    ``own_dtype``: without ``dtype`` in the checkpoint's, also on a CPU.
+    """
     _quiet(local=model is None or Path(model).is_dir())
     with messages.status("loading the model") if ranks.alone else nullcontext():
         import torch
 
         from ..pipeline import Pipeline
 
+        kind = getattr(torch, dtype.value) if dtype else "auto" if own_dtype else None
         try:
-            return Pipeline.from_pretrained(model, backend=backend,
-                                            device=ranks.device(device, torch.cuda.device_count()),
-                                            dtype=None if dtype is None else getattr(torch, dtype.value))
+            return Pipeline.from_pretrained(model, device=ranks.device(device, torch.cuda.device_count()), dtype=kind,
+                                            backend=backend)
         except OSError as error:
             if error.errno is None or error.filename is not None:
                 raise
