@@ -34,13 +34,26 @@ def save_picture(picture: Image.Image, path: Path, facts: Mapping[str, Any] | No
     Args:
         picture: to write.
         path: of the file.
+        facts: as of `png`.
+    """
+    data = png(picture, facts)
+    write_atomically(path, lambda file: file.write(data))
+
+
+def png(picture: Image.Image, facts: Mapping[str, Any] | None = None) -> bytes:
+    """A picture as the contents of a PNG file.
+
+    Args:
+        picture: to encode.
         facts: JSON values that `read_picture` returns: what the picture was drawn with. They are a text in the file, so
             that they go where it goes.
     """
     text = PngInfo()
     if facts is not None:
         text.add_text(FACTS, json.dumps(facts))
-    write_atomically(path, lambda file: picture.save(file, "PNG", pnginfo=text))
+    file = io.BytesIO()
+    picture.save(file, "PNG", pnginfo=text)
+    return file.getvalue()
 
 
 def read_picture(path: Path) -> tuple[Image.Image, dict[str, Any] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,7 @@ from .options import (
     Kv,
     LayoutName,
     Model,
+    On,
     Parameters,
     PlanFile,
     Policy,
@@ -32,9 +34,11 @@ from .options import (
     Temperature,
     TopK,
     TopP,
+    Workers,
     check_plan_options,
     choose_plan,
     load,
+    load_here,
     load_profile,
     policy_parameters,
     summary,
@@ -62,12 +66,13 @@ def generate(
     row_buffer: RowBuffer = None,
     parameter: Parameters = None,
     profile: ProfileFile = None,
-    images_per_prompt: Annotated[int | None, typer.Option(min=1, help="Pictures of each prompt. Default: 1; 4 with "
-                                                                      "--layout, as the evaluators are used.")] = None,
+    images_per_prompt: Annotated[int | None, typer.Option(min=1, help=(
+        "Pictures of each prompt. Default: 1; 4 with the layouts geneval and dpg, as evaluators are used."))] = None,
     prompts_file: PromptsFile = None,
     layout: Annotated[LayoutName | None, typer.Option(
-        help="Write the folders that the evaluators of GenEval or DPG-Bench read. Prompts that have their pictures "
-             "already are skipped, so a killed run goes on; pictures drawn with other settings are refused.")] = None,
+        help="Write the folders that the evaluators of GenEval or DPG-Bench read, or Parquet files with pictures and "
+             "tokens. Prompts that have their pictures already are skipped, so a killed run goes on; pictures drawn "
+             "with other settings are refused.")] = None,
     redraw: Annotated[bool, typer.Option("--redraw", help=(
         "With --layout: draw anew what was drawn with other settings, and remove what other prompts left."))] = False,
     skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help=(
@@ -82,8 +87,11 @@ def generate(
     backend: Backend = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Most pictures drawn at once; fewer where memory is "
                                                         "short.")] = 8,
+    on: On = None,
+    workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per picture on stdout.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Also show what memory was used for.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Also show what memory was used for, or "
+                                                               "with --on what Ray says.")] = False,
 ) -> None:
     """Draw prompts and write PNG files.
 
@@ -92,6 +100,11 @@ def generate(
     """
     ranks = Ranks.here()
     say = saying(ranks)
+    if on is None and workers is not None:
+        raise ValueError("--workers says nothing without --on")
+    if on is not None and not ranks.alone:
+        raise ValueError(f"--on deals out the work by itself, and this process is {ranks}: unset RANK and WORLD_SIZE, "
+                         "or start it without srun")
     check_plan_options(plan, policy, budget, budget_bytes, row_buffer, parameter, kv)
     parameters = policy_parameters(policy, parameter)
     if redraw and layout is None:
@@ -109,7 +122,16 @@ def generate(
 
     chosen = gather(prompts, prompts_file, skip if skip_invalid else None)
     check_folder(out)
-    pipe = load(model, device, dtype, backend, ranks, sampling={name: given[name] for name in SAMPLING})
+    sampling = {name: given[name] for name in SAMPLING}
+    painters = None
+    if on is not None:
+        from ..remote import OnRay, Source
+
+        folder_or_id = str(Path(model).resolve()) if model is not None and Path(model).is_dir() else model
+        source = Source(folder_or_id, device, dtype and dtype.value, backend, sampling)
+        painters = OnRay.at(on, source, workers, verbose, say)
+    pipe = (load_here(model, device, dtype, sampling) if on
+            else load(model, device, dtype, backend, ranks, sampling=sampling))
     heads = load_profile(profile, model, [policy] if policy else [], pipe, formats=[kv])
     cache_plan = choose_plan(pipe, plan, policy, budget, row_buffer, heads, parameters,
                              budget_bytes=budget_bytes, kv=kv)
@@ -117,25 +139,27 @@ def generate(
     from ..drawing import draw, units
     from ..engine import sampling_settings
     from ..layouts import LAYOUTS
+    from ..parquet import Parquet
 
-    folder = None if layout is None else LAYOUTS[layout.value](out, images_per_prompt)
+    folder = None if layout is None else {**LAYOUTS, "parquet": Parquet}[layout.value](out, images_per_prompt)
     images = (images_per_prompt or 1) if folder is None else folder.images
     if folder is not None:
         chosen = passing(chosen, folder.check, skip if skip_invalid else None)
         for line in folder.advice(chosen) if ranks.number == 0 else ():
             say(line)
-    scale, sampling = pipe.guidance(guidance), sampling_settings(pipe.model)
+    scale, drawn_by = pipe.guidance(guidance), sampling_settings(pipe.model)
+    began = time.perf_counter()
     runs: list[RunStats] = []
     count = 0
     for drawn in draw(pipe, folder, out, chosen, images, guidance, seed, cache_plan, batch_size, redraw=redraw,
-                      say=say, ranks=ranks):
+                      say=say, ranks=ranks, painters=painters):
         run, count = drawn.run, count + 1
         if not runs or runs[-1] is not run:
             runs.append(run)
         if as_json:
             record = {"file": str(drawn.file), "prompt": drawn.prompt, "image": drawn.image, "seed": drawn.seed,
                       "width": drawn.size[0], "height": drawn.size[1], "plan_budget": round(run.budget, 4),
-                      "kv_format": cache_plan.kv_format, "guidance_scale": scale, "sampling": sampling,
+                      "kv_format": cache_plan.kv_format, "guidance_scale": scale, "sampling": drawn_by,
                       "cache_bytes": run.cache_bytes,
                       "full_cache_bytes": run.full_cache_bytes,
                       "pictures_per_second": round(run.pictures_per_second, 4), "backend": run.backend}
@@ -143,10 +167,12 @@ def generate(
         else:
             console.print(str(drawn.file), soft_wrap=True)
     kept = sum(map(len, ranks.own(units(chosen, images, batch_size)))) * images - count
-    done = summary(together(runs)) if runs and not kept else f"{count} pictures drawn"
+    done = summary(together(runs)) if runs and not kept and painters is None else f"{count} pictures drawn"
+    if painters is not None and count:
+        done += f" in {time.perf_counter() - began:.1f} s, by {painters}"
     messages.print(("" if ranks.alone else f"{ranks}: ") + done + (
         f", the other {kept} were there already" if kept else ""), soft_wrap=True)
-    if verbose and runs:
+    if verbose and runs and painters is None:
         _show_memory(pipe, cache_plan)
 
 

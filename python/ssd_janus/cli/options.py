@@ -51,6 +51,7 @@ class PolicyName(str, Enum):
 class LayoutName(str, Enum):
     geneval = "geneval"
     dpg = "dpg"
+    parquet = "parquet"
 
 
 class FormatName(str, Enum):
@@ -93,6 +94,11 @@ TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="Draw from so m
                                                                  "Default: the model's own, transformers' is 50.")]
 TopP = Annotated[float | None, typer.Option("--top-p", min=0, max=1, help=(
     "Draw from the likeliest tokens of this share; 1 from all. Default: the model's own."))]
+On = Annotated[str | None, typer.Option("--on", metavar="PLACE", help=(
+    "Draw on a Ray cluster: ray starts one on this machine, ray://auto or ray://HOST:PORT join one that this machine "
+    "is a node of. There is a worker for every GPU, or with --device cpu for every two cores."))]
+Workers = Annotated[int | None, typer.Option(min=1, help=(
+    "With --on: as many workers, also where the cluster has yet to grow to them. Default: as many as fit."))]
 Plans = Annotated[list[Path] | None, typer.Option("--plan", help="Plan file; may be repeated.")]
 PlanFile = Annotated[Path | None, typer.Option(help="Plan file: what each head keeps.")]
 Policy = Annotated[PolicyName | None, typer.Option(
@@ -264,10 +270,19 @@ def load_profile(file: Path | None, model: str | None, policies: Sequence[Policy
     return profile
 
 
-def load(model: str | None, device: str, dtype: DtypeName | None, backend: str, ranks: Ranks = ALONE,
-         sampling: Mapping[str, Any] | None = None) -> Pipeline:
-    """A pipeline that draws as ``sampling`` says: temperature, top_k and top_p, None for the model's own. With several
-    processes on one machine, it is on the GPU of this one."""
+def load_here(model: str | None, device: str, dtype: DtypeName | None, sampling: Mapping[str, Any]) -> Pipeline:
+    """The model as workers elsewhere load it for ``device``, but on the CPU of this process, which draws nothing."""
+    return load(model, "cpu", dtype, "auto", sampling=sampling, own_dtype=device != "cpu")
+
+
+def load(model: str | None, device: str, dtype: DtypeName | None, backend: str, ranks: Ranks = ALONE, *,
+         sampling: Mapping[str, Any] | None = None, own_dtype: bool = False) -> Pipeline:
+    """The model; with several processes on one machine, on the GPU of this one.
+
+    Args:
+        sampling: temperature, top_k and top_p, None for the model's own.
+        own_dtype: without ``dtype`` in the checkpoint's, also on a CPU.
+    """
     _quiet(local=model is None or Path(model).is_dir())
     with messages.status("loading the model") if ranks.alone else nullcontext():
         import torch
@@ -275,10 +290,10 @@ def load(model: str | None, device: str, dtype: DtypeName | None, backend: str, 
         from ..engine import set_sampling
         from ..pipeline import Pipeline
 
+        kind = getattr(torch, dtype.value) if dtype else "auto" if own_dtype else None
         try:
-            pipe = Pipeline.from_pretrained(model, backend=backend,
-                                            device=ranks.device(device, torch.cuda.device_count()),
-                                            dtype=None if dtype is None else getattr(torch, dtype.value))
+            pipe = Pipeline.from_pretrained(model, device=ranks.device(device, torch.cuda.device_count()), dtype=kind,
+                                            backend=backend)
             set_sampling(pipe.model, **(sampling or {}))
             return pipe
         except OSError as error:
