@@ -208,7 +208,7 @@ def test_one_command_of_each_kind_runs(commands: list[Command], folder: Path, pl
         assert result.exit_code == 0, f"{command}\n{result.output}"
         assert ("note: preset paper: " in result.stderr) == (command[1] != "plan")
     assert {file.name for file in Path("runs/profile-1B").iterdir()} == {
-        "profile.safetensors", "heads.png", "attention.png", "columns.png", "kinds.png"}
+        "parts", "profile.safetensors", "heads.png", "attention.png", "columns.png", "kinds.png"}
     assert [CachePlan.load(f"runs/plans/1B-ssd-{rows}.json").row_buffer for rows in (0, 24)] == [0, 24]
     assert len(list(Path("runs/geneval/1B-ssd-buffer-0.2").rglob("*.png"))) == 4 * len(GENEVAL)
     facts = read_picture(Path("runs/dpg/1B-h2o-0.5/stuff7.png"))[1]
