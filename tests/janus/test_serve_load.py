@@ -430,3 +430,43 @@ def assert_nothing_grows(held: list[dict[str, Any]]) -> None:
     for name in ("tasks", "threads", "descriptors"):
         assert last[name] <= first[name] + 3, (name, first[name], last[name])
     assert last["bytes"] < first["bytes"] + GROWTH_BYTES, [each["bytes"] for each in held]
+
+
+@pytest.mark.parametrize(("grace", "signals", "code"), [(300, 1, 0), (0, 1, 0), (300, 2, 130)])
+def test_ending_under_load(serve: Callable[..., Process], expected: Expected, grace: int, signals: int, code: int
+                           ) -> None:
+    """What was asked for is drawn, or refused after the grace period; a second signal does not wait for it."""
+    server, clients = serve("--max-waiting", "200", "--grace", str(grace)), 30
+
+    async def one(load: Load) -> int:
+        wanted = load.wanted(IMAGES)
+        try:
+            answer = await load.http.post(server.url + PATH, json=wanted, headers={"Authorization": f"Bearer {KEY}"})
+        except (httpx2.NetworkError, httpx2.RemoteProtocolError):
+            return 0
+        if answer.status_code == 200:
+            load.check(wanted, [base64.b64decode(each["b64_json"]) for each in answer.json()["data"]])
+        else:
+            assert answer.json()["error"]["code"] == "unavailable" and int(answer.headers["retry-after"]) >= 1
+        return answer.status_code
+
+    async def load() -> tuple[list[int], int]:
+        made = Load(server.url, expected, random.Random(grace + signals))
+        try:
+            asked = [asyncio.create_task(one(made)) for _ in range(clients)]
+            while (await made.metrics())["ssd_janus_pictures_accepted_total"] < clients * IMAGES:
+                await asyncio.sleep(0.01)
+            server.process.send_signal(signal.SIGTERM)
+            assert int(await asyncio.to_thread(server.said, r"ending: (\d+) pictures have ")) > CAPACITY
+            late = await one(made)
+            if signals == 2:
+                server.process.send_signal(signal.SIGTERM)
+            return await asyncio.wait_for(asyncio.gather(*asked), WAIT), late
+        finally:
+            await made.close()
+
+    statuses, late = asyncio.run(load())
+    assert server.process.wait(WAIT) == code, server.log
+    assert set(statuses) <= {(300, 1): {200}, (0, 1): {200, 503}, (300, 2): {200, 0}}[grace, signals]
+    assert late in (503, 0) and (grace, signals) == (300, 1) or statuses.count(200) < clients
+    assert "Traceback" not in server.log, server.log

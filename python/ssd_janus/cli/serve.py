@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +32,9 @@ from .options import (
     policy_parameters,
 )
 from .terminal import messages, say
+
+if TYPE_CHECKING:
+    from ..serve.server import Server
 
 INCLUDED = "ssd-shapes"  # what clients call the included model by
 
@@ -94,7 +99,20 @@ def serve(
         load_now = service.scheduler.load
         left = load_now.waiting + load_now.joining + load_now.running
         messages.print(f"ending: {left} pictures have {grace:g} s; again ends at once")
+        _stop(server, grace)
+
+
+def _stop(server: Server, grace: float) -> None:
+    """End in order, or at once if there is another signal."""
+    try:
         server.stop(grace)
+        code, left = 0, not server.service.scheduler.close(timeout=0)
+    except KeyboardInterrupt:
+        code, left = 128 + signal.SIGINT, True
+        messages.print("stopped")
+    if left:  # a thread within a step, which would abort the process when the interpreter ends
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _name(model: str | None) -> str:
