@@ -142,6 +142,7 @@ PYBIND11_MODULE(_C, module) {
   ssd::bind_cuda(module);
 #endif
   module.def("build_info", &build_info);
+  module.def("linear_threads", &ssd::linear_threads, py::arg("bytes"), py::arg("multiplications"), py::arg("threads"));
   module.def("instruction_set", &ssd::instruction_set);
   module.def("set_instruction_set", [](const std::string& name) {
     if (!ssd::set_instruction_set(name.c_str()))

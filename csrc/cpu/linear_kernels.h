@@ -19,51 +19,54 @@ constexpr int kMatrixRows = 4;  // rows of the matrix at a time
 template <class T>
 struct Dot;
 
-template <>
-struct Dot<float> {
+// Weights that become floats one vector at a time; x is rounded as weights are.
+template <class T>
+struct OneVector {
   using Staged = float;
   using Loaded = Vec;
+  using Sum = Vec;
   static constexpr int kStep = Vec::kWidth;
   static constexpr int kRows = Vec::kWidth == 16 ? 6 : 3;
 
-  SSD_ALWAYS_INLINE static Loaded loaded(const float* w) { return load(w); }
-  SSD_ALWAYS_INLINE static Vec add(Loaded w, const float* x, Vec sum) { return fma(w, load(x), sum); }
-  SSD_ALWAYS_INLINE static void stage(const float* from, float* to) { store(to, load(from)); }
-};
-
-template <>
-struct Dot<Float16> {
-  using Staged = float;
-  using Loaded = Vec;
-  static constexpr int kStep = Vec::kWidth;
-  static constexpr int kRows = Dot<float>::kRows;
-
-  SSD_ALWAYS_INLINE static Loaded loaded(const Float16* w) { return load(w); }
-  SSD_ALWAYS_INLINE static Vec add(Loaded w, const float* x, Vec sum) { return fma(w, load(x), sum); }
-  // Rounded as weights are.
+  SSD_ALWAYS_INLINE static Loaded loaded(const T* w) { return load(w); }
+  SSD_ALWAYS_INLINE static Sum none() { return zero(); }
+  SSD_ALWAYS_INLINE static Sum add(Loaded w, const float* x, Sum sum) { return fma(w, load(x), sum); }
+  SSD_ALWAYS_INLINE static void total_four(const Sum sums[4], float* to) { sum_four(sums, to); }
   SSD_ALWAYS_INLINE static void stage(const float* from, float* to) {
-    Float16 rounded[kStep];
+    T rounded[kStep];
     store(rounded, load(from));
     store(to, load(rounded));
   }
 };
 
+template <>
+struct Dot<float> : OneVector<float> {};
+template <>
+struct Dot<Float16> : OneVector<Float16> {};
+
 #if defined(__AVX512BF16__)
+// In vectors of half the width: on a Zen 4 as many products in a cycle, and with 4 and 8 rows 1.2 and 1.3 times as fast
+// as in whole ones.
 template <>
 struct Dot<BFloat16> {
   using Staged = BFloat16;
-  using Loaded = __m512bh;
-  static constexpr int kStep = 32;
+  using Loaded = __m256bh;
+  using Sum = __m256;
+  static constexpr int kStep = 16;
   static constexpr int kRows = 6;
 
-  SSD_ALWAYS_INLINE static Loaded loaded(const BFloat16* w) { return (__m512bh)_mm512_loadu_si512(w); }
-  SSD_ALWAYS_INLINE static Vec add(Loaded w, const BFloat16* x, Vec sum) {
-    return {_mm512_dpbf16_ps(sum.x, w, loaded(x))};
+  SSD_ALWAYS_INLINE static Loaded loaded(const BFloat16* w) {
+    return (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
   }
-  SSD_ALWAYS_INLINE static void stage(const float* from, BFloat16* to) {
-    store(to, load(from));
-    store(to + 16, load(from + 16));
+  SSD_ALWAYS_INLINE static Sum none() { return _mm256_setzero_ps(); }
+  SSD_ALWAYS_INLINE static Sum add(Loaded w, const BFloat16* x, Sum sum) { return _mm256_dpbf16_ps(sum, w, loaded(x)); }
+  SSD_ALWAYS_INLINE static void total_four(const Sum v[4], float* to) {
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3]));
+    const __m256 abcd = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
   }
+  SSD_ALWAYS_INLINE static void stage(const float* from, BFloat16* to) { store(to, load(from)); }
 };
 #else
 template <>
@@ -72,6 +75,7 @@ struct Dot<BFloat16> {
   struct Loaded {
     Vec a, b;
   };
+  using Sum = Vec;
   static constexpr int kStep = 2 * Vec::kWidth;
   static constexpr int kRows = Vec::kWidth == 16 ? 5 : 3;
 
@@ -80,10 +84,12 @@ struct Dot<BFloat16> {
     load_pair(w, both.a, both.b);
     return both;
   }
-  SSD_ALWAYS_INLINE static Vec add(const Loaded& w, const float* x, Vec sum) {
+  SSD_ALWAYS_INLINE static Sum none() { return zero(); }
+  SSD_ALWAYS_INLINE static Sum add(const Loaded& w, const float* x, Sum sum) {
     return fma(w.b, load(x + Vec::kWidth), fma(w.a, load(x), sum));
   }
-  // Rounded as weights are, and in the lane order of load_pair.
+  SSD_ALWAYS_INLINE static void total_four(const Sum sums[4], float* to) { sum_four(sums, to); }
+  // In the lane order of load_pair.
   SSD_ALWAYS_INLINE static void stage(const float* from, float* to) {
     BFloat16 rounded[kStep];
     store(rounded, load(from));
@@ -103,7 +109,7 @@ struct Ahead {
   const char* end;
 
   SSD_ALWAYS_INLINE void touch(int lines) {
-    for (int i = 0; i < lines && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 1);
+    for (int i = 0; i < lines && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 2);
   }
 };
 
@@ -120,9 +126,9 @@ template <class T, int kCount>
 SSD_ALWAYS_INLINE void dot_block(const T* weight, int64_t apart, const Rows<T>& rows, Ahead& ahead, int lines,
                                  float* sums, int64_t sum_stride) {
   constexpr int kStep = Dot<T>::kStep;
-  Vec sum[kCount][kMatrixRows];
+  typename Dot<T>::Sum sum[kCount][kMatrixRows];
   for (int r = 0; r < kCount; ++r)
-    for (int i = 0; i < kMatrixRows; ++i) sum[r][i] = zero();
+    for (int i = 0; i < kMatrixRows; ++i) sum[r][i] = Dot<T>::none();
   const auto step = [&](const T* w, int64_t w_apart, int32_t k) __attribute__((always_inline)) {
     for (int i = 0; i < kMatrixRows; ++i) {
       const typename Dot<T>::Loaded loaded = Dot<T>::loaded(w + i * w_apart);
@@ -141,7 +147,7 @@ SSD_ALWAYS_INLINE void dot_block(const T* weight, int64_t apart, const Rows<T>& 
       std::memcpy(last + i * kStep, weight + i * apart + k, sizeof(T) * (rows.in - k));
     step(last, kStep, k);
   }
-  for (int r = 0; r < kCount; ++r) sum_four(sum[r], sums + r * sum_stride);
+  for (int r = 0; r < kCount; ++r) Dot<T>::total_four(sum[r], sums + r * sum_stride);
 }
 
 template <class T, int kCount>

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from ssd_janus import enable
 from ssd_janus.engine import Engine, Sampling, unfuse, unsupported, weights
 from ssd_janus.engine import linear as products
 from ssd_janus.engine.linear import KernelLinear, Linear, Norm, most_rows
-from ssd_kernels import CachePlan, HeadSpec
+from ssd_kernels import CachePlan, HeadSpec, native
 
 WORDS = "a red circle two blue squares and green star above three pink rings heart black cross".split()
 
@@ -108,19 +111,47 @@ def logits_of(engine: Engine, prompts: list[list[int]], guidance: float, **optio
     return seen
 
 
+def check_company(dtype: torch.dtype, products: str, kv_heads: int) -> None:
+    """That logits have the same bits in any company. Tokens hide most differences of rounding; these would show."""
+    model = tiny.build_model(heads=4, kv_heads=kv_heads).to(dtype)
+    prompts = prompts_of(tiny.image_inputs(many_prompts(11)))
+    engine = Engine(model, plan_of_budget(model, 0.2), products=products, exact=True)
+    for guidance in (2.0, 1.0):
+        together = logits_of(engine, prompts, guidance, steps=24)
+        for count in (1, 2, 5):
+            alone = logits_of(engine, prompts[:count], guidance, steps=24)
+            assert all(torch.equal(few, many[:, :count]) for few, many in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("dtype, products", [(torch.float32, "kernel"), (torch.float32, "torch"),
                                              (torch.bfloat16, "kernel"), (torch.float16, "kernel")], ids=str)
-def test_logits_have_the_same_bits_in_any_company(dtype: torch.dtype, products: str) -> None:
-    """Tokens hide most differences of rounding; these would show."""
-    for kv_heads in (4, 2):
-        model = tiny.build_model(heads=4, kv_heads=kv_heads).to(dtype)
-        prompts = prompts_of(tiny.image_inputs(many_prompts(11)))
-        engine = Engine(model, plan_of_budget(model, 0.2), products=products, exact=True)
-        for guidance in (2.0, 1.0):
-            together = logits_of(engine, prompts, guidance, steps=24)
-            for count in (1, 2, 5):
-                alone = logits_of(engine, prompts[:count], guidance, steps=24)
-                assert all(torch.equal(few, many[:, :count]) for few, many in zip(alone, together, strict=True))
+def test_logits_do_not_depend_on_company(dtype: torch.dtype, products: str, kv_heads: int) -> None:
+    check_company(dtype, products, kv_heads)
+
+
+@pytest.mark.parametrize("instruction_set", native.build_info().get("instruction_sets", [])[1:])
+def test_logits_do_not_depend_on_company_with_other_instructions(instruction_set: str) -> None:
+    extension = native.extension()
+    best = extension.instruction_set()
+    try:
+        extension.set_instruction_set(instruction_set)
+    except ValueError:
+        pytest.skip(f"this machine lacks {instruction_set}")
+    try:
+        check_company(torch.bfloat16, "kernel", 2)
+    finally:
+        extension.set_instruction_set(best)
+
+
+@pytest.mark.slow
+def test_logits_do_not_depend_on_company_with_fewer_instructions_in_torch() -> None:
+    """What torch's own libraries choose is chosen once per process."""
+    code = "import torch, test_engine; test_engine.check_company(torch.float32, 'torch', 4)"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
+                                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
 
 
 def test_the_fused_weights_are_the_models_own(fresh: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +14,15 @@ from torch.nn import functional
 
 from ssd_kernels import info, native
 from ssd_kernels.linear import Product, reference, unsupported
+from ssd_kernels.pages import in_huge_pages
 
 from .cases import BF16, F16, F32, short
 
 SETS = info()["extension"].get("instruction_sets", [])
 pytestmark = pytest.mark.skipif(not SETS, reason="the extension is not built")
-# Odd sizes first: rows, inputs, outputs.
-SHAPES = [(1, 1, 1), (3, 7, 2), (5, 33, 35), (13, 100, 37), (65, 40, 70), (2, 96, 64), (16, 256, 100), (7, 2048, 9)]
+# Odd sizes first: rows, inputs, outputs. The last one is worth several threads.
+SHAPES = [(1, 1, 1), (3, 7, 2), (5, 33, 35), (13, 100, 37), (65, 40, 70), (2, 96, 64), (16, 256, 100), (7, 2048, 9),
+          (2, 1024, 1500)]
 every_dtype = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
 
 
@@ -97,17 +102,27 @@ def test_against_float64(instruction_set: str, threads: int, dtype: torch.dtype,
 
 @every_dtype
 def test_a_row_has_the_same_bits_in_any_company(instruction_set: str, dtype: torch.dtype) -> None:
-    before = torch.get_num_threads()
     for inputs, outputs in ((100, 37), (256, 96), (2048, 40)):
         given = arguments(131, inputs, outputs, dtype, "swiglu", True)
         together = computed(**given)
         for first, count in ((0, 1), (5, 2), (1, 3), (7, 8), (64, 17), (2, 64), (3, 70)):
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                some = slice(first, first + count)
-                few = computed(**given | {"x": given["x"][some], "plus": given["plus"][some]})
-                torch.set_num_threads(before)
-                assert torch.equal(few, together[some]), (inputs, outputs, first, count, threads)
+            some = slice(first, first + count)
+            few = computed(**given | {"x": given["x"][some], "plus": given["plus"][some]})
+            assert torch.equal(few, together[some]), (inputs, outputs, first, count)
+
+
+@every_dtype
+def test_a_row_has_the_same_bits_by_any_number_of_threads(instruction_set: str, dtype: torch.dtype) -> None:
+    before, given = torch.get_num_threads(), arguments(9, 2040, 1100, dtype, "none", True)
+    together = computed(**given)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for rows in (1, 2, 7, 9):
+                few = computed(**given | {"x": given["x"][:rows], "plus": given["plus"][:rows]})
+                assert torch.equal(few, together[:rows]), (threads, rows)
+    finally:
+        torch.set_num_threads(before)
 
 
 @every_dtype
@@ -167,3 +182,33 @@ def test_opcheck(activation: str) -> None:
     given = arguments(3, 20, 6, F32, activation, True)
     result = torch.library.opcheck(torch.ops.ssd_kernels.linear.default, (given.pop("x"), given.pop("weight")), given)
     assert set(result.values()) == {"SUCCESS"}
+
+
+def test_threads_are_woken_for_work_that_pays() -> None:
+    threads = native.extension().linear_threads
+    assert threads(10**5, 10**6, 8) == 1
+    assert threads(10**7, 10**6, 2) == 2  # reading takes long
+    assert threads(10**6, 6 * 10**7, 64) == 24  # multiplying does
+    assert threads(0, 0, 1) == threads(10**9, 10**9, 1) == 1
+    worth = [threads(size, 3 * size, 16) for size in range(0, 10**8, 10**6)]
+    assert worth == sorted(worth) and worth[-1] == 16
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's pages")
+def test_weights_move_into_huge_pages_and_stay_as_they_are() -> None:
+    weight = torch.randn(1500, 1024)  # of at least one whole huge page
+    before, address = weight.clone(), weight.data_ptr()
+    moved = in_huge_pages(weight)
+    assert torch.equal(weight, before) and weight.data_ptr() == address
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    assert not (moved and (not enabled.exists() or "[never]" in enabled.read_text()))
+    if moved:
+        held = Path("/proc/self/smaps").read_text()
+        middle, found = address + weight.nbytes // 2, 0
+        for line in held.splitlines():
+            if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(match[1], 16) <= middle < int(match[2], 16)
+            elif inside and line.startswith("AnonHugePages:"):
+                found = int(line.split()[1])
+        assert found >= 2048
+    assert not in_huge_pages(torch.zeros(1000)) and not in_huge_pages(torch.zeros(0))

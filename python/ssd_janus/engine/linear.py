@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from ssd_attach.internals import ACT2FN
 from ssd_kernels.linear import Product
+from ssd_kernels.pages import in_huge_pages
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 SILU = (type(ACT2FN["silu"]), nn.SiLU)
@@ -78,6 +79,7 @@ class KernelLinear:
             linear: with weights that `ssd_kernels.linear.unsupported` has nothing against.
             most_rows: multiply more rows by torch; None: never.
         """
+        in_huge_pages(linear.weight)
         self._linear, self._most_rows = linear, most_rows
         self._fused = linear.activation is None or isinstance(linear.activation, SILU)
         activation = "none" if linear.activation is None or not self._fused else "swiglu" if linear.gated else "silu"
