@@ -1,5 +1,6 @@
 // Chooses the instruction set, checks cursors, and shares the (row, head) items out to threads.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -9,28 +10,31 @@
 namespace ssd {
 namespace {
 
-using DecodeItems = void (*)(const CacheLayer&, const DecodeStep&, const Items&, const Scratch&);
-
 struct InstructionSet {
   const char* name;
-  DecodeItems decode_items;
+  void (*decode_items)(const CacheLayer&, const DecodeStep&, const Items&, const Scratch&);
+  float (*largest)(const float*, int64_t, int);
 };
 
-DecodeItems find(const char* name) {
+// Without a name where this machine lacks it.
+InstructionSet find(const char* name) {
 #if SSD_KERNELS_HAVE_X86
   if (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-    return avx512::decode_items;
+    return {name, avx512::decode_items, avx512::largest};
   // Not every compiler knows "f16c", which every processor with AVX2 has.
   if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return avx2::decode_items;
+    return {name, avx2::decode_items, avx2::largest};
 #endif
-  return std::strcmp(name, "portable") ? nullptr : portable::decode_items;
+  if (!std::strcmp(name, "portable")) return {name, portable::decode_items, portable::largest};
+  return {nullptr, nullptr, nullptr};
 }
 
 InstructionSet best() {
-  for (const char* const* name = kInstructionSets;; ++name)
-    if (DecodeItems decode_items = find(*name)) return {*name, decode_items};
+  for (const char* const* name = kInstructionSets;; ++name) {
+    const InstructionSet found = find(*name);
+    if (found.name) return found;
+  }
 }
 
 InstructionSet& current() {
@@ -88,11 +92,21 @@ const char* instruction_set() { return current().name; }
 bool set_instruction_set(const char* name) {
   for (const char* const* known = kInstructionSets; *known; ++known) {
     if (std::strcmp(*known, name)) continue;
-    const DecodeItems decode_items = find(name);
-    if (decode_items) current() = {*known, decode_items};
-    return decode_items != nullptr;
+    const InstructionSet found = find(*known);
+    if (found.name) current() = found;
+    return found.name != nullptr;
   }
   return false;
+}
+
+float largest(const float* from, int64_t count, int streams, int threads) {
+  const int64_t piece = (count + threads - 1) / threads;
+  std::vector<float> found(static_cast<size_t>(threads), -INFINITY);
+  const auto read = current().largest;
+  parallel_for(threads, count, piece, [&](int64_t begin, int64_t end) {
+    found[static_cast<size_t>(begin / piece)] = read(from + begin, end - begin, streams);
+  });
+  return *std::max_element(found.begin(), found.end());
 }
 
 Error check_table(const CacheLayer& layer) {
@@ -130,7 +144,7 @@ Error decode(const CacheLayer& layer, const DecodeStep& step, int threads) {
   // Chunks long enough for prefetching to run across items, short enough to even out unequal heads.
   const int64_t chunk = std::max<int64_t>(1, items / (int64_t{threads} * 16));
   const bool row_by_row = shape.batch >= 4 * int64_t{threads};
-  const DecodeItems decode_items = current().decode_items;
+  const auto decode_items = current().decode_items;
 
   parallel_for(threads, items, chunk, [&](int64_t begin, int64_t end) {
     decode_items(layer, step, {begin, end, row_by_row}, workspace.scratch(group, shape.head_dim, longest));
