@@ -9,7 +9,7 @@ import pytest
 import torch
 from pretend import guard
 
-from ssd_bench import contender, gpu, kernel, ours, timing
+from ssd_bench import ceiling, contender, gpu, kernel, ours, timing
 from ssd_bench.point import Point
 from ssd_kernels import CachePlan, HeadSpec, backends
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(guard.unsupported() is not None, reason=f"no mac
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pretend.Machine]:
     monkeypatch.setattr(contender, "COLD_BYTES", 2**16)
-    monkeypatch.setattr(kernel, "LARGE_ON_GPU", 2**16)
+    monkeypatch.setattr(ceiling, "LARGE_ON_GPU", 2**16)
     monkeypatch.setattr(timing, "WARMUP_CALLS", 1)
     with pretend.pretended() as made:
         yield made
@@ -28,7 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pretend.Machine]:
 def test_contenders_run_and_are_counted(machine: pretend.Machine) -> None:
     point = Point.of_lengths(2, 4, 32, "float32", mean=20, full=64)
     options = kernel.Options(torch.device("cuda", 0), only=("ssd_kernels", "SDPA full", "two bmm"), repetitions=1,
-                             trials=1)
+                             trials=1, patience=0)
     records = {line["contender"]["name"]: line for line in kernel.measure(point, options, lambda name: None)}
     assert {name: line["status"] for name, line in records.items()} == dict.fromkeys(records, "ok")
     names = [name for name in ("triton", "cuda") if backends.available()[name] is None]
