@@ -118,10 +118,10 @@ def engine(pipe: Pipeline) -> Engine:
 
 
 @cache
-def expected(pipe: Pipeline, prompt: str, seed: int, guidance: float = 2.0) -> np.ndarray:
+def expected(pipe: Pipeline, prompt: str, seed: int, guidance: float = 2.0, **settings: Any) -> np.ndarray:
     """What the engine draws alone."""
     tokens = engine(pipe).generate(pipe.prompt_tokens([prompt]), guidance=guidance, seeds=[seed],
-                                   sampling=Sampling.of(pipe.model, do_sample=True))
+                                   sampling=Sampling.of(pipe.model, do_sample=True, **settings))
     return np.asarray(pipe.decode(tokens)[0])
 
 
@@ -162,6 +162,7 @@ def test_concurrent_requests_have_their_own_pictures(serve: Serve, pipe: Pipelin
     assert f'ssd_janus_pictures_total{{outcome="drawn"}} {sum(map(len, answers))}.0' in text
     assert f'ssd_janus_requests_total{{path="{PATH}",status="200"}} 8.0' in text
     assert "ssd_janus_pictures_capacity 3.0" in text and "ssd_janus_waiting_seconds_count 12.0" in text
+    assert "ssd_janus_pictures_accepted_total 12.0" in text and "ssd_janus_pictures_kept 0.0" in text
 
 
 def test_openais_client(serve: Serve, pipe: Pipeline) -> None:
@@ -178,8 +179,9 @@ def test_openais_client(serve: Serve, pipe: Pipeline) -> None:
     assert (pixels(file.content) == expected(pipe, "a heart", first.seed)).all()
     assert httpx2.get(f"{server.url}/pictures/guess.png").json()["error"]["code"] == "picture_not_found"
 
-    unguided = user.images.generate(prompt="a heart", extra_body={"seed": 5, "guidance_scale": 1})
-    assert (pixels(base64.b64decode(unguided.data[0].b64_json)) == expected(pipe, "a heart", 5, 1.0)).all()
+    settings = {"temperature": 0.8, "top_k": 3, "top_p": 0.9}
+    unguided = user.images.generate(prompt="a heart", extra_body={"seed": 5, "guidance_scale": 1, **settings})
+    assert (pixels(base64.b64decode(unguided.data[0].b64_json)) == expected(pipe, "a heart", 5, 1.0, **settings)).all()
     events = list(user.images.generate(prompt="a heart", stream=True, partial_images=2, extra_body={"seed": 5}))
     assert [event.type.rpartition(".")[2] for event in events] == ["partial_image", "partial_image", "completed"]
     parts = [pixels(base64.b64decode(event.b64_json)) for event in events]
@@ -202,6 +204,7 @@ def test_openais_client(serve: Serve, pipe: Pipeline) -> None:
     (b'{"prompt": "\xff"}', 400, None, ""), (b'{"prompt": "\\ud800"}', 400, None, ""),
     ({}, 400, "prompt", "missing required parameter: 'prompt'"), ({"prompt": 5}, 400, "prompt", "got '5'"),
     ({"prompt": " "}, 400, "prompt", "must not be blank"), ({"prompt": "a" * 81}, 422, "prompt", "at most 80 charac"),
+    ({"prompt": "a <image_placeholder>"}, 400, "prompt", "must not contain <image_placeholder>"),
     ({"prompt": "é" * 40}, 422, "prompt", "tokens long"),
     ({"prompt": "a", "n": 0}, 400, "n", "greater than"), ({"prompt": "a", "n": True}, 400, "n", "valid integer"),
     ({"prompt": "a", "n": 4}, 422, "n", "n must be within 1 .. 3, got 4"),
@@ -215,6 +218,7 @@ def test_openais_client(serve: Serve, pipe: Pipeline) -> None:
     ({"prompt": "a", "partial_images": 1}, 400, "partial_images", "needs stream"),
     ({"prompt": "a", "stream": True, "partial_images": 6}, 400, "partial_images", "within 0 .. 5"),
     ({"prompt": "a", "stream": True, "n": 2}, 400, "n", "n must be 1 with stream"),
+    (b" " * 1000, 400, None, "the body must be a JSON object"),
     (b" " * 1001, 413, None, "at most 1000 bytes"), (b" " * 10**6, 413, None, "at most 1000 bytes")])
 def test_malformed_requests(refusing: Server, body: Any, status: int, param: str | None, message: str) -> None:
     answer = post(refusing, body)
@@ -240,6 +244,7 @@ def test_other_kinds_of_bad_requests(refusing: Server) -> None:
     for path, method, status in (("/nowhere", "GET", 404), (PATH, "GET", 405), ("/pictures/..%2f.png", "GET", 404)):
         answer = httpx2.request(method, refusing.url + path)
         assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
+        assert answer.headers.get("allow") == ("POST" if status == 405 else None)
     with connection(refusing) as slow:  # sends no more of its body
         slow.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
         assert read(slow).startswith(b"HTTP/1.1 408 ")

@@ -487,6 +487,28 @@ def index_leaves(done: int, slot: int, steps: int) -> bool:
 
 
 @pytest.mark.skipif(guard.unsupported() is not None, reason="no machine to pretend")
+def test_own_caches_on_a_device(fresh: Any) -> None:
+    """Where a step is not captured; there the noise is counted."""
+    plan = plan_of_budget(fresh, 0.2)
+    with pretend.pretended(devices=1):
+        engine = Engine(fresh.to("cuda"), plan, backend="reference")
+        expected, slots = [alone(engine, request, 4) for request in REQUESTS[:3]], engine.slots(2, steps=4)
+        assert isinstance(slots, own_caches.OwnCaches)
+        waiting, numbers, steps = list(range(3)), {}, 0
+        while waiting or slots.running:
+            if waiting and slots.free and steps % 2 == 0:
+                joining = slots.join([REQUESTS[waiting[0]]])
+                numbers[joining.pictures[0].slot] = waiting.pop(0)
+                assert joining.advance()
+            slots.step()
+            steps += 1
+            for slot, picture in [*slots.running.items()]:
+                if picture.done == 4:
+                    assert torch.equal(slots.drawn(slot), expected[numbers[slot]])
+                    slots.leave(slot)
+
+
+@pytest.mark.skipif(guard.unsupported() is not None, reason="no machine to pretend")
 def test_a_scheduler_on_a_device_keeps_pace(fresh: Any) -> None:
     """It waits for a step before it launches the second after it, and never for the last."""
     plan = plan_of_budget(fresh, 0.2)

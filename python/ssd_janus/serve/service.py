@@ -253,6 +253,8 @@ class Service:
                           "prompt", code)
         if not text.strip():
             raise Refused(400, "prompt must not be blank", "prompt", "invalid_value")
+        if (image := self.pipe.processor.image_token) in text:
+            raise Refused(400, f"prompt must not contain {image}, a picture's place", "prompt", "invalid_value")
         try:
             tokens = self.pipe.prompt_tokens([text])[0]
         except ValueError as error:
