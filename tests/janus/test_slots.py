@@ -509,6 +509,22 @@ def test_own_caches_on_a_device(fresh: Any) -> None:
 
 
 @pytest.mark.skipif(guard.unsupported() is not None, reason="no machine to pretend")
+def test_plans_of_their_own_on_a_device(fresh: Any) -> None:
+    """Only if asked for, as nothing is captured then."""
+    with pretend.pretended(devices=1) as machine:
+        engine = Engine(fresh.to("cuda"), plan_of_budget(fresh, 0.2), backend="triton")
+        requests = [REQUESTS[0], replace(REQUESTS[2], plan=engine.shape.full_plan())]
+        expected = [alone(Engine(fresh, plan, backend="triton"), request, 6)
+                    for plan, request in zip((engine.plan, engine.shape.full_plan()), requests, strict=True)]
+        machine.graphs.clear()
+        slots = engine.slots(2, steps=6, any_plan=True)
+        with Scheduler(slots) as made:
+            tickets = made.submit_all(requests, [None, None])
+            assert all(torch.equal(ticket.result(WAIT), drawn) for ticket, drawn in zip(tickets, expected, strict=True))
+        assert slots.any_plan and not engine.slots(2, steps=6).any_plan and not machine.graphs
+
+
+@pytest.mark.skipif(guard.unsupported() is not None, reason="no machine to pretend")
 def test_a_scheduler_on_a_device_keeps_pace(fresh: Any) -> None:
     """It waits for a step before it launches the second after it, and never for the last."""
     plan = plan_of_budget(fresh, 0.2)
