@@ -8,10 +8,12 @@ goes to the next that is free; a unit depends on itself alone, so that its resul
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import logging
 import os
 import pickle
 import signal
+import socket
 import threading
 import traceback
 from collections import Counter, deque
@@ -31,7 +33,9 @@ THREADS = 2  # of a worker without a GPU
 RETRIES = 3  # deaths of workers that one unit survives
 STORE = 1 << 30  # bytes of results that may wait on a machine where the cluster is started here
 PREFIX = "ray://"
-# Of a cluster that is started here. The second is named after the systems where Ray does without a network by itself.
+WORKERS = {"OMP_WAIT_POLICY": "passive"}  # variables of workers, before torch loads
+ANSWER = 10.0  # seconds that a cluster has to answer
+# Of a cluster on this machine. The second is named after the systems where Ray does without a network by itself.
 LOCAL = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 Unit = TypeVar("Unit")
@@ -210,7 +214,7 @@ def results(address: str | None, source: Source, job: Job[Unit, Result], units: 
         need = needed(source.device, nodes)
         kind = ray.remote(**{f"num_{name.lower()}s": amount for name, amount in need.items()},
                           scheduling_strategy="SPREAD", max_restarts=0,
-                          runtime_env={"env_vars": {"OMP_WAIT_POLICY": "passive"}})(Worker)
+                          runtime_env={"env_vars": WORKERS})(Worker)
         work, todo, deaths = ray.put(job), deque(range(len(units))), Counter[int | None]()
         busy: dict[Any, tuple[Any, int | None]] = {}  # what a worker does: a unit, or None while it begins
 
@@ -272,7 +276,9 @@ def connected(address: str | None, *, device: str = "cpu", verbose: bool = False
         ConnectionError: no cluster answers.
     """
     handler = signal.getsignal(signal.SIGTERM)
-    with _environment({} if address else LOCAL), needs("ray", "ray"):
+    if address is not None:
+        _check_answer(address)
+    with _environment(LOCAL if address is None or _is_loopback(address) else {}), needs("ray", "ray"):
         import ray
 
         if ray.is_initialized():
@@ -284,8 +290,8 @@ def connected(address: str | None, *, device: str = "cpu", verbose: bool = False
         try:
             ray.init(address or "local", **quiet, **({} if address else own))
         except ConnectionError as error:
-            raise ConnectionError(f"no Ray cluster answers at {address}: this must be a node of it, where `ray start` "
-                                  "has run") from error
+            raise ConnectionError(f"--on {PREFIX}{address} must be a cluster that this machine is a node of, where "
+                                  f"`ray start` has run ({_last_line(error)})") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray has put its own in the place
     try:
@@ -293,6 +299,23 @@ def connected(address: str | None, *, device: str = "cpu", verbose: bool = False
             yield ray
     finally:
         ray.shutdown()
+
+
+def _check_answer(address: str) -> None:
+    """Raises a ConnectionError if nobody listens at HOST:PORT, which Ray would try for many minutes."""
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER).close()
+        except OSError as error:
+            raise ConnectionError(f"--on {PREFIX}{address}: nobody answers there ({error.strerror or error})") from None
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 @contextmanager
