@@ -23,6 +23,7 @@ from .options import (
     ProfileFile,
     PromptsFile,
     RowBuffer,
+    Weights,
     check_plans_options,
     choose_plans,
     load,
@@ -62,6 +63,7 @@ def evaluate(
     guidance: Guidance = None,
     device: Device = "cpu",
     dtype: Dtype = None,
+    weights: Weights = None,
     backend: Backend = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 25,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help=(
@@ -88,7 +90,7 @@ def evaluate(
 
         with needs("plot", "matplotlib"):
             import matplotlib  # noqa: F401  # before the long part, not after
-    pipe = load(model, device, dtype, backend)
+    pipe = load(model, device, dtype, backend, weights)
     heads = load_profile(profile, model, policy or [], pipe, formats=kv or [])
     plans = choose_plans(pipe, plan or [], policy or [], budget_bytes or budget or [], row_buffer, heads,
                          in_bytes=bool(budget_bytes), formats=kv or [])

@@ -27,6 +27,7 @@ from .options import (
     PromptsFile,
     RowBuffer,
     Seed,
+    Weights,
     check_plan_options,
     choose_plan,
     load,
@@ -68,6 +69,7 @@ def generate(
     guidance: Guidance = None,
     device: Device = "cpu",
     dtype: Dtype = None,
+    weights: Weights = None,
     backend: Backend = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Most pictures drawn at once; fewer where memory is "
                                                         "short.")] = 8,
@@ -88,7 +90,7 @@ def generate(
 
     chosen = gather(prompts, prompts_file, skip if skip_invalid else None)
     check_folder(out)
-    pipe = load(model, device, dtype, backend)
+    pipe = load(model, device, dtype, backend, weights)
     heads = load_profile(profile, model, [policy] if policy else [], pipe, formats=[kv])
     cache_plan = choose_plan(pipe, plan, policy, budget, row_buffer, heads, parameters,
                              budget_bytes=budget_bytes, kv=kv)
