@@ -120,6 +120,7 @@ class Source:
         model: a folder, which must be there on every node under this name, a hub id, or None for the included model.
         device, dtype, backend: arguments of `Pipeline.from_pretrained`.
         sampling: arguments of `engine.set_sampling`.
+        weights: a format of `quantization.quantize`, or None.
     """
 
     model: str | None
@@ -127,6 +128,7 @@ class Source:
     dtype: str | None
     backend: str
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
 
     def load(self) -> Pipeline:
         import torch
@@ -137,6 +139,10 @@ class Source:
         pipe = Pipeline.from_pretrained(self.model, device=self.device, backend=self.backend,
                                         dtype=None if self.dtype is None else getattr(torch, self.dtype))
         set_sampling(pipe.model, **self.sampling)
+        if self.weights is not None:
+            from .quantization import quantize
+
+            quantize(pipe.model, self.weights)
         return pipe
 
 

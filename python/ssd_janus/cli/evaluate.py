@@ -28,6 +28,7 @@ from .options import (
     Temperature,
     TopK,
     TopP,
+    Weights,
     check_plans_options,
     choose_plans,
     load,
@@ -73,6 +74,7 @@ def evaluate(
     top_p: TopP = None,
     device: Device = "cpu",
     dtype: Dtype = None,
+    weights: Weights = None,
     backend: Backend = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 25,
     pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help=(
@@ -108,7 +110,8 @@ def evaluate(
 
         with needs("plot", "matplotlib"):
             import matplotlib  # noqa: F401  # before the long part, not after
-    pipe = load(model, device, dtype, backend, ranks, sampling={name: given[name] for name in SAMPLING})
+    pipe = load(model, device, dtype, backend, ranks, weights=weights,
+                sampling={name: given[name] for name in SAMPLING})
     heads = load_profile(profile, model, policy or [], pipe, formats=kv or [])
     plans = choose_plans(pipe, plan or [], policy or [], budget_bytes or budget or [], row_buffer, heads,
                          in_bytes=bool(budget_bytes), formats=kv or [])

@@ -34,6 +34,7 @@ from .options import (
     Temperature,
     TopK,
     TopP,
+    Weights,
     Workers,
     check_plan_options,
     choose_plan,
@@ -84,6 +85,7 @@ def generate(
     top_p: TopP = None,
     device: Device = "cpu",
     dtype: Dtype = None,
+    weights: Weights = None,
     backend: Backend = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Most pictures drawn at once; fewer where memory is "
                                                         "short.")] = 8,
@@ -128,10 +130,11 @@ def generate(
         from ..remote import OnRay, Source
 
         folder_or_id = str(Path(model).resolve()) if model is not None and Path(model).is_dir() else model
-        source = Source(folder_or_id, device, dtype and dtype.value, backend, sampling)
+        source = Source(folder_or_id, device, dtype and dtype.value, backend, sampling,
+                        weights and weights.value)
         painters = OnRay.at(on, source, workers, verbose, say)
-    pipe = (load_here(model, device, dtype, sampling) if on
-            else load(model, device, dtype, backend, ranks, sampling=sampling))
+    pipe = (load_here(model, device, dtype, sampling, weights) if on
+            else load(model, device, dtype, backend, ranks, sampling=sampling, weights=weights))
     heads = load_profile(profile, model, [policy] if policy else [], pipe, formats=[kv])
     cache_plan = choose_plan(pipe, plan, policy, budget, row_buffer, heads, parameters,
                              budget_bytes=budget_bytes, kv=kv)

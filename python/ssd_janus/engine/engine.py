@@ -19,6 +19,7 @@ from ssd_kernels.linear import unsupported
 
 from .. import waiting
 from ..progress import ProgressCallback
+from ..quantization import has_quantized_weights
 from ..shape import ModelShape, placement
 from . import continuous, memory
 from .batch import Batch, LogitsProcessor
@@ -111,9 +112,10 @@ class Engine:
             plan: what the caches keep; None keeps everything.
             backend: ``"auto"`` or a backend of `ssd_kernels`.
             exact: give a picture the same tokens in every batch, bit for bit; None does so on a CPU in float32, and in
-                half precision with our kernel's products, but not where the processor has AMX, which many rows gain by.
+                half precision with our kernel's products, but not where the processor has AMX, which many rows gain by;
+                nor with quantized weights.
             products: with weights, by ``"torch"`` or by our ``"kernel"`` (`ssd_kernels.linear`); ``"auto"`` takes the
-                kernel wherever it can, which is on a CPU and not with ``compile``.
+                kernel wherever it can: on a CPU, not with ``compile`` and not with quantized weights.
             compile: run what lies between two attentions through torch.compile (a minute of compilation, once).
             capture: on CUDA, replay the step as a graph.
 
@@ -126,10 +128,12 @@ class Engine:
         self.backend, self.compile, self.capture = backend, compile, capture
         Weights.of(model, 1)
         self.device, self.dtype = placement(model)
-        self.products = _products(products, self.device, self.dtype, compile)
-        on_cpu, kernel = self.device.type == "cpu", self.products == "kernel"
-        certain = self.dtype == torch.float32 or (kernel and not has_amx())
-        self.exact = on_cpu and certain if exact is None else exact
+        quantized = has_quantized_weights(model.model.language_model)
+        reason = ("torchao multiplies with its weights" if quantized else
+                  "torch.compile compiles torch's products only" if compile else unsupported(self.device, self.dtype))
+        self.products = _products(products, reason)
+        certain = self.dtype == torch.float32 and not quantized or self.products == "kernel" and not has_amx()
+        self.exact = self.device.type == "cpu" and certain if exact is None else exact
         self.last_run: EngineRun | None = None
 
     def generate(self, prompts: Sequence[Sequence[int] | torch.Tensor], *, guidance: float | Sequence[float] = 5.0,
@@ -383,11 +387,10 @@ class Engine:
             request.on_row(numbers, batch.tokens[:, :batch.done].cpu()[back])
 
 
-def _products(wanted: str, device: torch.device, dtype: torch.dtype, compile: bool) -> str:
-    """Who multiplies with weights, "kernel" or "torch", as `Engine` describes it."""
+def _products(wanted: str, reason: str | None) -> str:
+    """Who multiplies with weights, "kernel" or "torch", as `Engine` describes it; ``reason``: against the kernel."""
     if wanted not in ("auto", "kernel", "torch"):
         raise ValueError(f"products must be 'auto', 'kernel' or 'torch', got {wanted!r}")
-    reason = "torch.compile compiles torch's products only" if compile else unsupported(device, dtype)
     if wanted == "kernel" and reason:
         raise ValueError(f"products must be 'auto' or 'torch' here, got 'kernel': {reason}")
     return "torch" if reason or wanted == "torch" else "kernel"

@@ -57,7 +57,11 @@ class Linear:
         """
         if self.norm is not None:
             inputs = functional.rms_norm(inputs, self.norm.weight.shape, self.norm.weight, self.norm.epsilon)
-        return self.finished(functional.linear(inputs, self.weight, self.bias), plus)
+        return self.finished(self.product(inputs), plus)
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The product alone, of rows after their norm."""
+        return functional.linear(inputs, self.weight, self.bias)
 
     def finished(self, out: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
         """What follows the product ``out``."""
@@ -68,6 +72,20 @@ class Linear:
             else:
                 out = self.activation(out)
         return out if plus is None else plus + out
+
+
+@dataclass(frozen=True)
+class SeparateLinear(Linear):
+    """A `Linear` of several matrices above one another that are not stored as one, as quantized ones.
+
+    Attributes:
+        matrices: weight and bias of each; ``weight`` and ``bias`` are those of the first.
+    """
+
+    matrices: Sequence[tuple[torch.Tensor, torch.Tensor | None]] = ()
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.cat([functional.linear(inputs, *matrix) for matrix in self.matrices], -1)
 
 
 class KernelLinear:

@@ -19,6 +19,7 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 from ssd_kernels import CachePlan
 from ssd_kernels.process import control_groups
 
+from ..quantization import stored_bytes
 from ..shape import ModelShape, placement
 from .layers import PREFILL_CHUNK, PREFILL_TOKENS, ROW_MULTIPLE, prefill_width
 from .weights import TABLE_CODES
@@ -53,7 +54,7 @@ class MemoryReport:
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers that are in memory; shared ones count once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type != "meta")
+    return sum(stored_bytes(tensor) for tensor in tensors.values() if tensor.device.type != "meta")
 
 
 def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int, different: int | None = None) -> int:

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from ssd_attach.internals import STOCK, foreign_hooks
 
-from .linear import Chain, KernelLinear, Linear, Norm
+from ..quantization import is_quantized
+from .linear import Chain, KernelLinear, Linear, Norm, SeparateLinear
 
 # Up to so many image codes the inputs of the next step are kept in a table. With more it would cost more than it saves:
 # a picture needs only as many inputs as it has tokens.
@@ -182,6 +183,10 @@ def _norm(module: nn.Module) -> Norm:
 
 def _fused(projections: Sequence[nn.Linear], **around: Any) -> Linear:
     """The projections as one, above one another in the rows of the weight; ``around``: of `Linear`."""
+    if any(is_quantized(projection.weight) for projection in projections):
+        matrices = [(projection.weight.detach(), None if projection.bias is None else projection.bias.detach())
+                    for projection in projections]
+        return SeparateLinear(*matrices[0], **around, matrices=matrices)
     biases = [projection.bias for projection in projections]
     return Linear(_stacked([projection.weight for projection in projections]),
                   None if biases[0] is None else _stacked(biases), **around)
@@ -219,7 +224,8 @@ def unfuse(model: Any) -> None:
     """
     with _fusing:
         for name, parameter in model.model.language_model.named_parameters():
-            if IN_ONE_MATRIX.search(name) and parameter.untyped_storage().nbytes() > parameter.nbytes:
+            if (IN_ONE_MATRIX.search(name) and not is_quantized(parameter)
+                    and parameter.untyped_storage().nbytes() > parameter.nbytes):
                 with _kept(parameter):
                     parameter.data = parameter.detach().clone()
 
