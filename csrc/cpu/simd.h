@@ -63,14 +63,12 @@ SSD_INLINE float to_float(Float16 x) { return float16_to_float(x.bits); }
 SSD_INLINE void from_float(float x, Float16* to) { to->bits = float_to_float16(x); }
 #endif
 
-// Memory is touched kTouchDistance bytes ahead of its use, into the first- (3) or second-level cache (2), for types T
-// with kTouchesAhead<T>. What is best was measured (docs/benchmarks.md).
+// Memory is touched kTouchDistance bytes ahead of its use, into the first- (3) or second-level cache (2). What is best
+// was measured (docs/benchmarks.md).
 #if defined(__AVX512F__)
 
 constexpr int64_t kTouchDistance = 16384;
 constexpr int kTouchLevel = 2;
-template <class T>
-constexpr bool kTouchesAhead = true;
 
 struct Vec {
   static constexpr int kWidth = 16;
@@ -139,6 +137,7 @@ SSD_INLINE void store_half(Int8* p, Vec a) {
 }
 SSD_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
 SSD_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
+SSD_INLINE Vec divide(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
 SSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
 // The second operand wins over a NaN, so clamp(x) keeps a NaN x.
 SSD_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
@@ -160,11 +159,8 @@ SSD_INLINE float highest(Vec a) { return _mm512_reduce_max_ps(a.x); }
 
 #elif defined(__AVX2__)
 
-constexpr int64_t kTouchDistance = 2048;
-constexpr int kTouchLevel = 3;
-// Float32 needs no conversion, so the loads of many slots are under way by themselves.
-template <class T>
-constexpr bool kTouchesAhead = sizeof(T) < 4;
+constexpr int64_t kTouchDistance = 8192;
+constexpr int kTouchLevel = 2;
 
 struct Vec {
   static constexpr int kWidth = 8;
@@ -216,6 +212,7 @@ SSD_INLINE void store(Int8* p, Vec a) {
 }
 SSD_INLINE Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; }
 SSD_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x)}; }
+SSD_INLINE Vec divide(Vec a, Vec b) { return {_mm256_div_ps(a.x, b.x)}; }
 SSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
 SSD_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.x, b.x)}; }
 SSD_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.x, b.x)}; }
@@ -248,8 +245,6 @@ SSD_INLINE float highest(Vec a) {
 
 constexpr int64_t kTouchDistance = 16384;
 constexpr int kTouchLevel = 2;
-template <class T>
-constexpr bool kTouchesAhead = true;
 
 struct Vec {
   static constexpr int kWidth = 8;
@@ -279,6 +274,9 @@ SSD_INLINE Vec add(Vec a, Vec b) {
 }
 SSD_INLINE Vec mul(Vec a, Vec b) {
   return each([&](int i) { return a.x[i] * b.x[i]; });
+}
+SSD_INLINE Vec divide(Vec a, Vec b) {
+  return each([&](int i) { return a.x[i] / b.x[i]; });
 }
 SSD_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });
