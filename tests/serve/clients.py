@@ -1,4 +1,4 @@
-"""``ssd-janus serve`` under load: a process of its own, and hundreds of clients at once, many of which misbehave."""
+"""A server of ssd_janus in a process of its own, and its clients, many of which misbehave."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,27 +23,25 @@ import httpx2
 import numpy as np
 import openai
 import pytest
-import tiny
 from PIL import Image
-from test_engine import plan_of_budget
 
 from ssd_janus import Pipeline
 from ssd_janus.checks import sampling_options
 from ssd_janus.engine import Engine, Sampling
+from ssd_kernels.policies import build
 
-pytestmark = pytest.mark.serve
+sys.path.insert(0, str(Path(__file__).parents[1] / "janus"))
+import tiny  # noqa: E402
+from test_engine import plan_of_budget  # noqa: E402
 
 PATH = "/v1/images/generations"
 KEY = "a key"
-CAPACITY, WAITING, IMAGES, BODY = 4, 24, 3, 3000
+CAPACITY, IMAGES, BODY = 4, 3, 3000
 SEEDS = 2  # of the first picture of a request
-KEPT_SECONDS = 30
 WAIT = 120  # seconds, on a machine with much other work
-GROWTH = 60  # objects of one type from the first load to the last, which have hundreds of requests between them
-GROWTH_BYTES = 32 << 20
 SETTINGS: tuple[dict[str, Any], ...] = (
     {}, {"guidance_scale": 1}, {"guidance_scale": 4.0, "temperature": 0.8}, {"top_k": 5},
-    {"guidance_scale": 0, "top_p": 0.8, "temperature": 1.3}, {"temperature": 0})
+    {"guidance_scale": 0, "top_p": 0.8, "temperature": 1.3}, {"temperature": 0}, {"policy": "window", "budget": 0.4})
 MALFORMED = (b"", b"{", b"[]", b"null", b"\0" * 50, b'{"prompt": "\xff"}', b"[" * 2000, b'{"prompt": {"a": 1}}',
              b'{"prompt": "a", "n": 1e99}', b'{"prompt": "a", "size": "9x9"}', b'{"prompt": "a", "seed": "1"}',
              b'{"prompt": "a", "stream": true, "n": 2}', b'{"prompt": "a", "guidance_scale": -1}')
@@ -53,35 +51,41 @@ class Expected:
     """What the engine draws of all that clients ask for."""
 
     def __init__(self) -> None:
-        pipe = Pipeline(tiny.build_model(), tiny.build_processor())
-        self.plan = plan_of_budget(pipe.model, 0.5)
-        engine, self._drawn = Engine(pipe.model, self.plan), dict[str, np.ndarray]()
+        self._pipe = pipe = Pipeline(tiny.build_model(), tiny.build_processor())
+        self._plan = plan_of_budget(pipe.model, 0.5)
+        self._drawn: dict[str, np.ndarray] = {}
         asked = [(prompt, seed) for prompt in tiny.PROMPTS for seed in range(SEEDS + IMAGES - 1)]
         for settings in SETTINGS:
             sampling = sampling_options(*(settings.get(name) for name in ("temperature", "top_k", "top_p")))
-            tokens = engine.generate(pipe.prompt_tokens([prompt for prompt, _ in asked]),
-                                     guidance=settings.get("guidance_scale", 2.0), seeds=[seed for _, seed in asked],
-                                     sampling=Sampling.of(pipe.model, **sampling))
+            plan = build(settings["policy"], pipe.shape, settings["budget"]) if "policy" in settings else self._plan
+            tokens = Engine(pipe.model, plan).generate(
+                pipe.prompt_tokens([prompt for prompt, _ in asked]), guidance=settings.get("guidance_scale", 2.0),
+                seeds=[seed for _, seed in asked], sampling=Sampling.of(pipe.model, **sampling))
             # One by one: pictures that are decoded together may be a bit off.
             for request, drawn in zip(asked, tokens, strict=True):
                 self._drawn[repr((*request, settings))] = np.asarray(pipe.decode(drawn[None])[0])
+
+    def save(self, folder: Path) -> None:
+        """The model, its processor and the plan."""
+        self._pipe.model.save_pretrained(folder)
+        self._pipe.processor.save_pretrained(folder)
+        self._plan.save(folder / "plan.json")
 
     def __call__(self, prompt: str, seed: int, settings: dict[str, Any]) -> np.ndarray:
         return self._drawn[repr((prompt, seed, settings))]
 
 
-@pytest.fixture(scope="module")
-def expected() -> Expected:
-    return Expected()
-
-
 class Process:
     """A server, told to draw with a small model at a small budget."""
 
-    def __init__(self, folder: Path, plan: Path, room: Path, *options: str) -> None:
-        self._held, self._log = room / "held.json", room / "log.txt"
+    def __init__(self, folder: Path, *options: str) -> None:
+        """
+        Args:
+            folder: see `Expected.save`.
+        """
+        self._held, self._log = folder / "held.json", folder / "log.txt"
         command = [sys.executable, str(Path(__file__).with_name("probed_serve.py")), str(self._held), "serve",
-                   "--model", str(folder), "--plan", str(plan), "--port", "0", "--name", "tiny",
+                   "--model", str(folder), "--plan", str(folder / "plan.json"), "--port", "0", "--name", "tiny",
                    "--batch-size", str(CAPACITY), "--max-images", str(IMAGES), "--max-body", str(BODY), *options]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SSD_JANUS_API_KEY": KEY,
                        "OMP_NUM_THREADS": "1"}
@@ -115,24 +119,6 @@ class Process:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
-
-
-@pytest.fixture
-def serve(folder: Path, expected: Expected, tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Starts servers, and kills what is left of them."""
-    made: list[Process] = []
-    plan = tmp_path / "plan.json"
-    expected.plan.save(plan)
-
-    def start(*options: str) -> Process:
-        room = tmp_path / str(len(made))
-        room.mkdir()
-        made.append(Process(folder, plan, room, *options))
-        return made[-1]
-
-    yield start
-    for each in made:
-        each.end()
 
 
 @dataclass
@@ -304,6 +290,11 @@ class Load:
                 await writer.drain()
         writer.close()
 
+    async def browses(self) -> None:
+        """What else there is."""
+        for path in ("/", "/v1/plans", "/v1/models", "/metrics", "/openapi.json"):
+            assert (await self.http.get(self.url + path, headers={"Authorization": f"Bearer {KEY}"})).is_success
+
     async def sends_two(self) -> None:
         """At once, on one connection: answered in their order."""
         reader, writer = await self.connect()
@@ -367,106 +358,3 @@ class Load:
     async def close(self) -> None:
         await self.http.aclose()
         await self.user.close()
-
-
-CLIENTS = {"draws": 40, "watches": 12, "leaves": 40, "stops_short": 20, "misspells": 50, "babbles": 6, "floods": 2,
-           "sends_two": 4, "dawdles": 8}
-
-
-def test_hundreds_of_clients(serve: Callable[..., Process], expected: Expected) -> None:
-    """Nothing crashes, everyone has what he asked for, once; the counts add up; and nothing is left behind."""
-    server = serve("--max-waiting", str(WAITING), "--keep-seconds", str(KEPT_SECONDS))
-    held, before = [], {}
-
-    async def load(seed: int) -> tuple[Load, dict[str, float]]:
-        clients = Load(server.url, expected, random.Random(seed))
-        try:
-            await clients.come(CLIENTS)
-            return clients, await clients.metrics()
-        finally:
-            await clients.close()
-
-    for seed in range(3):
-        clients, after = asyncio.run(load(seed))
-        grown = {name: value - before.get(name, 0) for name, value in after.items()}
-        before = after
-        statuses: dict[int, int] = collections.Counter()
-        for name, value in grown.items():
-            if found := re.fullmatch(rf'ssd_janus_requests_total{{path="(?:{PATH}|none)",status="(\d+)"}}', name):
-                statuses[int(found[1])] += int(value)
-        lost = sum(statuses.values()) - clients.answers.total()
-        assert lost == clients.gone, (statuses, clients.answers)
-        assert statuses.keys() <= {200, 400, 401, 404, 405, 413, 415, 422, 429, 499}
-        for status, count in statuses.items():
-            seen = clients.answers[status]
-            assert seen <= count <= seen + clients.gone * (status in (200, 400, 413, 429, 499)), (status, statuses)
-        assert clients.answers[429] and clients.answers[200] >= CLIENTS["draws"]
-
-        drawn, cancelled, failed = (int(grown.get(f'ssd_janus_pictures_total{{outcome="{outcome}"}}', 0))
-                                    for outcome in ("drawn", "cancelled", "failed"))
-        accepted = int(grown["ssd_janus_pictures_accepted_total"])
-        assert accepted == drawn + cancelled and not failed and cancelled
-        assert clients.drawn <= drawn and accepted <= clients.drawn + clients.gone_pictures
-        assert grown["ssd_janus_drawing_seconds_count"] == drawn
-        assert all(after[f"ssd_janus_pictures_{name}"] == 0 for name in ("waiting", "joining", "running"))
-        held.append(server.holds())
-    log = server.log
-    assert "Traceback" not in log and "Task" not in log, log
-    assert_nothing_grows(held)
-    assert after["ssd_janus_pictures_kept"]
-    end = time.monotonic() + KEPT_SECONDS + WAIT
-    while "ssd_janus_pictures_kept 0.0" not in httpx2.get(f"{server.url}/metrics").text:
-        assert time.monotonic() < end
-        time.sleep(1)
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(WAIT) == 0
-
-
-def assert_nothing_grows(held: list[dict[str, Any]]) -> None:
-    """From the first load on."""
-    first, last = held[0], held[-1]
-    grown = {name: count - first["objects"].get(name, 0) for name, count in last["objects"].items()}
-    assert all(count < GROWTH for count in grown.values()), {name: grown[name] for name in grown if grown[name] > 9}
-    for name in ("tasks", "threads", "descriptors"):
-        assert last[name] <= first[name] + 3, (name, first[name], last[name])
-    assert last["bytes"] < first["bytes"] + GROWTH_BYTES, [each["bytes"] for each in held]
-
-
-@pytest.mark.parametrize(("grace", "signals", "code"), [(300, 1, 0), (0, 1, 0), (300, 2, 130)])
-def test_ending_under_load(serve: Callable[..., Process], expected: Expected, grace: int, signals: int, code: int
-                           ) -> None:
-    """What was asked for is drawn, or refused after the grace period; a second signal does not wait for it."""
-    server, clients = serve("--max-waiting", "200", "--grace", str(grace)), 30
-
-    async def one(load: Load) -> int:
-        wanted = load.wanted(IMAGES)
-        try:
-            answer = await load.http.post(server.url + PATH, json=wanted, headers={"Authorization": f"Bearer {KEY}"})
-        except (httpx2.NetworkError, httpx2.RemoteProtocolError):
-            return 0
-        if answer.status_code == 200:
-            load.check(wanted, [base64.b64decode(each["b64_json"]) for each in answer.json()["data"]])
-        else:
-            assert answer.json()["error"]["code"] == "unavailable" and int(answer.headers["retry-after"]) >= 1
-        return answer.status_code
-
-    async def load() -> tuple[list[int], int]:
-        made = Load(server.url, expected, random.Random(grace + signals))
-        try:
-            asked = [asyncio.create_task(one(made)) for _ in range(clients)]
-            while (await made.metrics())["ssd_janus_pictures_accepted_total"] < clients * IMAGES:
-                await asyncio.sleep(0.01)
-            server.process.send_signal(signal.SIGTERM)
-            assert int(await asyncio.to_thread(server.said, r"ending: (\d+) pictures have ")) > CAPACITY
-            late = await one(made)
-            if signals == 2:
-                server.process.send_signal(signal.SIGTERM)
-            return await asyncio.wait_for(asyncio.gather(*asked), WAIT), late
-        finally:
-            await made.close()
-
-    statuses, late = asyncio.run(load())
-    assert server.process.wait(WAIT) == code, server.log
-    assert set(statuses) <= {(300, 1): {200}, (0, 1): {200, 503}, (300, 2): {200, 0}}[grace, signals]
-    assert late in (503, 0) and (grace, signals) == (300, 1) or statuses.count(200) < clients
-    assert "Traceback" not in server.log, server.log
