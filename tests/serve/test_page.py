@@ -19,15 +19,17 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
-from test_serve import LIMITS, PATH, Gate, expected, pixels, until
 
 from ssd_janus import Pipeline
 from ssd_janus.serve.server import Server
 from ssd_janus.serve.service import Limits, Service
 from ssd_kernels import CachePlan
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "janus"))
+import tiny  # noqa: E402
+from test_serve import LIMITS, PATH, Gate, expected, pixels, until  # noqa: E402
 
 pytestmark = pytest.mark.serve
 
