@@ -14,6 +14,7 @@ from test_drawing import GENEVAL, Painter, contents, copy
 
 from ssd_janus import Pipeline, drawing
 from ssd_janus.layouts import DPGBench, GenEval, Layout, remove
+from ssd_janus.parquet import Parquet
 from ssd_janus.progress import progress_bar
 from ssd_janus.prompts import FilePrompt, gather
 from ssd_janus.ranks import ALONE, Ranks
@@ -108,7 +109,8 @@ def prompts_of(texts: Sequence[str] = TEXTS) -> list[FilePrompt]:
 
 
 LAYOUTS: dict[str, Callable[[Path], Layout | None]] = {
-    "plain": lambda out: None, "geneval": lambda out: GenEval(out, 2), "dpg": lambda out: DPGBench(out, 2)}
+    "plain": lambda out: None, "geneval": lambda out: GenEval(out, 2), "dpg": lambda out: DPGBench(out, 2),
+    "parquet": lambda out: Parquet(out, 2)}
 
 
 def draw(pipe: Pipeline, layout: str, out: Path, ranks: Ranks = ALONE, texts: Sequence[str] = TEXTS,

@@ -117,7 +117,7 @@ class Entries:
     @staticmethod
     def _write(file: Path, value: Mapping[str, Any]) -> None:
         text = json.dumps(value, indent=1) + "\n"
-        if file.exists() and file.read_text() == text:
+        if file.exists() and file.read_bytes() == text.encode():
             return  # or all that read it would have to look again
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, text)
