@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ssd_janus import waiting
+from ssd_janus.cli.presets import Preset, PresetName, filled
 from ssd_janus.cli.terminal import as_command
 
 if TYPE_CHECKING:
@@ -113,6 +114,12 @@ Compiled = Annotated[bool, typer.Option(help="Also transformers with torch.compi
 Budgets = Annotated[list[float], typer.Option(help="Of the engine's plans, besides the full one.")]
 RowBuffers = Annotated[list[int], typer.Option(help="Of the engine's plans.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only contenders whose name holds this.")]
+Plans = Annotated[list[Path] | None, typer.Option("--plan", exists=True, help=(
+    "Plan file for the engine, besides the full plan and in place of --budget and --row-buffer; may be repeated."))]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many likeliest codes; 0 from all.")]
+# The table of the paper's efficiency: docs/paper.md.
+PRESETS = {PresetName.paper: {"pictures": [32, 64, 128], "dtype": ["bfloat16"], "top_k": 0, "budget": [0.2],
+                              "row_buffer": [0, 24]}}
 
 
 @app.command()
@@ -147,8 +154,11 @@ def image(
     dtype: DType = ["float32"],  # noqa: B006
     largest_in: Annotated[float | None, typer.Option(help="Instead: as many as fit into this many GB.")] = None,
     steps: Annotated[int, typer.Option(min=24, help="Tokens per picture.")] = 576,
+    preset: Preset = None,
+    plan: Plans = None,
     budget: Budgets = [0.5, 0.2],  # noqa: B006
     row_buffer: RowBuffers = [0, 24],  # noqa: B006
+    top_k: TopK = 50,
     compiled: Compiled = False,
     only: Only = None,
     device: Device = "auto",
@@ -160,14 +170,26 @@ def image(
     """Whole pictures: pictures per second, cost against the place in the picture, memory."""
     if largest_in is not None:
         _refuse_ignored(context, "--largest-in", {"--largest-in": ("pictures",)})
-    _decoder(model, pictures, dtype, None, steps, budget, row_buffer, compiled, only, _device(device, threads), trials,
-             as_json, out, largest_in)
+    if plan:
+        _refuse_ignored(context, "--plan", {"--plan": ("budget", "row_buffer")})
+    silent = [*(["pictures"] if largest_in is not None else []), *(["budget", "row_buffer"] if plan else [])]
+    options = {"pictures": pictures, "dtype": dtype, "top_k": top_k, "budget": budget, "row_buffer": row_buffer}
+    if preset is not None:
+        open_ = {name: value if _given(context, name) else None for name, value in options.items()
+                 if name not in silent}
+        options |= filled(preset, open_, PRESETS)
+    _decoder(model, options["pictures"], options["dtype"], None, steps, options["budget"], options["row_buffer"],
+             compiled, only, _device(device, threads), trials, as_json, out, largest_in, options["top_k"], plan or ())
 
 
 def _decoder(models: list[str], pictures: list[int], dtypes: list[str], start: int | None, steps: int,
              budgets: list[float], row_buffers: list[int], compiled: bool, only: list[str] | None,
-             device: torch.device, trials: int, as_json: bool, out: Path | None, largest_in: float | None) -> None:
+             device: torch.device, trials: int, as_json: bool, out: Path | None, largest_in: float | None,
+             top_k: int = 50, plans: Sequence[Path] = ()) -> None:
     """`step` and `image`: loads one model at a time."""
+    from ssd_janus import ModelShape
+    from ssd_kernels import CachePlan
+
     from .decoder import Setting, largest, loops, measure
     from .models import load
     from .point import DTYPES
@@ -184,7 +206,8 @@ def _decoder(models: list[str], pictures: list[int], dtypes: list[str], start: i
         name, dtype = what
         report(f"loading {name}")
         model, prompt = load(name, DTYPES[dtype], device)
-        known = list(loops(model, prompt, compiled, budgets, row_buffers))
+        files = {f"plan {file.stem}": ModelShape.of(model).check(CachePlan.load(file)) for file in plans}
+        known = list(loops(model, prompt, compiled, budgets, row_buffers, top_k=top_k, plans=files))
         found = [loop for loop in known if not only or any(part in loop.name for part in only)]
         if not found:
             raise ValueError(f"only must be part of one of {'; '.join(loop.name for loop in known)}, got "
@@ -193,11 +216,11 @@ def _decoder(models: list[str], pictures: list[int], dtypes: list[str], start: i
         if largest_in is not None:
             for loop in found:
                 count = largest(loop, model, len(prompt), largest_in)
-                setting = Setting(label, dtype, count, steps, start, trials, f"largest within {largest_in:g} GB")
+                setting = Setting(label, dtype, count, steps, start, trials, f"largest within {largest_in:g} GB", top_k)
                 lines += measure(model, [loop], setting, report)
             return lines
         for count in pictures:
-            lines += measure(model, found, Setting(label, dtype, count, steps, start, trials), report)
+            lines += measure(model, found, Setting(label, dtype, count, steps, start, trials, top_k=top_k), report)
         return lines
 
     try:
@@ -377,10 +400,15 @@ def _refuse_ignored(context: typer.Context, chosen: str | None, ignored: Mapping
         ignored: parameters that say nothing, by that option.
     """
     for name in ignored[chosen]:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if _given(context, name):
             why = f"says nothing beside {chosen}" if chosen else "needs --plan or --policy"
             raise typer.BadParameter(why, param_hint=f"--{name.replace('_', '-')}")
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter is on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _check_out(out: Path | None) -> None:

@@ -62,10 +62,4 @@ Error decode(const CacheLayer& layer, const DecodeStep& step, int threads);
 // Restarts rows with new prompts.
 void prefill(const CacheLayer& layer, const Prefill& prompts, int threads);
 
-// Names of the instruction sets compiled in, best first, ending with null; which one is in use; and choosing another
-// (false: unknown, or this machine lacks it).
-extern const char* const kInstructionSets[];
-const char* instruction_set();
-bool set_instruction_set(const char* name);
-
 }  // namespace ssd

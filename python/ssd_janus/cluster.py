@@ -19,7 +19,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ssd_kernels import process
@@ -114,23 +114,30 @@ def pool_size(nodes: Sequence[Mapping[str, float]], need: Mapping[str, int], uni
 
 @dataclass(frozen=True)
 class Source:
-    """The model that workers load; arguments of `Pipeline.from_pretrained`.
+    """The model that workers load.
 
-    A folder must be there on every node, under this name.
+    Attributes:
+        model: a folder, which must be there on every node under this name, a hub id, or None for the included model.
+        device, dtype, backend: arguments of `Pipeline.from_pretrained`.
+        sampling: arguments of `engine.set_sampling`.
     """
 
     model: str | None
     device: str
     dtype: str | None
     backend: str
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> Pipeline:
         import torch
 
+        from .engine import set_sampling
         from .pipeline import Pipeline
 
-        return Pipeline.from_pretrained(self.model, device=self.device, backend=self.backend,
+        pipe = Pipeline.from_pretrained(self.model, device=self.device, backend=self.backend,
                                         dtype=None if self.dtype is None else getattr(torch, self.dtype))
+        set_sampling(pipe.model, **self.sampling)
+        return pipe
 
 
 class Worker:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 Unit = TypeVar("Unit")
@@ -82,6 +83,10 @@ class Ranks:
 ALONE = Ranks()
 
 
+# What to do about units that are not there.
+GO_ON = ("other ranks' work. If none is at work on it any more, run the same command again, with any number of ranks")
+
+
 def still_missing(missing: Sequence[str], total: int, what: str) -> str:
     """What a process says that has done its own units and does not find those of others.
 
@@ -90,8 +95,20 @@ def still_missing(missing: Sequence[str], total: int, what: str) -> str:
         total: how many there should be.
         what: they are, in the plural.
     """
-    return (f"{len(missing)} of {total} {what} are not there yet, such as {missing[0]}: other ranks' work. If none is "
-            "at work on it any more, run the same command again, with any number of ranks")
+    return f"{len(missing)} of {total} {what} are not there yet, such as {missing[0]}: {GO_ON}"
+
+
+class StillMissing(Exception):
+    """Units of other processes are not done, so that nothing can be summed up yet.
+
+    Attributes:
+        missing: files that are not there.
+        total: how many units there are.
+    """
+
+    def __init__(self, missing: Sequence[Path], total: int) -> None:
+        super().__init__(still_missing([str(file) for file in missing], total, "units"))
+        self.missing, self.total = missing, total
 
 
 def _natural(environment: Mapping[str, str], name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 from test_drawing import GENEVAL, Painter, contents, copy
 
 from ssd_janus import Pipeline, drawing
-from ssd_janus.layouts import DPGBench, GenEval, Layout
+from ssd_janus.layouts import DPGBench, GenEval, Layout, remove
+from ssd_janus.progress import progress_bar
 from ssd_janus.prompts import FilePrompt, gather
 from ssd_janus.ranks import ALONE, Ranks
 
+GENEVAL_TEXTS = [line["prompt"] for line in GENEVAL]
 TEXTS = ["a red circle", "a heart", "a green star", "two hearts", "a ring", "a blue square", "a cross"]
 
 
@@ -216,4 +219,54 @@ def test_more_ranks_than_units(pipe: Pipeline, tmp_path: Path) -> None:
     assert len(others) == 2
 
 
-GENEVAL_TEXTS = [line["prompt"] for line in GENEVAL]
+
+
+def test_every_batch_is_one_of_a_single_process(folder: Path, tmp_path: Path) -> None:
+    """A picture may depend on its company: on a GPU by rounding, under online plans altogether."""
+    loaded = Pipeline.from_pretrained(folder)
+    calls: list[tuple[Any, ...]] = []
+
+    class Recording(Painter):
+        def generate_tokens(self, prompts: Any, count: int, guidance: Any, seed: int, plan: Any, **options: Any) -> Any:
+            calls.append((tuple(prompts), count, seed))
+            return super().generate_tokens(prompts, count, guidance, seed, plan, **options)
+
+    pipe = Recording(loaded.model, loaded.processor)
+    draw(pipe, "geneval", tmp_path / "alone")
+    alone = calls.copy()
+    calls.clear()
+    for number in range(3):
+        draw(pipe, "geneval", tmp_path / "ranks", Ranks(number, 3))
+    assert sorted(calls) == sorted(alone) and len(alone) == 4
+    # One picture of a batch is lost: the whole batch is drawn again.
+    (tmp_path / "ranks" / "00001" / "samples" / "00000.png").unlink()
+    calls.clear()
+    draw(pipe, "geneval", tmp_path / "ranks", Ranks(0, 2))
+    assert calls == alone[:1]
+
+
+def test_two_processes_remove_the_same_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("00007/samples/00000.png", "00008/samples/00000.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    rmtree, meanwhile = shutil.rmtree, ["00007", "00008"]
+
+    def late(path: Path) -> None:
+        if meanwhile:
+            rmtree(tmp_path / meanwhile.pop(0) / "samples")  # the other one is in the middle of it
+            raise FileNotFoundError(path)
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", late)
+    strangers = [tmp_path / "00007", tmp_path / "00008", tmp_path / "00009"]
+    assert remove(strangers) == strangers[:2] and not list(tmp_path.iterdir())
+
+
+def test_progress_of_ranks_is_lines_on_a_terminal_too(monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+    with progress_bar("drawing", Ranks(1, 2)) as report:
+        for done in range(1, 11):
+            report(done, 10)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10 and all(line.startswith("rank 1 of 2, drawing: ") for line in lines)

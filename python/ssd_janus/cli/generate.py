@@ -13,6 +13,7 @@ from ssd_attach.units import show_bytes
 
 from ..ranks import Ranks
 from .options import (
+    SAMPLING,
     Backend,
     Budget,
     BudgetBytes,
@@ -30,6 +31,9 @@ from .options import (
     PromptsFile,
     RowBuffer,
     Seed,
+    Temperature,
+    TopK,
+    TopP,
     Workers,
     check_plan_options,
     choose_plan,
@@ -40,6 +44,7 @@ from .options import (
     summary,
     together,
 )
+from .presets import Preset, filled
 from .terminal import console, messages, print_table, saying, table
 
 if TYPE_CHECKING:
@@ -72,7 +77,11 @@ def generate(
         "With --layout: draw anew what was drawn with other settings, and remove what other prompts left."))] = False,
     skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help=(
         "Leave out prompts that are wrong or too long for the model, and draw the others."))] = False,
+    preset: Preset = None,
     guidance: Guidance = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     backend: Backend = "auto",
@@ -100,6 +109,9 @@ def generate(
     parameters = policy_parameters(policy, parameter)
     if redraw and layout is None:
         raise ValueError("--redraw needs --layout; without, everything is drawn anew")
+    given = filled(preset, {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+                            "images_per_prompt": images_per_prompt, **({"row_buffer": row_buffer} if policy else {})})
+    guidance, images_per_prompt, row_buffer = given["guidance"], given["images_per_prompt"], given.get("row_buffer")
     from ssd_kernels.files import check_folder
 
     from ..prompts import fitting, gather, passing
@@ -110,18 +122,22 @@ def generate(
 
     chosen = gather(prompts, prompts_file, skip if skip_invalid else None)
     check_folder(out)
+    sampling = {name: given[name] for name in SAMPLING}
     painters = None
     if on is not None:
         from ..remote import OnRay, Source
 
         folder_or_id = str(Path(model).resolve()) if model is not None and Path(model).is_dir() else model
-        painters = OnRay.at(on, Source(folder_or_id, device, dtype and dtype.value, backend), workers, verbose, say)
-    pipe = load_here(model, device, dtype) if on else load(model, device, dtype, backend, ranks)
+        source = Source(folder_or_id, device, dtype and dtype.value, backend, sampling)
+        painters = OnRay.at(on, source, workers, verbose, say)
+    pipe = (load_here(model, device, dtype, sampling) if on
+            else load(model, device, dtype, backend, ranks, sampling=sampling))
     heads = load_profile(profile, model, [policy] if policy else [], pipe, formats=[kv])
     cache_plan = choose_plan(pipe, plan, policy, budget, row_buffer, heads, parameters,
                              budget_bytes=budget_bytes, kv=kv)
     chosen = fitting(pipe, chosen, skip if skip_invalid else None)
     from ..drawing import draw, units
+    from ..engine import sampling_settings
     from ..layouts import LAYOUTS
     from ..parquet import Parquet
 
@@ -131,7 +147,7 @@ def generate(
         chosen = passing(chosen, folder.check, skip if skip_invalid else None)
         for line in folder.advice(chosen) if ranks.number == 0 else ():
             say(line)
-    scale = pipe.guidance(guidance)
+    scale, drawn_by = pipe.guidance(guidance), sampling_settings(pipe.model)
     began = time.perf_counter()
     runs: list[RunStats] = []
     count = 0
@@ -143,7 +159,8 @@ def generate(
         if as_json:
             record = {"file": str(drawn.file), "prompt": drawn.prompt, "image": drawn.image, "seed": drawn.seed,
                       "width": drawn.size[0], "height": drawn.size[1], "plan_budget": round(run.budget, 4),
-                      "kv_format": cache_plan.kv_format, "guidance_scale": scale, "cache_bytes": run.cache_bytes,
+                      "kv_format": cache_plan.kv_format, "guidance_scale": scale, "sampling": drawn_by,
+                      "cache_bytes": run.cache_bytes,
                       "full_cache_bytes": run.full_cache_bytes,
                       "pictures_per_second": round(run.pictures_per_second, 4), "backend": run.backend}
             print(json.dumps(record), flush=True)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..pipeline import Pipeline, RunStats
 
 DEFAULT_BUDGET = 0.2
+SAMPLING = ("temperature", "top_k", "top_p")
 
 
 class PolicyName(str, Enum):
@@ -87,6 +88,12 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the first picture; the n
                                                "plan and seed repeat a picture, whatever is drawn beside it.")]
 Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance; 1 turns it off. Default: "
                                                      "the model's own.")]
+Temperature = Annotated[float | None, typer.Option(min=0, help="Of sampling; 0 takes the likeliest token. Default: the "
+                                                               "model's own.")]
+TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="Draw from so many likeliest tokens; 0 from all. "
+                                                                 "Default: the model's own, transformers' is 50.")]
+TopP = Annotated[float | None, typer.Option("--top-p", min=0, max=1, help=(
+    "Draw from the likeliest tokens of this share; 1 from all. Default: the model's own."))]
 On = Annotated[str | None, typer.Option("--on", metavar="PLACE", help=(
     "Draw on a Ray cluster: ray starts one on this machine, ray://auto or ray://HOST:PORT join one that this machine "
     "is a node of. There is a worker for every GPU, or with --device cpu for every two cores."))]
@@ -263,27 +270,32 @@ def load_profile(file: Path | None, model: str | None, policies: Sequence[Policy
     return profile
 
 
-def load_here(model: str | None, device: str, dtype: DtypeName | None) -> Pipeline:
+def load_here(model: str | None, device: str, dtype: DtypeName | None, sampling: Mapping[str, Any]) -> Pipeline:
     """The model as workers elsewhere load it for ``device``, but on the CPU of this process, which draws nothing."""
-    return load(model, "cpu", dtype, "auto", own_dtype=device != "cpu")
+    return load(model, "cpu", dtype, "auto", sampling=sampling, own_dtype=device != "cpu")
 
 
 def load(model: str | None, device: str, dtype: DtypeName | None, backend: str, ranks: Ranks = ALONE, *,
-         own_dtype: bool = False) -> Pipeline:
+         sampling: Mapping[str, Any] | None = None, own_dtype: bool = False) -> Pipeline:
     """The model; with several processes on one machine, on the GPU of this one.
 
-    ``own_dtype``: without ``dtype`` in the checkpoint's, also on a CPU.
+    Args:
+        sampling: temperature, top_k and top_p, None for the model's own.
+        own_dtype: without ``dtype`` in the checkpoint's, also on a CPU.
     """
     _quiet(local=model is None or Path(model).is_dir())
     with messages.status("loading the model") if ranks.alone else nullcontext():
         import torch
 
+        from ..engine import set_sampling
         from ..pipeline import Pipeline
 
         kind = getattr(torch, dtype.value) if dtype else "auto" if own_dtype else None
         try:
-            return Pipeline.from_pretrained(model, device=ranks.device(device, torch.cuda.device_count()), dtype=kind,
+            pipe = Pipeline.from_pretrained(model, device=ranks.device(device, torch.cuda.device_count()), dtype=kind,
                                             backend=backend)
+            set_sampling(pipe.model, **(sampling or {}))
+            return pipe
         except OSError as error:
             if error.errno is None or error.filename is not None:
                 raise

@@ -52,6 +52,8 @@ def serve(
     row_buffer: RowBuffer = None,
     parameter: Parameters = None,
     profile: ProfileFile = None,
+    any_plan: Annotated[bool, typer.Option("--any-plan", help="Let requests name policies on a GPU, too. Its steps are "
+                                                              "then not captured. On a CPU they always may.")] = False,
     guidance: Guidance = None,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -64,7 +66,7 @@ def serve(
     keep_seconds: Annotated[int, typer.Option(min=1, help="How long pictures are kept under a URL.")] = 3600,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that pictures have after SIGTERM or SIGINT.")] = 30.0,
 ) -> None:
-    """Draw for programs that know OpenAI's image API, until SIGTERM or SIGINT."""
+    """Draw for programs that know OpenAI's image API, and on a page for browsers, until SIGTERM or SIGINT."""
     check_plan_options(plan, policy, budget, budget_bytes, row_buffer, parameter, kv)
     parameters = policy_parameters(policy, parameter)
     if api_key is not None and not api_key.strip():
@@ -75,10 +77,11 @@ def serve(
     limits = Limits(batch=batch_size, waiting=max_waiting, images=max_images, prompt=max_prompt, body=max_body,
                     kept_seconds=keep_seconds)
     pipe = load(model, device, dtype, backend)
-    heads = load_profile(profile, model, [policy] if policy else [], pipe, formats=[kv])
+    heads = load_profile(profile, model, [policy] if policy else [], pipe, formats=[kv], anyway=True)
     cache_plan = choose_plan(pipe, plan, policy, budget, row_buffer, heads, parameters,
                              budget_bytes=budget_bytes, kv=kv)
-    service = Service(pipe, cache_plan, name=name or _name(model), limits=limits, guidance_scale=guidance)
+    service = Service(pipe, cache_plan, name=name or _name(model), limits=limits, guidance_scale=guidance,
+                      profile=heads, any_plan=any_plan)
     server = Server(service, host, port, api_key)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end in order; a second one at once
     try:
