@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .goals import moved
 from .records import SAME_MACHINE, Record, differing, key, measured
 
 COLUMNS = ("", "point", "A us", "B us", "B / A", "noise", "verdict")
@@ -14,7 +15,9 @@ COLUMNS = ("", "point", "A us", "B us", "B / A", "noise", "verdict")
 
 @dataclass(frozen=True)
 class Pair:
-    """One measurement in both sets. Seconds; ``noise`` is relative, None if unknown; ``ratio`` B / A."""
+    """One measurement in both sets. Seconds; ``noise`` is relative, None if unknown; ``ratio`` B / A; ``moved``: the
+    ceiling of one of them.
+    """
 
     name: str
     point: str
@@ -22,9 +25,12 @@ class Pair:
     b: float
     ratio: float
     noise: float | None
+    moved: bool = False
 
     @property
     def verdict(self) -> str:
+        if self.moved:
+            return "the ceiling moved: unknown"
         if self.noise is None:
             return "one trial: unknown"
         if abs(self.ratio - 1) <= self.noise:
@@ -55,7 +61,8 @@ def pair(a: Record, b: Record) -> Pair:
     label = ", ".join([f"batch {point['batch']}", *(str(point[name]) for name in ("label", "dtype") if name in point)])
     noises = [known for known in (noise(a), noise(b)) if known is not None]
     return Pair(a["contender"]["name"], label, a["seconds"]["median"], b["seconds"]["median"],
-                b["seconds"]["median"] / a["seconds"]["median"], math.hypot(*noises) if len(noises) == 2 else None)
+                b["seconds"]["median"] / a["seconds"]["median"], math.hypot(*noises) if len(noises) == 2 else None,
+                moved(a) or moved(b))
 
 
 def comparison(a: Sequence[Record], b: Sequence[Record]) -> Comparison:

@@ -17,9 +17,8 @@ import torch
 import typer
 
 from ssd_kernels import CachePlan, HeadSpec, backends
-from ssd_kernels.triton.launch import step_bytes
 
-from . import contender, kernel, machine
+from . import ceiling, contender, kernel, machine
 from .kernel import Options, any_wrong, first_line
 from .point import Point
 from .records import OK, Record, record
@@ -60,7 +59,7 @@ class Sizes:
         """The sizes, or small ones; with these, caches are not cold either."""
         if not small:
             return cls()
-        contender.COLD_BYTES, kernel.LARGE_ON_GPU = 2**18, 2**16
+        contender.COLD_BYTES, ceiling.LARGE_ON_GPU = 2**18, 2**16
         return cls(heads=2, head_dim=32, batches=(2,), published=((1, 2, 300),), model=(64, 96, 2, 2), pictures=(2, 1),
                    steps=3, repetitions=2, trials=1)
 
@@ -158,24 +157,11 @@ def measure_engine(backend: Backend, out: Out, small: Small = False) -> None:
         for loop in reversed(listed):  # what is new first
 
             def measure(loop: decoder.Loop = loop, setting: decoder.Setting = setting) -> list[Record]:
-                useful = decode_bytes(model, loop.plan, len(models.PROMPT), 2 * setting.pictures)
+                useful = decoder.decode_bytes(model, loop.plan, loop.prompt, 2 * setting.pictures, START)
                 return [line | {"useful_bytes": useful} for line in decoder.measure(model, [loop], setting)]
 
             done.append(attempt(out, setting.point(), f"{loop.name}, {backend}", measure, "step"))
     finish(done)
-
-
-def decode_bytes(model: Any, plan: CachePlan, prompt: int, rows: int) -> int:
-    """Bytes that a step of the decoder has to move: the weights once, and what `step_bytes` counts for every row."""
-    from ssd_janus.engine.memory import weight_bytes
-    from ssd_janus.shape import ModelShape
-    from ssd_kernels.layout import LayerLayout
-
-    language, shape = model.model.language_model, ModelShape.of(model)
-    layouts = [LayerLayout.build(specs, plan, prompt, shape.num_visual_tokens) for specs in plan.layers]
-    size = language.embed_tokens.weight.dtype.itemsize
-    return weight_bytes(language.layers) + rows * sum(step_bytes(layout, prompt, START, shape.head_dim, size)
-                                                      for layout in layouts)
 
 
 def device() -> torch.device:

@@ -11,14 +11,12 @@ import torch
 
 from ssd_kernels import backends
 
-from . import machine, ours, rivals, rivals_gpu
-from .contender import Arena, Built, Contender, NotInstalled, WrongResult, copies_of, count_launches, fill
+from . import ceiling, machine, ours, rivals, rivals_gpu
+from .ceiling import LOOP, READ
+from .contender import Arena, Built, Contender, NotInstalled, WrongResult, count_launches
 from .point import Point
 from .records import OK, Record, record
-from .timing import REPETITIONS, TRIALS, Timing, Work, stopwatch, time_in_turn
-
-LARGE, LARGE_ON_GPU = 2**27, 2**30  # bytes of a read or copy in which starting it counts for nothing
-READ, READ_LARGE, COPY_LARGE = "read the kept bytes once", "large read", "large copy"
+from .timing import PATIENCE, REPETITIONS, TRIALS, Protocol, Timing, stopwatch, time_in_turn
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Options:
     Attributes:
         device: where. backends: of ours; None for all that can run there but the slow reference.
         scored, row_buffers, kv_formats: kinds of our plans. only: parts of contenders' names; empty for all.
-        repetitions, trials: of the protocol.
+        repetitions, trials, patience: of the protocol.
         launches: count kernels, for which torch's profiler looks into every contender on a GPU.
     """
 
@@ -40,7 +38,14 @@ class Options:
     only: Sequence[str] = ()
     repetitions: int = REPETITIONS
     trials: int = TRIALS
+    patience: float = PATIENCE
     launches: bool = True
+
+    @property
+    def protocol(self) -> Protocol:
+        # What a GPU is given at once hides how long giving it takes.
+        burst = self.repetitions if self.device.type == "cuda" else 1
+        return Protocol(self.repetitions, self.trials, self.patience, burst)
 
     def backend_names(self) -> list[str]:
         if self.backends is not None:
@@ -74,7 +79,7 @@ def measure(point: Point, options: Options, progress: Callable[[str], None] = la
     """Benchmark every contender at one point in one run.
 
     A contender whose output or kept tokens are wrong, whose library is missing or that does not fit gets a record
-    that says so instead of a number. The first record is a plain read of the bytes that are kept.
+    that says so instead of a number. The first records are plain reads of the bytes that are kept.
 
     Args:
         progress: called with what is being done.
@@ -94,7 +99,9 @@ def measure(point: Point, options: Options, progress: Callable[[str], None] = la
             status[one.name] = ready
         else:
             built[one.name] = ready
-    works = {name: ready.work for name, ready in built.items()} | ceilings(point, options.device)
+    kept = point.attend_bytes()
+    # Ceilings and ours side by side, so that they come within milliseconds of each other.
+    works = ceiling.works(kept, options.device) | {name: ready.work for name, ready in built.items()}
     watches = {}
     mine = {one.name for one in listed if one.backend is not None}
     for name, work in works.items():
@@ -105,25 +112,36 @@ def measure(point: Point, options: Options, progress: Callable[[str], None] = la
             if name in mine and not isinstance(error, torch.OutOfMemoryError):
                 raise
             status[name] = f"failed: {first_line(error)}"
-    timings = time_in_turn(watches, options.repetitions, options.trials, lambda name: progress(f"timing {name}"))
+    timings, moved = time_in_turn(watches, options.protocol, ceiling.names(watches),
+                                  lambda text: progress(f"timing, {text}"))
     about["load_after"] = machine.load()
     # Afterwards: a GPU that is being profiled is slower.
     launches = {name: ready.launches if ready.launches and options.device.type == "cpu"
                 else count_launches(ready.work.calls[-1], options.device) if options.launches else None
                 for name, ready in built.items()}
-    kept, large = point.attend_bytes(), large_bytes(options.device)
-    rates = {"read": max(large / timings[READ_LARGE].median, kept / timings[READ].median),
-             "copy": 2 * large / timings[COPY_LARGE].median}
-    lines = [_record(about, point, {"name": READ, "does": "read (torch.sum)", "omits": "everything else"}, OK,
-                     timings[READ], rates, {"useful": kept, "read": kept, "allocated": kept}, 1)]
+    rates = ceiling.rates(timings, kept, options.device)
+    size = {"useful": kept, "read": kept, "allocated": kept}
+    lines = []
+
+    def add(contender: dict[str, Any], why: str, timing: Timing | None = None, size: dict[str, int] | None = None,
+            launches: int | None = None, **more: Any) -> None:
+        lines.append(record("kernel", about, point.to_dict() | {"device": about["device"]}, contender, status=why,
+                            seconds=timing and asdict(timing), ceiling=rates, moved=moved, bytes=size,
+                            launches=launches, **more))
+
+    if "loop" in rates:
+        best = min(ceiling.names(timings), key=lambda name: timings[name].best)
+        add({"name": LOOP, "does": f"read{best.removeprefix(LOOP)}", "omits": "everything else"}, OK, timings[best],
+            size, 1)
+    add({"name": READ, "does": "read (torch.sum)", "omits": "everything else"}, OK, timings[READ], size, 1)
     for one in listed:
         if one.name in status:
-            lines.append(_record(about, point, one.to_dict(), status[one.name], None, rates, None, None))
+            add(one.to_dict(), status[one.name])
             continue
         ready = built[one.name]
-        size = {"useful": ready.useful, "read": ready.read, "allocated": ready.allocated}
-        lines.append(_record(about, point, one.to_dict(), OK, timings[one.name], rates, size, launches[one.name],
-                             setup_seconds=ready.setup_seconds))
+        add(one.to_dict(), OK, timings[one.name],
+            {"useful": ready.useful, "read": ready.read, "allocated": ready.allocated}, launches[one.name],
+            setup_seconds=ready.setup_seconds)
     del built, works, watches
     gc.collect()
     return lines
@@ -147,53 +165,31 @@ def prepare(one: Contender, device: torch.device) -> Built | str:
     return ready
 
 
-def ceilings(point: Point, device: torch.device) -> dict[str, Work]:
-    """Plain reads and a copy of memory: what the hardware gives."""
-    def reads(nbytes: int) -> Work:
-        data = [torch.empty(max(nbytes // 4, 1), device=device) for _ in range(copies_of(nbytes))]
-        for one in data:
-            fill(one)
-        return Work([one.sum for one in data])
-
-    large = large_bytes(device)
-    source, target = (torch.empty(large // 4, device=device) for _ in range(2))
-    fill(source)
-    return {READ: reads(point.attend_bytes()), READ_LARGE: reads(large),
-            COPY_LARGE: Work([lambda: target.copy_(source)])}
-
-
-def large_bytes(device: torch.device) -> int:
-    """Bytes of the large read and of the large copy."""
-    return LARGE_ON_GPU if device.type == "cuda" else LARGE
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def share(line: Record) -> float:
-    """Useful bytes per second over the highest rate that the same run measured."""
-    rate: float = line["bytes"]["useful"] / line["seconds"]["median"]
-    return rate / float(max(line["ceiling"].values()))
+    """Useful bytes per second over the highest rate at which the same run read memory, or on a GPU copied it; best with
+    best.
+    """
+    rates = line["ceiling"]
+    highest = max(rates["loop"], rates["read"]) if "loop" in rates else max(rates.values())
+    return float(line["bytes"]["useful"] / line["seconds"]["best"] / highest)
 
 
-def ours_of(lines: Sequence[Record]) -> Record | None:
-    """The record that times are compared with: our first with scores, in full precision and without a row buffer, else
-    our first.
+def ours_of(lines: Sequence[Record], kv_format: str = "auto") -> Record | None:
+    """The record that times are compared with: our first with scores and without a row buffer that stores keys and
+    values so; where there is none and full precision is asked for, our first.
     """
     mine = [line for line in lines if line["contender"].get("backend") and line["status"] == OK]
     plain = [line for line in mine if line["contender"]["scored"] and not line["contender"]["row_buffer"]
-             and line["contender"].get("kv_format", "auto") == "auto"]
-    return next(iter(plain or mine), None)
+             and line["contender"].get("kv_format", "auto") == kv_format]
+    return next(iter(plain or (mine if kv_format == "auto" else ())), None)
 
 
 def any_wrong(lines: Sequence[Record]) -> bool:
     """Whether one of ours failed the gate."""
     return any(line["contender"].get("backend") and line["status"].startswith("wrong") for line in lines)
 
-
-def _record(about: dict[str, Any], point: Point, contender: dict[str, Any], status: str, timing: Timing | None,
-            rates: dict[str, float], size: dict[str, int] | None, launches: int | None, **more: Any) -> Record:
-    return record("kernel", about, point.to_dict() | {"device": about["device"]}, contender, status=status,
-                  seconds=timing and asdict(timing), ceiling=rates, bytes=size, launches=launches, **more)

@@ -17,6 +17,7 @@ import torch
 import ssd_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
+_best = ssd_kernels.info()["extension"].get("instruction_set")  # before anybody chooses another
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -25,7 +26,8 @@ def facts(device: torch.device) -> dict[str, Any]:
     about: dict[str, Any] = {
         "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "instruction_set": extension.get("instruction_set"), "load": load(),
+        "instruction_set": extension.get("instruction_set"),
+        "forced": extension.get("instruction_set") != _best, "load": load(),
         "python": platform.python_version(), "torch": torch.__version__, "ssd_kernels": ssd_kernels.__version__,
         "commit": commit(), "command": command_line(sys.argv), "device": device.type,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -73,8 +75,12 @@ def command_line(arguments: list[str]) -> str:
 
 
 def folder_name(about: dict[str, Any]) -> str:
-    """Folder of a machine's committed results: processor, cores and instruction set, or the GPU's name."""
-    name = about.get("gpu") or f"{about['processor']} {about['cores']} cores {about['instruction_set'] or ''}"
+    """Folder of a machine's committed results: processor, cores and instruction set, or the GPU's name.
+
+    ``forced`` is in it where the machine has a better instruction set.
+    """
+    name = about.get("gpu") or (f"{about['processor']} {about['cores']} cores {about['instruction_set'] or ''} "
+                                f"{'forced' if about.get('forced') else ''}")
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -14,7 +14,7 @@ from ssd_kernels.layout import LayerLayout, RowView
 from ssd_kernels.state import LayerState
 from ssd_kernels.triton.launch import step_bytes
 
-from .contender import BYTE_SCALE, Built, Contender, WrongResult, check_output, copies_of, fill, sample_rows
+from .contender import BYTE_SCALE, Built, Contender, WrongResult, check_output, copies_of, fill, part_of, sample_rows
 from .point import Point, specs
 from .timing import GRAPH_CALLS, REPETITIONS, WARMUP_CALLS, Work
 
@@ -126,7 +126,8 @@ class Steady:
                  device: torch.device) -> None:
         self.point, self.prompt, self.start = point, prompt, start
         self.period = max(plan.row_buffer, 1)
-        layers, self.passes = layers_and_passes(point.attend_bytes(kv_format=plan.kv_format), plan.row_buffer)
+        kept = point.attend_bytes(kv_format=plan.kv_format)
+        layers, self.passes = layers_and_passes(kept, plan.row_buffer)
         if device.type == "cuda":
             # Many calls in a graph, all at nearly the same fill: starting over costs a GPU little.
             self.passes *= -(-GRAPH_CALLS // (layers * self.passes))
@@ -139,6 +140,8 @@ class Steady:
             num_query_heads=point.heads, head_dim=point.head_dim, max_prompt=prompt,
             num_visual_tokens=start + self.period + self.room, dtype=point.torch_dtype, device=device, backend=backend)
         self.layers = layers
+        # Of calls that are all alike a part will do, as for rivals; a row buffer's are not.
+        self.part = part_of(kept) if self.period == 1 and device.type == "cpu" else None
         self.q, self.k, self.v = (
             torch.randn(point.batch, point.heads, point.head_dim, device=device).to(point.torch_dtype)
             for _ in range(3))
@@ -148,7 +151,7 @@ class Steady:
         self._positions = [filled_positions(layout, prompt, start + self.phase(layer)).to(device)
                            for layer in range(min(layers, self.period))]
         self.cache.warmup()
-        self.used = self.room
+        self.used = self.room * layers  # calls since the last restart: none is left
 
     def phase(self, layer: int) -> int:
         """Steps since the last refresh that a layer starts with."""
@@ -165,9 +168,10 @@ class Steady:
 
     def prepare(self) -> None:
         """Make room for one repetition."""
-        if self.used + self.passes > self.room:
+        calls = self.part or self.passes * self.layers
+        if self.used + calls > self.room * self.layers:
             self.restart()
-        self.used += self.passes
+        self.used += calls
 
     def decode(self, layer: int) -> torch.Tensor:
         """One step of one layer."""
@@ -195,7 +199,7 @@ class Steady:
         tokens = max(self.point.full - self.prompt, self.start % self.period + 1)
         nominal = LayerLayout.build(self.cache.plan.layers[0], self.cache.plan, layout.max_prompt, tokens)
         calls = [lambda layer=layer: self.decode(layer) for layer in range(self.layers)]
-        work = Work(calls, passes=self.passes, prepare=self.prepare)
+        work = Work(calls, passes=self.passes, part=self.part, prepare=self.prepare)
         return Built(work, self.check, self.useful_bytes(), self.kept_bytes(),
                      nominal.nbytes(self.point.batch, self.point.head_dim, self.point.torch_dtype),
                      launches=1)
@@ -225,7 +229,7 @@ class Steady:
             oracle.decode(0, q, k, v)
             check_output(out, self.q, lambda row, head: held[rows.index(row), head], rows)  # noqa: B023
             self._check_kept(state, oracle, rows)
-        self.used = self.room
+        self.used = self.room * self.layers
 
     def _held(self, oracle: CompressedCache, rows: list[int]) -> dict[tuple[int, int],
                                                                      tuple[torch.Tensor, torch.Tensor]]:

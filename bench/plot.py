@@ -11,7 +11,7 @@ from typing import Any
 from ssd_janus.extras import needs
 from ssd_kernels.files import write_atomically
 
-from .kernel import READ
+from .ceiling import LOOP, READ
 from .records import Record, differing, measured
 from .tables import decoder_title
 
@@ -30,7 +30,7 @@ def figures(lines: Iterable[Record]) -> dict[str, Any]:
     with needs("plot", "matplotlib"):
         import matplotlib.figure  # noqa: F401
     found = measured(lines)
-    kernels = [line for line in found if line["kind"] == "kernel" and line["contender"]["name"] != READ]
+    kernels = [line for line in found if line["kind"] == "kernel" and line["contender"]["name"] not in (LOOP, READ)]
     drawn = {
         "roofline": _roofline(kernels),
         "time-batch": _sweep(kernels, "batch", "rows in the batch", _microseconds, "us per layer and step"),
@@ -66,7 +66,7 @@ def render(figure: Any, kind: str) -> bytes:
 
 
 def _microseconds(line: Record) -> float:
-    return float(1e6 * line["seconds"]["median"])
+    return float(1e6 * line["seconds"]["best"])
 
 
 def _megabytes(line: Record) -> float:
@@ -160,7 +160,7 @@ def _intensity(line: Record) -> tuple[float, float]:
     """Useful floating-point operations per byte read, and per second: two products of D per kept token."""
     point = line["point"]
     work = 4 * point["batch"] * sum(point["lengths"]) * point["head_dim"]
-    return work / line["bytes"]["read"], work / line["seconds"]["median"]
+    return work / line["bytes"]["read"], work / line["seconds"]["best"]
 
 
 def _sweep(lines: Sequence[Record], axis: str, xlabel: str, value: Callable[[Record], float], ylabel: str) -> Any:

@@ -38,13 +38,15 @@ CONTENDERS = {"kernel": object_of({"name": TEXT}, {"does": TEXT, "scored": Field
               "step": object_of({"name": TEXT, "backend": maybe(TEXT)}, {"budget": number}, others=True)}
 CONTENDERS["image"] = CONTENDERS["serve"] = CONTENDERS["step"]
 SECONDS = object_of({"median": positive, "best": positive, "spread": number, "trials": list_of(positive, 1)})
-KERNEL_FIGURES = object_of({"seconds": SECONDS, "ceiling": object_of({"read": positive, "copy": positive}),
+CEILING = object_of({"read": positive, "copy": positive}, {"loop": positive})
+KERNEL_FIGURES = object_of({"seconds": SECONDS, "ceiling": CEILING,
                             "bytes": object_of(dict.fromkeys(("useful", "read", "allocated"), positive)),
-                            "launches": maybe(count)}, others=True)
+                            "launches": maybe(count)}, {"moved": number}, others=True)
 DECODER_FIGURES = object_of(
     {"seconds": SECONDS, "bytes": object_of({"cache": count, "peak": maybe(count)})},
     {"split": object_of(dict.fromkeys(("linear", "attention", "rest"), number)), "by_row": list_of(positive, 1),
-     "loop_seconds": positive}, others=True)
+     "loop_seconds": positive, "moved": number, "floor": object_of(dict.fromkeys(("bytes", "read"), positive))},
+    others=True)
 WAITS = object_of(dict.fromkeys(("mean", "p50", "p99"), number))
 SERVE_FIGURES = object_of({"seconds": SECONDS, "rate": positive, "drawn_at_once": number,
                            "to": object_of(dict.fromkeys(("start", "first_row", "picture"), WAITS))}, others=True)

@@ -11,9 +11,10 @@ from ssd_janus.extras import needs
 from ssd_kernels.files import write_atomically
 from ssd_kernels.reading import read_text
 
+from . import goals
 from .plot import figures, render
 from .records import LARGEST, LEFT_OUT, Record, differing
-from .tables import COLUMN_NOTES, DECODER_NOTES, SERVE_NOTES, describe, goals, machine_line, markdown, points
+from .tables import COLUMN_NOTES, DECODER_NOTES, SERVE_NOTES, describe, machine_line, markdown, points
 
 BEGIN, END = "<!-- kernel-table:begin -->", "<!-- kernel-table:end -->"
 CAPTIONS = {
@@ -69,6 +70,8 @@ def page(lines: Sequence[Record]) -> str:
         svg, caption = render(figure, "svg").decode(), _text(CAPTIONS[name])
         parts.append(f'<figure id="{name}"><div role="img" aria-label="{caption}">{svg[svg.index("<svg"):]}</div>'
                      f"<figcaption>{caption}</figcaption></figure>")
+    if found := goals.rows(groups):
+        parts += ["<h2>Goals</h2>", _rows(goals.COLUMNS, found, len(goals.COLUMNS))]
     parts += [_table(group) for group in groups]
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1"><title>ssd-bench</title>'
@@ -117,7 +120,7 @@ def refresh(path: Path, lines: Sequence[Record]) -> None:
     tables = []
     for group in points(lines):
         title, columns, rows, texts = describe(group)
-        aims = "".join(f"- Goal, {goal}\n" for goal in goals(group))
+        aims = "".join(f"- Goal, {goal}\n" for goal in goals.sentences(group))
         tables.append(f"**{title}**\n\n{markdown(columns, rows, texts)}\n{aims}\n{machine_line(group[0])}.\n")
     before, after = text[:text.index(BEGIN) + len(BEGIN)], text[text.index(END):]
     new = f"{before}\n" + "\n".join(tables) + after
@@ -126,17 +129,21 @@ def refresh(path: Path, lines: Sequence[Record]) -> None:
 
 def _table(group: Sequence[Record]) -> str:
     title, columns, rows, texts = describe(group)
+    kinds = ["none" if line["status"] != "ok" else "ours" if line["contender"].get("backend") else "" for line in group]
+    aims = "".join(f"<li>Goal, {_text(goal)}</li>" for goal in goals.sentences(group))
+    return (f'<h2>{_text(title)}</h2><p class="machine">{_text(machine_line(group[0]))}<br><code>'
+            f"{_text(group[0]['machine']['command'])}</code></p>" + _rows(columns, rows, texts, kinds)
+            + (f"<ul>{aims}</ul>" if aims else ""))
+
+
+def _rows(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int, kinds: Sequence[str] = ()) -> str:
     head = "".join(_cell("th", name, number < texts) for number, name in enumerate(columns))
     body = []
-    for line, row in zip(group, rows, strict=True):
-        kind = "none" if line["status"] != "ok" else "ours" if line["contender"].get("backend") else ""
-        body.append(f'<tr class="{kind}">' + "".join(_cell("td", cell, number < texts)
-                                                     for number, cell in enumerate(row)) + "</tr>")
-    aims = "".join(f"<li>Goal, {_text(goal)}</li>" for goal in goals(group))
-    return (f'<h2>{_text(title)}</h2><p class="machine">{_text(machine_line(group[0]))}<br><code>'
-            f"{_text(group[0]['machine']['command'])}</code></p>"
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n' + "\n".join(body)
-            + "\n</tbody></table></div>" + (f"<ul>{aims}</ul>" if aims else ""))
+    for row, kind in zip(rows, kinds or [""] * len(rows), strict=True):
+        cells = "".join(_cell("td", cell, number < texts) for number, cell in enumerate(row))
+        body.append(f'<tr class="{kind}">{cells}</tr>')
+    return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n' + "\n".join(body)
+            + "\n</tbody></table></div>")
 
 
 def _machine(line: Record) -> str:

@@ -1,11 +1,12 @@
-"""`ssd-bench suite`: the CPU set of `make bench`, in three files of one folder per machine."""
+"""`ssd-bench suite`: the CPU set of `make bench`, in a few files of one folder per machine."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ MAIN = Point.of_lengths()  # of the table in the README
 SWEPT = ("cpu: heavy", "mean length", "SDPA padded", "SDPA full")
 BATCHES, MEANS = (1, 4, 64), (30, 80, 200)
 PICTURES = (1, 8, 32)
+# What the goals are for (`goals`): ours with scores, evicting at every step, and the rivals beside it.
+AIMED = ("float32", "bfloat16", "float16"), (2, 16, 64), ("skewed", "uniform")
+JUDGED = ("cpu: heavy", "mean length", "SDPA padded")
 
 
 @dataclass(frozen=True)
@@ -37,18 +41,26 @@ class Job:
 
     Attributes:
         kind, point: as in its records.
-        run: measures it; told whom to tell what is being done.
+        run: measures it, with the seconds in which trials are repeated; told whom to tell what is being done.
     """
 
     kind: str
     point: dict[str, Any]
-    run: Callable[[Callable[[str], None]], list[Record]]
+    run: Callable[[float, Callable[[str], None]], list[Record]]
 
 
 def kernel_jobs() -> Iterator[Job]:
     """Every contender at the main point."""
     for dtype in DTYPES:
         yield _kernel_job(Point.of_lengths(dtype=dtype), Options(kv_formats=KV_FORMATS))
+
+
+def goal_jobs() -> Iterator[Job]:
+    """Points that the project has goals for; 8 bits beside bfloat16."""
+    for dtype, batch, spread in itertools.product(*AIMED):
+        kv_formats = KV_FORMATS if dtype == "bfloat16" else ("auto",)
+        yield _kernel_job(Point.of_lengths(batch=batch, dtype=dtype, spread=spread),
+                          Options(only=JUDGED, row_buffers=(0,), kv_formats=kv_formats, repetitions=30))
 
 
 def sweep_jobs() -> Iterator[Job]:
@@ -60,11 +72,12 @@ def sweep_jobs() -> Iterator[Job]:
 
 
 def decoder_jobs() -> Iterator[Job]:
-    """Steps of the included model at several batches, and whole pictures at one."""
+    """Steps of the included model at several batches, whole pictures at one, and steps in Janus-Pro-1B's shape."""
     from .decoder import Setting
     from .models import INCLUDED
 
     settings = [Setting(INCLUDED, "float32", count, 24, 480) for count in PICTURES]
+    settings += [Setting("1b", "bfloat16", count, 4, 480) for count in (1, 8)]
     settings.append(Setting(INCLUDED, "float32", 8, 576, None, trials=1))
     for setting in settings:
         yield Job(setting.kind, setting.point(), functools.partial(_decoder, setting))
@@ -72,28 +85,35 @@ def decoder_jobs() -> Iterator[Job]:
 
 def _kernel_job(point: Point, options: Options) -> Job:
     where = {"device": options.device.type}
-    return Job("kernel", point.to_dict() | where, functools.partial(measure, point, options))
+
+    def run(patience: float, report: Callable[[str], None]) -> list[Record]:
+        return measure(point, replace(options, patience=patience), report)
+
+    return Job("kernel", point.to_dict() | where, run)
 
 
-def _decoder(setting: Setting, report: Callable[[str], None]) -> list[Record]:
+def _decoder(setting: Setting, patience: float, report: Callable[[str], None]) -> list[Record]:
     from . import decoder, models
 
     model, prompt = models.load(setting.model, getattr(torch, setting.dtype), torch.device("cpu"))
-    return decoder.measure(model, list(decoder.loops(model, prompt)), setting, report)
+    kinds = {} if setting.model == models.INCLUDED else {"budgets": (0.2,), "row_buffers": (24,)}
+    return decoder.measure(model, list(decoder.loops(model, prompt, **kinds)), replace(setting, patience=patience),
+                           report)
 
 
 # Steps first: the kernel's jobs leave gigabytes in the process, which would count as a step's peak of memory.
 FILES: dict[str, Callable[[], Iterator[Job]]] = {
-    "decoder.jsonl": decoder_jobs, "kernel.jsonl": kernel_jobs, "kernel-sweep.jsonl": sweep_jobs}
+    "decoder.jsonl": decoder_jobs, "kernel.jsonl": kernel_jobs, "kernel-goals.jsonl": goal_jobs,
+    "kernel-sweep.jsonl": sweep_jobs}
 
 
-def run(results: Path, minutes: float, report: Report, done: Callable[[list[Record]], None],
+def run(results: Path, minutes: float, patience: float, report: Report, done: Callable[[list[Record]], None],
         clock: Callable[[], float] = time.monotonic) -> tuple[Path, list[str]]:
     """Run the set; a file is written after every job. What there is no time for gets a record that says so.
 
     Args:
         results: folder of the machines' folders.
-        minutes: no job is begun after this long.
+        minutes: no job is begun after this long. patience: seconds in which a job repeats trials.
         report: told what is being done, and the share of the jobs that are done. done: given every job's records.
 
     Returns:
@@ -113,7 +133,7 @@ def run(results: Path, minutes: float, report: Report, done: Callable[[list[Reco
                 lines.append(missing)
                 left.append(f"{name}: {describe([missing])[0]}")
             else:
-                found = job.run(lambda text: report(f"{name}, {number} of {total}: {text}", share))  # noqa: B023
+                found = job.run(patience, lambda text: report(f"{name}, {number} of {total}: {text}", share))  # noqa: B023
                 done(found)
                 lines += found
             write(lines, folder / name)

@@ -1,17 +1,22 @@
-"""Timing on machines that are never quiet: trials in turn, medians and their spread, CUDA graphs on a GPU."""
+"""Timing on machines that are never quiet: contenders in turn, the best and the medians of trials whose ceiling holds
+still, CUDA graphs on a GPU.
+"""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 
+from .steady import movement, until_steady
+
 REPETITIONS, TRIALS, WARMUP_CALLS = 50, 3, 10
+PATIENCE = 30.0  # seconds
 GRAPH_CALLS = 16  # in a CUDA graph at least: starting it, and the gaps around it, then count for little
 
 
@@ -150,22 +155,58 @@ def stopwatch(work: Work, device: torch.device) -> Stopwatch:
     return times
 
 
-def time_in_turn(watches: Mapping[str, tuple[Stopwatch, Work]], repetitions: int = REPETITIONS, trials: int = TRIALS,
-                 progress: Callable[[str], None] = lambda name: None) -> dict[str, Timing]:
-    """Time several works against each other.
+@dataclass(frozen=True)
+class Protocol:
+    """How often contenders are timed.
 
-    Every trial takes each of them in turn, so that a disturbance of the machine hits all alike.
+    Attributes:
+        repetitions: timed ones per trial and work; untimed ones of at least `WARMUP_CALLS` calls come before.
+        trials: that count.
+        patience: seconds in which trials are repeated while the ceiling moves.
+        burst: repetitions of a work before the next one's turn.
+    """
+
+    repetitions: int = REPETITIONS
+    trials: int = TRIALS
+    patience: float = PATIENCE
+    burst: int = 1
+
+
+def time_in_turn(watches: Mapping[str, tuple[Stopwatch, Work]], protocol: Protocol, ceiling: Collection[str],
+                 progress: Callable[[str], None] = lambda name: None,
+                 clock: Callable[[], float] = time.monotonic) -> tuple[dict[str, Timing], float]:
+    """Time several works against each other and against a ceiling.
+
+    They take turns after every burst of repetitions, so that a disturbance of the machine hits all alike, and the best
+    of each comes from the same moments.
 
     Args:
         watches: name -> a stopwatch and its work.
-        repetitions: timed ones per trial and work; untimed ones of at least `WARMUP_CALLS` calls come before.
-        trials: rounds over all works.
-        progress: called with a work's name before its turn.
+        ceiling: names of works that all do what nothing can be faster than; a trial's ceiling is the best of them.
+        progress: called with what is being done.
+        clock: seconds, for the protocol's patience.
+
+    Returns:
+        the timings, of the trials that count, and how much the ceiling moved between these.
     """
     seconds: dict[str, list[list[float]]] = {name: [] for name in watches}
-    for _ in range(trials):
-        for name, (watch, work) in watches.items():
-            progress(name)
+
+    def trial() -> float:
+        number = len(next(iter(seconds.values()))) + 1
+        progress(f"trial {number}" + (": the ceiling moves" if number > protocol.trials else ""))
+        found: dict[str, list[float]] = {name: [] for name in watches}
+        for watch, work in watches.values():
             watch(-(-WARMUP_CALLS // (work.part or work.calls_per_repetition)))
-            seconds[name].append(watch(repetitions))
-    return {name: Timing.of(found) for name, found in seconds.items()}
+        for done in range(0, protocol.repetitions, protocol.burst):
+            for name, (watch, _) in watches.items():
+                found[name] += watch(min(protocol.burst, protocol.repetitions - done))
+        for name, times in found.items():
+            seconds[name].append(times)
+        return ceiling_of(found)
+
+    def ceiling_of(found: Mapping[str, Sequence[float]]) -> float:
+        return min(min(found[name]) for name in ceiling)
+
+    counted = until_steady(trial, protocol.trials, protocol.patience, clock)
+    moved = movement([ceiling_of({name: seconds[name][number] for name in ceiling}) for number in counted])
+    return {name: Timing.of([found[number] for number in counted]) for name, found in seconds.items()}, moved

@@ -149,4 +149,14 @@ PYBIND11_MODULE(_C, module) {
       throw std::invalid_argument("name must be an instruction set compiled in and present on this machine, got " +
                                   name);
   });
+  // For measuring: the largest of floats that are read and nothing else.
+  module.def(
+      "largest",
+      [](uintptr_t floats, int64_t count, int streams, int threads) {
+        if (count < 1 || streams < 1 || threads < 1)
+          throw std::invalid_argument("count, streams and threads must be at least 1");
+        py::gil_scoped_release unlocked;
+        return ssd::largest(pointer<const float>(floats), count, streams, threads);
+      },
+      py::arg("floats"), py::arg("count"), py::arg("streams"), py::arg("threads"));
 }

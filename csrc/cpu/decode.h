@@ -35,16 +35,19 @@ struct Items {
   bool row_by_row;
 };
 
-// Steps the items.
+// Steps the items; and the largest of some floats, read in several places at once.
 namespace portable {
 void decode_items(const CacheLayer&, const DecodeStep&, const Items&, const Scratch&);
-}
+float largest(const float* from, int64_t count, int streams);
+}  // namespace portable
 namespace avx2 {
 void decode_items(const CacheLayer&, const DecodeStep&, const Items&, const Scratch&);
-}
+float largest(const float* from, int64_t count, int streams);
+}  // namespace avx2
 namespace avx512 {
 void decode_items(const CacheLayer&, const DecodeStep&, const Items&, const Scratch&);
-}
+float largest(const float* from, int64_t count, int streams);
+}  // namespace avx512
 
 // Why a call was refused; nothing has been written then.
 struct Error {
@@ -61,5 +64,8 @@ Error decode(const CacheLayer& layer, const DecodeStep& step, int threads);
 
 // Restarts rows with new prompts.
 void prefill(const CacheLayer& layer, const Prefill& prompts, int threads);
+
+// The largest of `count` floats, at least 1, read by `threads` threads in `streams` places each, and nothing else done.
+float largest(const float* from, int64_t count, int streams, int threads);
 
 }  // namespace ssd

@@ -1,5 +1,6 @@
 // Chooses the instruction set, checks cursors, and shares the (row, head) items out to threads.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <iterator>
 #include <vector>
@@ -16,6 +17,7 @@ struct InstructionSet {
   const char* name;
   bool (*present)();
   void (*decode_items)(const CacheLayer&, const DecodeStep&, const Items&, const Scratch&);
+  float (*largest)(const float*, int64_t, int);
   const LinearKernel* linear;
 };
 
@@ -34,11 +36,11 @@ bool have_portable() { return true; }
 // Best first.
 const InstructionSet kSets[] = {
 #if SSD_KERNELS_HAVE_X86
-    {"avx512_bf16", have_avx512_bf16, avx512::decode_items, &avx512_bf16::linear_kernel},
-    {"avx512", have_avx512, avx512::decode_items, &avx512::linear_kernel},
-    {"avx2", have_avx2, avx2::decode_items, &avx2::linear_kernel},
+    {"avx512_bf16", have_avx512_bf16, avx512::decode_items, avx512::largest, &avx512_bf16::linear_kernel},
+    {"avx512", have_avx512, avx512::decode_items, avx512::largest, &avx512::linear_kernel},
+    {"avx2", have_avx2, avx2::decode_items, avx2::largest, &avx2::linear_kernel},
 #endif
-    {"portable", have_portable, portable::decode_items, &portable::linear_kernel},
+    {"portable", have_portable, portable::decode_items, portable::largest, &portable::linear_kernel},
 };
 
 const InstructionSet*& current() {
@@ -104,6 +106,16 @@ bool set_instruction_set(const char* name) {
 }
 
 void linear(const Linear& product, int threads) { linear(product, *current()->linear, threads); }
+
+float largest(const float* from, int64_t count, int streams, int threads) {
+  const int64_t piece = (count + threads - 1) / threads;
+  std::vector<float> found(static_cast<size_t>(threads), -INFINITY);
+  const auto read = current()->largest;
+  parallel_for(threads, count, piece, [&](int64_t begin, int64_t end) {
+    found[static_cast<size_t>(begin / piece)] = read(from + begin, end - begin, streams);
+  });
+  return *std::max_element(found.begin(), found.end());
+}
 
 Error check_table(const CacheLayer& layer) {
   const LayerShape& shape = layer.shape;

@@ -117,8 +117,7 @@ SSD_INLINE void touch_bookkeeping(const CacheLayer& layer, const Item& item) {
     touch<kRead>(item_positions(layer, item), scored_slots(layer, item));
 }
 
-// Touches the keys and values that the items will read, in the order in which they will be read. Does nothing for types
-// that the instruction set reads faster without (kTouchesAhead).
+// Touches the keys and values that the items will read, in the order in which they will be read.
 template <class T>
 class Prefetcher {
  public:
@@ -127,7 +126,6 @@ class Prefetcher {
   }
 
   SSD_ALWAYS_INLINE void advance(int64_t bytes) {
-    if (!kTouchesAhead<T>) return;
     if (bytes > stop_ - at_) return cross_spans(bytes);
     touch<kRead>(at_, bytes);
     at_ += bytes;

@@ -63,14 +63,12 @@ SSD_INLINE float to_float(Float16 x) { return float16_to_float(x.bits); }
 SSD_INLINE void from_float(float x, Float16* to) { to->bits = float_to_float16(x); }
 #endif
 
-// Memory is touched kTouchDistance bytes ahead of its use, into the first- (3) or second-level cache (2), for types T
-// with kTouchesAhead<T>. What is best was measured (docs/benchmarks.md).
+// Memory is touched kTouchDistance bytes ahead of its use, into the first- (3) or second-level cache (2). What is best
+// was measured (docs/benchmarks.md).
 #if defined(__AVX512F__)
 
 constexpr int64_t kTouchDistance = 16384;
 constexpr int kTouchLevel = 2;
-template <class T>
-constexpr bool kTouchesAhead = true;
 
 struct Vec {
   static constexpr int kWidth = 16;
@@ -161,11 +159,8 @@ SSD_INLINE float highest(Vec a) { return _mm512_reduce_max_ps(a.x); }
 
 #elif defined(__AVX2__)
 
-constexpr int64_t kTouchDistance = 2048;
-constexpr int kTouchLevel = 3;
-// Float32 needs no conversion, so the loads of many slots are under way by themselves.
-template <class T>
-constexpr bool kTouchesAhead = sizeof(T) < 4;
+constexpr int64_t kTouchDistance = 8192;
+constexpr int kTouchLevel = 2;
 
 struct Vec {
   static constexpr int kWidth = 8;
@@ -250,8 +245,6 @@ SSD_INLINE float highest(Vec a) {
 
 constexpr int64_t kTouchDistance = 16384;
 constexpr int kTouchLevel = 2;
-template <class T>
-constexpr bool kTouchesAhead = true;
 
 struct Vec {
   static constexpr int kWidth = 8;

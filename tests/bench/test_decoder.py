@@ -11,6 +11,7 @@ import torch
 from ssd_bench import decoder, loops, tables
 from ssd_bench.models import random_model
 from ssd_bench.plot import figures
+from ssd_bench.timing import Timing
 
 PROMPT = [0, 10, 11, 12, 2]
 
@@ -52,8 +53,8 @@ def test_steps_are_timed_by_the_clock(model):
 
     theirs = loops.transformers_loop(model, [PROMPT], 4, "dynamic", clock=clock())
     ours = loops.engine_loop(decoder.Engine(model), [PROMPT], 4, clock=clock())
-    assert theirs.seconds == [2, 3, 4]  # the prompt's forward comes first
-    assert ours.seconds == [1, 2, 3]
+    assert theirs.seconds == [4, 6, 8]  # the prompt's forward comes first, and others have their turn between steps
+    assert ours.seconds == [2, 4, 6]
 
 
 def test_a_step_at_a_fill_attends_to_as_many_tokens_in_every_loop(model):
@@ -65,15 +66,20 @@ def test_a_step_at_a_fill_attends_to_as_many_tokens_in_every_loop(model):
     assert found["engine, 20%, row buffer 0"].cache_bytes < 0.25 * found["engine, full plan"].cache_bytes
 
 
-def test_records_of_steps_and_pictures(model):
+def setting(start: int | None = 480, steps: int = 2, trials: int = 1) -> decoder.Setting:
+    return decoder.Setting("tiny", "float32", 1, steps, start, trials, patience=0)
+
+
+def test_records_of_steps_and_pictures(model, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decoder, "adds_up", lambda parts, whole: True)
     for start, steps in ((480, 2), (None, 26)):
-        lines = decoder.measure(model, listed(model), decoder.Setting("tiny", "float32", 1, steps, start, trials=2))
+        lines = decoder.measure(model, listed(model), setting(start, steps, trials=2))
         assert [line["status"] for line in lines] == ["ok"] * 5 and {line["same_tokens"] for line in lines} == {"ok"}
         for line in lines:
             assert line["kind"] == ("image" if start is None else "step")
             assert len(line["seconds"]["trials"]) == 2 and line["split"].keys() == set(decoder.PARTS)
             assert min(line["split"].values()) > 0 and line["bytes"]["cache"] > 0
-            assert ("by_row" in line) == (start is None)
+            assert ("by_row" in line) == (start is None) != ("floor" in line)
         json.dumps(lines)
         title, columns, rows, _ = tables.describe(lines)
         assert "tiny" in title and {len(row) for row in rows} == {len(columns)}
@@ -82,6 +88,34 @@ def test_records_of_steps_and_pictures(model):
         assert set(found) == {"step-breakdown"} | ({"place"} if start is None else set())
         bars = found["step-breakdown"].axes[0].patches
         assert [bar.get_width() for bar in bars[:5]] == pytest.approx([1e3 * line["split"]["linear"] for line in lines])
+
+
+def test_parts_of_another_time_are_not_shown(model, monkeypatch: pytest.MonkeyPatch):
+    """Each loop is split again, a few times, and then has no parts."""
+    asked = []
+    monkeypatch.setattr(decoder, "adds_up", lambda parts, whole: asked.append((list(parts), whole)))
+    [line] = decoder.measure(model, listed(model)[:1], setting())
+    assert "split" not in line and len(asked) == decoder.SPLITS
+    assert {whole for _, whole in asked} == {line["seconds"]["best"]} and min(min(parts) for parts, _ in asked) > 0
+    assert tables.decoder_rows([line])[0][4:7] == ["", "", ""]
+
+
+def test_parts_are_those_of_the_fastest_step():
+    steps = [{"total": 6.0, "linear": 3.0, "attention": 2.0, "rest": 1.0},
+             {"total": 5.0, "linear": 1.0, "attention": 3.0, "rest": 1.0},
+             {"total": 9.0, "linear": 5.0, "attention": 2.0, "rest": 2.0}]
+    timing = Timing(median=6.5, best=5.5, spread=0.0, trials=[6.5])
+    assert decoder.parts_of(steps, timing, "step") == ({"linear": 1.0, "attention": 3.0, "rest": 1.0}, 5.5)
+    assert decoder.parts_of(steps, timing, "image") == ({"linear": 3.0, "attention": 2.0, "rest": 1.0}, 6.5)
+
+
+def test_a_step_moves_the_weights_once_and_every_row_s_tokens(model):
+    full, *_, small = listed(model)[2:]
+    few, many = (decoder.decode_bytes(model, full.plan, 5, rows, 480) for rows in (2, 6))
+    weights = sum(parameter.nbytes for parameter in model.model.language_model.layers.parameters())
+    token = 2 * 2 * 2 * 32 * 4  # keys and values of 2 layers, 2 heads, head_dim 32
+    assert (many - few) / 4 == pytest.approx((5 + 481) * token, rel=0.02)
+    assert few - (many - few) / 2 == weights and decoder.decode_bytes(model, small.plan, 5, 2, 480) < few
 
 
 def test_engine_with_other_tokens_gets_no_number(model, monkeypatch: pytest.MonkeyPatch):
@@ -93,7 +127,7 @@ def test_engine_with_other_tokens_gets_no_number(model, monkeypatch: pytest.Monk
         return drawn
 
     monkeypatch.setattr(decoder, "engine_loop", wrong)
-    lines = decoder.measure(model, listed(model), decoder.Setting("tiny", "float32", 1, 2, 480, trials=1))
+    lines = decoder.measure(model, listed(model), setting())
     assert [line["status"] for line in lines[:2]] == ["ok", "ok"]
     assert all(line["status"] == "wrong: the engine's tokens differ from transformers' at step 3" for line in lines[2:])
     assert all(line["seconds"] is None for line in lines[2:])
@@ -104,7 +138,7 @@ def test_loop_that_fails_leaves_the_others(model):
         raise RuntimeError("out of it")
 
     loop = decoder.Loop("transformers, odd cache", {"backend": None}, listed(model)[0].plan, explode)
-    lines = decoder.measure(model, [loop, *listed(model)[:1]], decoder.Setting("tiny", "float32", 1, 2, 480, trials=1))
+    lines = decoder.measure(model, [loop, *listed(model)[:1]], setting())
     assert [line["status"] for line in lines] == ["failed: out of it", "ok"]
 
 

@@ -10,26 +10,26 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ssd_bench import contender, kernel, ours, rivals, rivals_gpu, tables
+from ssd_bench import ceiling, contender, kernel, ours, rivals, rivals_gpu, tables
 from ssd_bench.cli import app
 from ssd_bench.point import Point
-from ssd_bench.timing import Stopwatch, Work
+from ssd_bench.timing import Stopwatch, Work, nothing
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
 from ssd_kernels.layout import LayerLayout
 
 CPU = torch.device("cpu")
 SMALL = {"batch": 2, "heads": 3, "head_dim": 32, "mean": 6, "full": 20}
-QUICK = kernel.Options(repetitions=2, trials=1, row_buffers=(0, 4))
+QUICK = kernel.Options(repetitions=2, trials=1, patience=0, row_buffers=(0, 4))
 # FlexAttention takes half a minute to compile; it has a test of its own, marked slow.
 WITHOUT_FLEX = ("ssd_kernels", "SDPA", "bmm")
 
 
 @pytest.fixture(autouse=True)
 def small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (contender, ours, kernel):
+    for module in (contender, ours, ceiling):
         monkeypatch.setattr(module, "copies_of", lambda nbytes: 2)
     monkeypatch.setattr(rivals, "copies_of", lambda nbytes: 2)
-    monkeypatch.setattr(kernel, "LARGE", 4096)
+    monkeypatch.setattr(ceiling, "LARGE", 4096)
 
 
 def point(**changes: object) -> Point:
@@ -45,7 +45,8 @@ def test_everybody_is_right_and_measured(dtype: str):
     lines = kernel.measure(point(dtype=dtype), options())
     assert [line["status"] for line in lines] == ["ok"] * len(lines)
     names = [line["contender"]["name"] for line in lines]
-    assert names[0] == kernel.READ and len(set(names)) == len(names) == 1 + 4 + 7
+    assert names[:2] == [ceiling.LOOP, ceiling.READ] and len(set(names)) == len(names) == 2 + 4 + 7
+    assert lines[0]["ceiling"]["loop"] > 0 and lines[0]["moved"] == 0
     assert all(line["seconds"]["best"] > 0 and line["bytes"]["useful"] > 0 for line in lines)
     json.dumps(lines)
 
@@ -54,7 +55,7 @@ def test_everybody_is_right_and_measured(dtype: str):
 def test_8_bits_stand_beside_the_point_s_dtype(dtype: str):
     """Right, with fewer bytes held and moved, and never what others are compared with."""
     lines = kernel.measure(point(dtype=dtype), options(kv_formats=("int8", "auto"), only=("ssd_kernels",)))
-    found = {line["contender"]["name"]: line for line in lines[1:]}
+    found = {line["contender"]["name"]: line for line in lines[2:]}
     assert len(found) == 8 and {line["status"] for line in lines} == {"ok"}
     for name in ("heavy", "heavy, row buffer 4", "window", "window, row buffer 4"):
         whole, eighth = (found[f"ssd_kernels cpu: {name}{format}"] for format in ("", ", int8"))
@@ -73,19 +74,19 @@ def test_wrong_scales_get_no_number(monkeypatch: pytest.MonkeyPatch):
         return out
 
     monkeypatch.setattr(CompressedCache, "decode", decode)
-    assert "key_scales of row 0" in kernel.measure(point(), one(kv_formats=("int8",)))[1]["status"]
+    assert "key_scales of row 0" in kernel.measure(point(), one(kv_formats=("int8",)))[-1]["status"]
 
 
 @pytest.mark.slow
 def test_flex_attention_is_right():
-    [_, line] = kernel.measure(point(), options(only=("FlexAttention",)))
+    line = kernel.measure(point(), options(only=("FlexAttention",)))[-1]
     assert line["status"] == "ok" and line["setup_seconds"] > 0
 
 
 @pytest.mark.parametrize(("batch", "spread"), [(1, "uniform"), (1, "two-class"), (5, "skewed")])
 def test_gate_passes_the_reference_itself(batch: int, spread: str):
     lines = kernel.measure(point(batch=batch, spread=spread), options(backends=("reference",), only=("reference",)))
-    assert {line["status"] for line in lines} == {"ok"} and len(lines) == 5
+    assert {line["status"] for line in lines} == {"ok"} and len(lines) == 6
 
 
 def one(**changes: object) -> kernel.Options:
@@ -97,7 +98,7 @@ def test_wrong_output_gets_no_number(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(CompressedCache, "decode", lambda self, *given: right(self, *given) * (
         1.01 if self.backend == "cpu" else 1))
     lines = kernel.measure(point(), one())
-    assert lines[1]["status"].startswith("wrong: output of row 0, head 0") and lines[1]["seconds"] is None
+    assert lines[2]["status"].startswith("wrong: output of row 0, head 0") and lines[2]["seconds"] is None
     assert kernel.any_wrong(lines)
 
 
@@ -113,7 +114,7 @@ def test_wrong_kept_sets_get_no_number(monkeypatch: pytest.MonkeyPatch, row_buff
 
     monkeypatch.setattr(CompressedCache, "decode", decode)
     lines = kernel.measure(point(), options(only=("cpu: heavy",), row_buffers=(row_buffer,)))
-    assert lines[1]["status"].startswith("wrong: row 0, head") and "kept other tokens" in lines[1]["status"]
+    assert lines[2]["status"].startswith("wrong: row 0, head") and "kept other tokens" in lines[2]["status"]
 
 
 def test_wrong_bytes_in_the_slab_get_no_number(monkeypatch: pytest.MonkeyPatch):
@@ -127,14 +128,14 @@ def test_wrong_bytes_in_the_slab_get_no_number(monkeypatch: pytest.MonkeyPatch):
         return out
 
     monkeypatch.setattr(CompressedCache, "decode", decode)
-    assert "values of row 0" in kernel.measure(point(), one())[1]["status"]
+    assert "values of row 0" in kernel.measure(point(), one())[2]["status"]
 
 
 def test_wrong_rival_gets_no_number(monkeypatch: pytest.MonkeyPatch):
     right = rivals._sdpa
     monkeypatch.setattr(rivals, "_sdpa", lambda *given: right(*given) + 1e-3)
     lines = kernel.measure(point(), options(only=("SDPA full",)))
-    assert lines[1]["status"].startswith("wrong") and not kernel.any_wrong(lines)
+    assert lines[2]["status"].startswith("wrong") and not kernel.any_wrong(lines)
 
 
 def test_failing_rival_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch):
@@ -143,7 +144,7 @@ def test_failing_rival_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(rivals, "_bmm", explode)
     lines = kernel.measure(point(), options(only=("bmm", "SDPA full")))
-    assert [line["status"] for line in lines[1:]] == ["failed: no such kernel"] * 2 + ["ok"]
+    assert [line["status"] for line in lines[2:]] == ["failed: no such kernel"] * 2 + ["ok"]
 
 
 @pytest.mark.parametrize(("only", "error", "ends"), [
@@ -156,20 +157,20 @@ def test_a_step_of_ours_that_cannot_be_timed_ends_the_run(monkeypatch: pytest.Mo
 
     def stopwatch(work: Work, device: torch.device) -> Stopwatch:
         asked.append(work)
-        if len(asked) == 1:
+        if work.prepare is not nothing or only == "SDPA full" and len(asked) == 7:
             raise error
         return right(work, device)
 
     monkeypatch.setattr(kernel, "stopwatch", stopwatch)
     with pytest.raises(RuntimeError, match="no capture") if ends else nullcontext():
         lines = kernel.measure(point(), options(only=(only,), row_buffers=(0,)))
-        assert [line["status"] for line in lines] == ["ok", f"failed: {error}"]
+        assert [line["status"] for line in lines] == ["ok", "ok", f"failed: {error}"]
 
 
 def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ssd_bench.machine.available_bytes", lambda device: 10)
     lines = kernel.measure(point(), options())
-    assert {line["status"][:12] for line in lines[1:]} == {"does not fit"}
+    assert {line["status"][:12] for line in lines[2:]} == {"does not fit"}
 
 
 @pytest.mark.parametrize("name", ["flash-attn", "FlashInfer", "xformers", "fla decoding"])
@@ -235,8 +236,9 @@ def test_plan_of_a_policy_is_measured(tmp_path: Path):
                      "--out", str(out))
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["contender"]["name"] for line in lines] == 2 * [kernel.READ, "ssd_kernels cpu: the plan"]
-    assert [line["contender"]["kv_format"] for line in lines[1::2]] == ["auto", "int8"]
+    assert [line["contender"]["name"] for line in lines] == 2 * [ceiling.LOOP, ceiling.READ,
+                                                                        "ssd_kernels cpu: the plan"]
+    assert [line["contender"]["kv_format"] for line in lines[2::3]] == ["auto", "int8"]
     for line in lines:
         assert line["point"]["lengths"] == [24 + 57] * 2  # 10% of 576, the new token included
     assert out.read_text() == result.stdout

@@ -82,7 +82,15 @@ def test_a_single_trial_has_no_noise_to_judge_by(make):
     [pair] = comparison([make()], [make(trials=(200,))]).pairs
     assert (pair.noise, pair.verdict) == (None, "one trial: unknown")
     assert rows(comparison([make()], [make(trials=(200,))]))[0][-2] == ""
-    assert kernel_rows([make(trials=(200,))])[0][3] == "" and kernel_rows([make()])[0][3] == "20%"
+    assert kernel_rows([make(trials=(200,))])[0][4] == "" and kernel_rows([make()])[0][4] == "20%"
+
+
+def test_no_verdict_where_the_ceiling_moved(make):
+    for before, after, verdict in ((0.3, 0.0, "the ceiling moved: unknown"), (0.0, 0.3, "the ceiling moved: unknown"),
+                                   (0.1, 0.2, "slower")):
+        a, b = make() | {"moved": before}, make(trials=(200,) * 3) | {"moved": after}
+        [pair] = comparison([a], [b]).pairs
+        assert pair.verdict == verdict and pair.ratio == 2
 
 
 def test_only_the_same_measurement_is_compared(make):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssd_bench import contender, gpu, kernel, machine, rivals, rivals_gpu, suite
+from ssd_bench import ceiling, contender, gpu, machine, rivals, rivals_gpu, suite
 from ssd_bench.kernel import Options
 from ssd_bench.point import Point
 from ssd_bench.records import read
@@ -21,7 +21,8 @@ def test_the_set_stops_in_time_and_says_what_it_left(tmp_path: Path, make, monke
     """Every job takes two minutes; of three, the last would begin after four."""
     now = [0.0]
 
-    def work(report):
+    def work(patience, report):
+        assert patience == 5
         report("working")
         now[0] += 120
         return [make()]
@@ -30,7 +31,7 @@ def test_the_set_stops_in_time_and_says_what_it_left(tmp_path: Path, make, monke
     monkeypatch.setattr(suite, "FILES", {"a.jsonl": lambda: iter([job, job]), "b.jsonl": lambda: iter([job])})
     told: list[str] = []
     done: list = []
-    folder, left = suite.run(tmp_path, 3.9, lambda text, share: told.append(f"{text} {share:.2f}"), done.append,
+    folder, left = suite.run(tmp_path, 3.9, 5, lambda text, share: told.append(f"{text} {share:.2f}"), done.append,
                              clock=lambda: now[0])
     title = "batch 16, 16 heads x 128, skewed, mean 120 of 600, bfloat16, cold caches"
     assert left == [f"b.jsonl: {title}"] and told == ["a.jsonl, 1 of 3: working 0.00", "a.jsonl, 2 of 3: working 0.33"]
@@ -56,9 +57,9 @@ def test_rewriting_its_own_results_is_no_change(tmp_path: Path, make, monkeypatc
     git("init", "--quiet")
     git("add", ".")
     git("commit", "--quiet", "--message=earlier")
-    job = suite.Job("kernel", {}, lambda report: [make(machine=machine.facts(torch.device("cpu")))])
+    job = suite.Job("kernel", {}, lambda patience, report: [make(machine=machine.facts(torch.device("cpu")))])
     monkeypatch.setattr(suite, "FILES", {"a.jsonl": lambda: iter([job]), "b.jsonl": lambda: iter([job])})
-    folder, _ = suite.run(tmp_path / "results", 1, lambda text, share: None, len)
+    folder, _ = suite.run(tmp_path / "results", 1, 0, lambda text, share: None, len)
     commits = {line["machine"]["commit"] for line in read(folder)}
     assert folder == results and len(commits) == 1 and re.fullmatch("[0-9a-f]{12}", commits.pop())
     machine.commit.cache_clear()
@@ -66,16 +67,16 @@ def test_rewriting_its_own_results_is_no_change(tmp_path: Path, make, monkeypatc
 
 
 def test_what_is_left_out_has_the_point_of_what_is_measured(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernel, "LARGE", 4096)
+    monkeypatch.setattr(ceiling, "LARGE", 4096)
     point = Point.of_lengths(batch=1, heads=2, head_dim=32, dtype="float32", mean=8, full=16)
     job = suite._kernel_job(point, Options(only=("SDPA full",), repetitions=1, trials=1))
-    assert [(line["kind"], line["point"]) for line in job.run(str)] == [(job.kind, job.point)] * 2
+    assert [(line["kind"], line["point"]) for line in job.run(0, str)] == [(job.kind, job.point)] * 3
 
 
 def test_the_sweeps_share_their_main_point():
     assert {suite.MAIN.batch, *suite.BATCHES} == {1, 4, 16, 64}
     assert suite.MAIN.mean not in suite.MEANS
-    assert [len(list(jobs())) for jobs in suite.FILES.values()] == [4, 2, 14]
+    assert [len(list(jobs())) for jobs in suite.FILES.values()] == [6, 2, 18, 14]
 
 
 def test_the_gpu_set_holds_what_the_goals_name():

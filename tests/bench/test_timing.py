@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from ssd_bench.timing import GRAPH_CALLS, Timing, Work, cpu_stopwatch, cuda_stopwatch, time_in_turn
+from ssd_bench.timing import GRAPH_CALLS, Protocol, Timing, Work, cpu_stopwatch, cuda_stopwatch, time_in_turn
 
 
 class Clock:
@@ -51,23 +51,55 @@ def test_timing_of_trials():
     assert (timing.median, timing.best, timing.spread, timing.trials) == (5, 2, 4, [4, 5, 8])
 
 
-def test_trials_take_turns_and_warm_up_untimed():
+@pytest.mark.parametrize(("burst", "timed"), [(1, "spppppspppppsppppp"), (2, "ssppppppppppsppppp"),
+                                              (3, "sssppppppppppppppp")])
+def test_works_take_turns_within_a_trial_and_warm_up_untimed(burst: int, timed: str):
     clock = Clock(1)
     works = {"slow": Work([clock.call("s")]), "pair": Work([clock.call("p")] * 5)}
     turns: list[str] = []
-    found = time_in_turn({name: (cpu_stopwatch(work, clock), work) for name, work in works.items()}, repetitions=3,
-                         trials=2, progress=turns.append)
-    assert turns == ["slow", "pair"] * 2
-    trial = "s" * (10 + 3) + "p" * (10 + 15)  # at least 10 calls come first
-    assert "".join(clock.ran) == 2 * trial
-    assert found["slow"].trials == [1.0, 1.0]
+    found, moved = time_in_turn({name: (cpu_stopwatch(work, clock), work) for name, work in works.items()},
+                                Protocol(repetitions=3, trials=2, burst=burst), ["slow"], turns.append)
+    assert turns == ["trial 1", "trial 2"]
+    assert "".join(clock.ran) == 2 * ("s" * 10 + "p" * 10 + timed)  # at least 10 calls come first
+    assert found["slow"].trials == [1.0, 1.0] and moved == 0
 
 
 @pytest.mark.parametrize("warm", [1, 7])
 def test_warm_up_is_not_in_the_result(warm: int):
     clock = Clock(*[50.0] * 10, *[float(warm)] * 2)
     work = Work([clock.call()])
-    assert time_in_turn({"one": (cpu_stopwatch(work, clock), work)}, repetitions=2, trials=1)["one"].trials == [warm]
+    found, _ = time_in_turn({"one": (cpu_stopwatch(work, clock), work)}, Protocol(2, 1), ["one"])
+    assert found["one"].trials == [warm]
+
+
+def recorded(*trials: list[float]):
+    """A stopwatch that gives what was recorded, a trial after the other; nothing is untimed."""
+    times = iter(trials)
+
+    def watch(repetitions: int) -> list[float]:
+        return next(times) if repetitions == 2 else []
+
+    return watch, Work([lambda: None])
+
+
+def test_only_trials_count_in_which_the_ceiling_holds_still():
+    """A neighbour comes and goes: two loops read in 1 s at best, then in 2. What ours did then does not count."""
+    watches = {"loop": recorded([1, 2], [2.4, 2], [1.9, 9], [2.1, 2]), "other": recorded(*[[3.0, 4.0]] * 4),
+               "ours": recorded([1.5, 2], [5, 4], [3, 4], [6, 7])}
+    said: list[str] = []
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 1
+        return now[0]
+
+    found, moved = time_in_turn(watches, Protocol(2, 2, patience=10, burst=2), ["loop", "other"], said.append, clock)
+    assert found["ours"].trials == [4.5, 3.5] and found["ours"].best == 3 and found["loop"].best == 1.9
+    assert moved == pytest.approx(2 / 1.9 - 1)
+    assert said == ["trial 1", "trial 2", "trial 3: the ceiling moves"]
+    watches["loop"], watches["ours"] = recorded([1, 1], [2, 2], [1, 1]), recorded(*[[1.0, 1.0]] * 3)
+    watches["other"] = recorded(*[[3.0, 4.0]] * 3)
+    assert time_in_turn(watches, Protocol(2, 2, patience=0, burst=2), ["loop", "other"], said.append, clock)[1] == 1
 
 
 @pytest.fixture

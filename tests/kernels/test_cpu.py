@@ -185,3 +185,17 @@ def test_unknown_instruction_set_is_refused() -> None:
     """Bad input names the argument."""
     with pytest.raises(ValueError, match="name must be an instruction set.*sse9"):
         native.extension().set_instruction_set("sse9")
+
+
+@pytest.mark.parametrize(("count", "streams"), [(1, 1), (63, 8), (64 * 8, 8), (64 * 9 + 5, 4), (100_003, 3)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reading_loops_read_everything(instruction_set: str, count: int, streams: int, threads: int) -> None:
+    """The largest float is found wherever it lies, so no element is left out."""
+    numbers = torch.randn(count)
+    largest = native.extension().largest
+    places = [0, count // 3, count // threads, count - 1] + list(range(max(count - 70, 0), count))
+    for place in places:
+        changed = numbers.clone()
+        changed[min(place, count - 1)] = 50.0 + place % 7
+        assert largest(changed.data_ptr(), count, streams, threads) == changed.max()
+    assert largest((-numbers.abs()).data_ptr(), count, streams, threads) == (-numbers.abs()).max()

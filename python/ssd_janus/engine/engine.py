@@ -221,9 +221,10 @@ class Engine:
         return Weights.of(self.model, positions).prepared(self.products == "kernel",
                                                           most_rows(self.dtype, self.exact, has_amx()))
 
-    def slots(self, capacity: int, *, max_prompt: int | None = None, steps: int | None = None) -> Slots:
+    def slots(self, capacity: int, *, max_prompt: int | None = None, steps: int | None = None,
+              any_plan: bool = False) -> Slots:
         """Room for ``capacity`` pictures that join and leave while others are drawn; see `continuous.slots`."""
-        return continuous.slots(self, capacity, max_prompt, steps)
+        return continuous.slots(self, capacity, max_prompt, steps, any_plan)
 
     def rollout(self, prompts: Sequence[Sequence[int] | torch.Tensor], samples: int = 1,
                 seeds: int | Sequence[int] | None = 0, **options: Any) -> Rollout:
