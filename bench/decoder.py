@@ -247,7 +247,7 @@ class Ceiling:
 
     def __init__(self, device: torch.device) -> None:
         loops = ceiling.loops(ceiling.cold(READ_BYTES, device)) if device.type == "cpu" else {}
-        self._watches = [cpu_stopwatch(work) for work in loops.values()]
+        self._watches = [cpu_stopwatch(work, ahead=number) for number, work in enumerate(loops.values())]
         self.works, self.trials = bool(loops), list[float]()
 
     def begin(self) -> None:

@@ -155,11 +155,11 @@ def test_a_step_of_ours_that_cannot_be_timed_ends_the_run(monkeypatch: pytest.Mo
     """It would else be one more contender without a number, and the command leave with 0."""
     right, asked = kernel.stopwatch, []
 
-    def stopwatch(work: Work, device: torch.device) -> Stopwatch:
+    def stopwatch(work: Work, device: torch.device, ahead: int) -> Stopwatch:
         asked.append(work)
         if work.prepare is not nothing or only == "SDPA full" and len(asked) == 7:
             raise error
-        return right(work, device)
+        return right(work, device, ahead)
 
     monkeypatch.setattr(kernel, "stopwatch", stopwatch)
     with pytest.raises(RuntimeError, match="no capture") if ends else nullcontext():
