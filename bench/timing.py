@@ -84,8 +84,8 @@ def cpu_stopwatch(work: Work, clock: Callable[[], float] = time.perf_counter, ah
     """Times repetitions of ``work`` by a clock in seconds.
 
     Args:
-        ahead: repetitions to begin ahead of the first call. Works that take turns and read the same copies must be apart:
-            what one has just read, the next would find in the cache.
+        ahead: repetitions to begin ahead of the first call. Works that take turns and read the same copies must be
+            apart: what one has just read, the next would find in the cache.
     """
     count = work.part or work.calls_per_repetition
     turns = itertools.islice(itertools.cycle(work.calls), ahead * count % len(work.calls), None)
@@ -147,7 +147,8 @@ def cuda_stopwatch(work: Work) -> Stopwatch:
 
 
 def stopwatch(work: Work, device: torch.device, ahead: int = 0) -> Stopwatch:
-    """The stopwatch for work on ``device``; ``ahead`` as in `cpu_stopwatch`, nothing on a GPU, where work is not split."""
+    """The stopwatch for work on ``device``; ``ahead`` as in `cpu_stopwatch`, on a GPU nothing: work is not split there.
+    """
     if device.type != "cuda":
         return cpu_stopwatch(work, ahead=ahead)
     with torch.cuda.device(device):
