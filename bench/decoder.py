@@ -199,23 +199,25 @@ def measure(model: Any, listed: Sequence[Loop], setting: Setting,
         memory.begin()
         together = [loop for loop in running() if memory.works and not loop.alone]
         for group in (together, *([loop] for loop in running() if loop not in together)):
+            machine.reset_peak(model.device)
             for loop, drawn in zip(group, attempt(group), strict=True):
                 if drawn is not None:
                     seconds[loop.name].append(drawn.seconds[WARM_STEPS:])
-                    details[loop.name]["bytes"] = {"cache": drawn.cache_bytes, "peak": None}
+                    peak = machine.peak(model.device) if len(group) == 1 else None
+                    details[loop.name]["bytes"] = {"cache": drawn.cache_bytes, "peak": peak}
         return memory.best
 
     counted = until_steady(trial, setting.trials, setting.patience, time.monotonic)
     timings = {loop.name: Timing.of([seconds[loop.name][number] for number in counted]) for loop in running()}
     for loop in running():
-        for _ in range(1 if loop.alone else SPLITS):
+        for _ in range(0 if loop.alone else SPLITS):
             progress(f"splitting {loop.name}")
             timing = StepTiming()
             machine.reset_peak(model.device)
-            [drawn] = attempt([loop], None if loop.alone else timing)
-            if drawn is None or loop.alone:
+            [drawn] = attempt([loop], timing)
+            if drawn is None:
                 break
-            details[loop.name]["bytes"]["peak"] = machine.peak(model.device)
+            details[loop.name]["bytes"]["peak"] = details[loop.name]["bytes"]["peak"] or machine.peak(model.device)
             split, taken = parts_of(timing.steps[WARM_STEPS:], timings[loop.name], setting.kind)
             if adds_up(split.values(), taken):
                 details[loop.name]["split"] = split
@@ -250,7 +252,7 @@ class Ceiling:
 
     def __init__(self, device: torch.device) -> None:
         loops = ceiling.loops(ceiling.cold(READ_BYTES, device)) if device.type == "cpu" else {}
-        self._watches = [cpu_stopwatch(work) for work in loops.values()]
+        self._watches = [cpu_stopwatch(work, ahead=number) for number, work in enumerate(loops.values())]
         self.works, self.trials = bool(loops), list[float]()
 
     def begin(self) -> None:

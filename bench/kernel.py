@@ -104,10 +104,10 @@ def measure(point: Point, options: Options, progress: Callable[[str], None] = la
     works = ceiling.works(kept, options.device) | {name: ready.work for name, ready in built.items()}
     watches = {}
     mine = {one.name for one in listed if one.backend is not None}
-    for name, work in works.items():
+    for number, (name, work) in enumerate(works.items()):
         progress(f"preparing {name}")
         try:
-            watches[name] = stopwatch(work, options.device), work
+            watches[name] = stopwatch(work, options.device, number), work
         except RuntimeError as error:  # torch's words for what a graph cannot hold
             if name in mine and not isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -10,11 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ssd_bench import ceiling, contender, kernel, ours, rivals, rivals_gpu, tables
+from ssd_bench import ceiling, contender, kernel, machine, ours, rivals, rivals_gpu, tables
 from ssd_bench.cli import app
 from ssd_bench.point import Point
 from ssd_bench.timing import Stopwatch, Work, nothing
-from ssd_kernels import CachePlan, CompressedCache, HeadSpec
+from ssd_kernels import CachePlan, CompressedCache, HeadSpec, native
 from ssd_kernels.layout import LayerLayout
 
 CPU = torch.device("cpu")
@@ -155,11 +155,11 @@ def test_a_step_of_ours_that_cannot_be_timed_ends_the_run(monkeypatch: pytest.Mo
     """It would else be one more contender without a number, and the command leave with 0."""
     right, asked = kernel.stopwatch, []
 
-    def stopwatch(work: Work, device: torch.device) -> Stopwatch:
+    def stopwatch(work: Work, device: torch.device, ahead: int) -> Stopwatch:
         asked.append(work)
         if work.prepare is not nothing or only == "SDPA full" and len(asked) == 7:
             raise error
-        return right(work, device)
+        return right(work, device, ahead)
 
     monkeypatch.setattr(kernel, "stopwatch", stopwatch)
     with pytest.raises(RuntimeError, match="no capture") if ends else nullcontext():
@@ -227,7 +227,7 @@ def test_operators_are_counted_without_views(call, count: int):
 
 def command(*given: str):
     small = ["--batch", "1", "--heads", "2", "--head-dim", "32", "--dtype", "float32", "--repetitions", "1"]
-    return CliRunner().invoke(app, ["kernel", *small, "--trials", "1", *given])
+    return CliRunner().invoke(app, ["kernel", *small, "--trials", "1", "--patience", "0", *given])
 
 
 def test_plan_of_a_policy_is_measured(tmp_path: Path):
@@ -250,7 +250,23 @@ def test_command_prints_a_table_and_leaves_with_1_when_ours_is_wrong(monkeypatch
     assert result.exit_code == 1 and "wrong: output" in result.output and "of ceiling" in result.output
 
 
-@pytest.mark.parametrize(("given", "word"), [(["--dtype", "int8"], "int8"), (["--mean", "700"], "mean"),
+def test_an_instruction_set_is_forced_and_said(tmp_path: Path):
+    best, out = native.extension().instruction_set(), tmp_path / "r.jsonl"
+    better = best != "portable"
+    try:
+        run = command("--mean", "4", "--full", "8", "--only", "cpu: heavy", "--instruction-set", "portable", "--out",
+                      str(out))
+    finally:
+        native.extension().set_instruction_set(best)
+    assert run.exit_code == 0 and ("portable (forced: the processor has a better one)" in run.output) == better
+    about = json.loads(out.read_text().splitlines()[0])["machine"]
+    assert (about["instruction_set"], about["forced"]) == ("portable", better)
+    assert machine.folder_name({**about, "processor": "P", "cores": 2, "forced": True}) == "p-2-cores-portable-forced"
+    assert not machine.facts(CPU)["forced"]
+
+
+@pytest.mark.parametrize(("given", "word"), [(["--dtype", "int8"], "int8"), (["--instruction-set", "sse9"], "sse9"),
+                                             (["--mean", "700"], "mean"),
                                              (["--backend", "gpu"], "gpu"), (["--device", "tpu"], "tpu"),
                                              (["--policy", "nothing"], "nothing"),
                                              (["--budget", "2", "--policy", "h2o"], "budget")])

@@ -46,6 +46,16 @@ def test_a_part_of_the_copies_goes_on_in_turn():
     assert "".join(clock.ran) == "abcabc"
 
 
+def test_works_that_share_their_copies_are_apart():
+    """The second finds cold what it reads, though the first has just read as much of the same."""
+    clock = Clock(1)
+    work = Work([clock.call(name) for name in "abcdefg"], part=2)
+    watches = [cpu_stopwatch(work, clock, ahead) for ahead in range(5)]
+    for watch in watches:
+        watch(1)
+    assert "".join(clock.ran) == "ab" + "cd" + "ef" + "ga" + "bc"
+
+
 def test_timing_of_trials():
     timing = Timing.of([[3, 9, 4], [5, 5, 50], [2, 8, 8]])
     assert (timing.median, timing.best, timing.spread, timing.trials) == (5, 2, 4, [4, 5, 8])
