@@ -21,10 +21,10 @@ def test_contenders_take_turns_and_the_fastest_call_counts() -> None:
 def test_contenders_compute_the_same(dtype: torch.dtype) -> None:
     weights, x = [torch.randn(96, 64).to(dtype) for _ in range(3)], torch.randn(2, 64).to(dtype)
     calls = products.contenders(weights, 2)
-    assert list(calls)[:3] == [products.READ, "ssd_kernels", "torch linear"]
-    for name, call in calls.items():
-        if name != products.READ:
-            torch.testing.assert_close(call(x, 1), x @ weights[1].T, atol=0.05, rtol=0.05)
+    multiplying = {name: call for name, call in calls.items() if "read" not in name}
+    assert list(multiplying)[:2] == ["ssd_kernels", "torch linear"] and len(calls) > len(multiplying)
+    for call in multiplying.values():
+        torch.testing.assert_close(call(x, 1), x @ weights[1].T, atol=0.05, rtol=0.05)
 
 
 def test_the_command_prints_shares(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
