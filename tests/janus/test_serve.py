@@ -227,6 +227,7 @@ def test_malformed_requests(refusing: Server, body: Any, status: int, param: str
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert (answer.headers.get("connection") == "close") == (status == 413)
     assert message in error["message"] and len(error["message"]) < 300
     if param is not None:
         assert error["param"] == param
