@@ -11,6 +11,10 @@ TURN = 0.05  # seconds after which a loop lets the next one go on: some steps, s
 T = TypeVar("T")
 
 
+class _GivenUp(BaseException):
+    """Ends a loop whose caller was interrupted."""
+
+
 def in_turn(jobs: Sequence[Callable[[Callable[[], None]], T]], between: Callable[[], None], turn: float = TURN,
             clock: Callable[[], float] = time.monotonic) -> list[T | Exception]:
     """Run jobs, one at any time. Each is given a function to call after every step, which lets others run.
@@ -28,19 +32,26 @@ def in_turn(jobs: Sequence[Callable[[Callable[[], None]], T]], between: Callable
     results: list[T | Exception | None] = [None] * len(jobs)
     go_on = [threading.Semaphore(0) for _ in jobs]
     stopped = threading.Semaphore(0)
-    began = 0.0
+    began, given_up = 0.0, False
 
     def run(number: int) -> None:
         def pause() -> None:
             if clock() - began >= turn:
                 stopped.release()
-                go_on[number].acquire()
+                wait()
 
-        go_on[number].acquire()
+        def wait() -> None:
+            go_on[number].acquire()
+            if given_up:
+                raise _GivenUp
+
         try:
+            wait()
             results[number] = jobs[number](pause)
         except Exception as error:
             results[number] = error
+        except _GivenUp:
+            pass
         finally:
             stopped.release()
 
@@ -48,15 +59,21 @@ def in_turn(jobs: Sequence[Callable[[Callable[[], None]], T]], between: Callable
     for thread in threads:
         thread.start()
     running = list(range(len(jobs)))
-    while running:
-        for number in running:
-            between()
-            began = clock()
-            go_on[number].release()
-            stopped.acquire()
-        running = [number for number in running if results[number] is None]
-    for thread in threads:
-        thread.join()
+    try:
+        while running:
+            for number in running:
+                between()
+                began = clock()
+                go_on[number].release()
+                stopped.acquire()
+            running = [number for number in running if results[number] is None]
+    finally:
+        # Interrupted, a process must not end while threads of its are in torch.
+        given_up, began = True, float("-inf")
+        for semaphore in go_on:
+            semaphore.release()
+        for thread in threads:
+            thread.join()
     return [result for result in results if result is not None]
 
 

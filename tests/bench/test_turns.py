@@ -45,6 +45,28 @@ def test_one_loop_that_fails_leaves_the_others():
     assert threading.active_count() == before
 
 
+def test_loops_end_when_the_caller_is_interrupted():
+    """Also those that would take long, at their next step, and those that have not begun."""
+    before, ended = threading.active_count(), []
+
+    def endless(pause):
+        try:
+            while True:
+                pause()
+        finally:
+            ended.append(1)
+
+    between = iter([None, None, KeyboardInterrupt()])
+
+    def interrupted():
+        if (error := next(between)) is not None:
+            raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        in_turn([endless, endless, endless], interrupted, 0)
+    assert threading.active_count() == before and len(ended) == 2
+
+
 def test_a_single_loop_runs_where_it_is_called_from():
     between = []
     assert in_turn([lambda pause: (pause(), threading.get_ident())[1]], lambda: between.append(1), 0) == [

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_cli import run
@@ -128,3 +133,120 @@ def test_errors_cross_processes_as_what_they_are(capsys: pytest.CaptureFixture[s
     assert cluster._portable(full) is full
     assert repr(cluster._portable(Odd("so"))) == repr(RuntimeError("Odd: so"))
     assert "No space left on device" in capsys.readouterr().err, "and into the worker's log"
+
+
+class Gone(Exception):
+    """What `Cluster` raises for a worker that died."""
+
+
+class Cluster:
+    """Stands in for Ray: workers that do what they are asked when their answer is fetched, in any order.
+
+    Attributes:
+        deaths: how often the worker dies that does a unit, or that begins where the unit is None.
+        begun: units in the order in which they were given out.
+        alive: workers that were started, and not killed.
+    """
+
+    exceptions = SimpleNamespace(RayError=Gone, RayTaskError=type("RayTaskError", (Gone,), {}))
+
+    def __init__(self, seed: int = 0, cores: int = 6, deaths: dict[int | None, int] | None = None) -> None:
+        self.random, self.cores, self.deaths = random.Random(seed), cores, deaths or {}
+        self.begun: list[int] = []
+        self.alive: list[object] = []
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": self.cores}}, {"Alive": False, "Resources": {"CPU": 99}}]
+
+    def remote(self, **options: Any) -> Callable[[type], Any]:
+        assert options["num_cpus"] == 2 and options["max_restarts"] == 0
+        return lambda kind: SimpleNamespace(remote=lambda *given: self._worker(kind, *given))
+
+    def _worker(self, kind: type, *given: Any) -> Any:
+        def do(unit: int) -> Any:
+            self.begun.append(unit)
+            return self._answer(unit, lambda: made.do(unit))
+
+        made = kind(*given)
+        worker = SimpleNamespace(ready=SimpleNamespace(remote=lambda: self._answer(None, made.ready)),
+                                 do=SimpleNamespace(remote=do))
+        self.alive.append(worker)
+        return worker
+
+    def _answer(self, unit: int | None, call: Callable[[], Any]) -> Callable[[], Any]:
+        def answer() -> Any:
+            if self.deaths.get(unit, 0) > 0:
+                self.deaths[unit] -= 1
+                raise Gone("The worker died.\nIts node was gone.")
+            return call()
+
+        return answer
+
+    def put(self, value: Any) -> Any:
+        return value
+
+    def wait(self, answers: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        assert num_returns == 1
+        chosen = self.random.choice(answers)
+        return [chosen], [answer for answer in answers if answer is not chosen]
+
+    def get(self, answer: Callable[[], Any]) -> Any:
+        return answer()
+
+    def kill(self, worker: object) -> None:
+        self.alive.remove(worker)
+
+
+def results(monkeypatch: pytest.MonkeyPatch, ray: Cluster, work: Callable[[int], Any], units: Sequence[int],
+            **options: Any) -> Iterator[Any]:
+    source: Any = SimpleNamespace(device="cpu", load=lambda: None)
+    monkeypatch.setattr(cluster, "connected", lambda *_, **__: nullcontext(ray))
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    return cluster.results(None, source, lambda pipe: work, units, **options)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_deaths_lose_and_double_nothing(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    ray = Cluster(seed, deaths={3: 1, 7: cluster.RETRIES, None: 2})
+    said: list[str] = []
+    found = list(results(monkeypatch, ray, lambda unit: 10 * unit, range(12), say=said.append))
+    assert sorted(found) == [10 * unit for unit in range(12)]
+    assert sorted(ray.begun) == sorted([*range(12), 3, *[7] * cluster.RETRIES])
+    assert len([line for line in said if "unit 8 of 12" in line]) == cluster.RETRIES and len(said) <= 6
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_who_takes_slowly_is_not_flooded(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    ray = Cluster(seed)
+    for taken, _ in enumerate(results(monkeypatch, ray, lambda unit: unit, range(20)), 1):
+        assert len(ray.begun) <= taken + 3, "one for each of three workers beyond what was taken"
+    assert len(ray.begun) == 20
+
+
+def test_a_unit_that_always_ends_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Cluster(deaths={1: 99})
+    with pytest.raises(RuntimeError, match="workers died 4 times at unit 2 of 3, the last one so: Its node was gone."):
+        list(results(monkeypatch, ray, lambda unit: unit, range(3)))
+    assert ray.begun.count(1) == 4
+
+
+def test_workers_that_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="workers died 4 times at beginning, the last one so: Its node was gone."):
+        list(results(monkeypatch, Cluster(deaths={None: 99}), lambda unit: unit, range(3)))
+
+
+def test_an_error_of_a_unit_is_raised_as_it_is_and_ends_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(unit: int) -> int:
+        if unit == 5:
+            raise OSError(28, "No space left on device", "/a/b")
+        time.sleep(0)
+        return unit
+
+    ray = Cluster()
+    with pytest.raises(OSError, match="No space left on device: '/a/b'"):
+        list(results(monkeypatch, ray, work, range(50)))
+    assert len(ray.begun) < 20 and len(ray.alive) <= 1, "the one that failed has nothing to do"
+
+
+def test_no_units_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(results(monkeypatch, None, lambda unit: unit, [])) == []  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -17,7 +18,9 @@ import pytest
 import tiny
 from test_hooks import some_profile
 from test_serve import PATH, client, pixels, post
+from typer.testing import CliRunner
 
+import ssd_janus.cli
 from ssd_attach.choice import DEFAULT_BUDGET, NAMES, make_plan
 from ssd_janus import Pipeline
 from ssd_janus.cli.options import PolicyName
@@ -99,8 +102,11 @@ def test_plans_are_listed_and_read(server: Server, pipe: Pipeline) -> None:
             plan = CachePlan.from_dict(answer.json())
             assert plan == (server.service.plans.served if budget is None else
                             make_plan(offer["policy"], pipe.shape, budget, profile=profile))
-            file = offer["policy"] if budget is None else f"{offer['policy']}-{budget}"
+            file = offer["policy"] if budget is None else f"{offer['policy']}-{budget:g}"
             assert answer.headers["content-disposition"] == f'inline; filename="{file}.json"'
+    for text in ("0.5", "5e-1", " 0.5\n", "٠.٥"):
+        answer = httpx2.get(f"{server.url}/v1/plans/window", params={"budget": text})
+        assert answer.status_code == 200 and "window-0.5.json" in answer.headers["content-disposition"], text
 
 
 @pytest.mark.parametrize(("fields", "param", "message"), [
@@ -153,6 +159,20 @@ def test_servers_of_one_plan(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) ->
             assert post(one, {"prompt": PROMPT, "policy": name}).status_code == 200
         finally:
             one.stop(0)
+
+
+def test_options_of_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pipe: Pipeline) -> None:
+    """A profile is given on, whatever the policy, and whether requests may name plans on a GPU."""
+    def service(*_: Any, **options: Any) -> Service:
+        raise ValueError(f"profile {options['profile'] is not None}, any plan {options['any_plan']}")
+
+    monkeypatch.setattr("ssd_janus.serve.service.Service", service)
+    file = str(tmp_path / "profile.safetensors")
+    some_profile(pipe.shape).save(file)
+    for options, said in (([], "profile False, any plan False"),
+                          (["--any-plan", "--profile", file], "profile True, any plan True")):
+        result = CliRunner().invoke(ssd_janus.cli.app, ["serve", "--model", str(folder), "--port", "0", *options])
+        assert result.exit_code == 2 and said in result.stderr
 
 
 def test_plans_need_the_key_and_the_page_does_not(pipe: Pipeline) -> None:

@@ -38,7 +38,7 @@ PATH = "/v1/images/generations"
 KEY = "a key"
 CAPACITY, IMAGES, BODY = 4, 3, 3000
 SEEDS = 2  # of the first picture of a request
-WAIT = 120  # seconds, on a machine with much other work
+WAIT = 600  # seconds, on a machine with much other work
 SETTINGS: tuple[dict[str, Any], ...] = (
     {}, {"guidance_scale": 1}, {"guidance_scale": 4.0, "temperature": 0.8}, {"top_k": 5},
     {"guidance_scale": 0, "top_p": 0.8, "temperature": 1.3}, {"temperature": 0}, {"policy": "window", "budget": 0.4})

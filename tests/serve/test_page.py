@@ -39,7 +39,7 @@ ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "-
              "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 CANVASES = """() => [...document.querySelectorAll("figure")].map(figure =>
   [figure.querySelector(".state").textContent, figure.querySelector("canvas").toDataURL()])"""
-expect.set_options(timeout=120_000)  # on a machine with much other work
+expect.set_options(timeout=600_000)  # on a machine with much other work
 
 
 @pytest.fixture(scope="module")

@@ -131,8 +131,9 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     @v1.get("/plans/{policy}")
     async def one_plan(policy: str, budget: str | None = None) -> Response:
         """A plan as ``ssd-janus generate --plan`` reads it."""
-        plan = await service.plan(policy, _budget(budget))
-        name = policy if budget is None else f"{policy}-{budget}"
+        share = _budget(budget)
+        plan = await service.plan(policy, share)
+        name = policy if share is None else f"{policy}-{share:g}"
         return JSONResponse(plan.to_dict(), headers={"Content-Disposition": f'inline; filename="{name}.json"'})
 
     @app.get("/pictures/{name}.png")
