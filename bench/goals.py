@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from .kernel import ours_of, share
 from .records import OK, Record
-from .steady import MOST_MOVED
+from .steady import MOST_MOVED, movement
 
 POINT = {"device": "cpu", "heads": 16, "head_dim": 128, "mean": 120, "full": 600}
 SHARE = 0.95  # of the ceiling, for one layer's step
@@ -92,8 +92,15 @@ def floor_share(line: Record) -> float | None:
     return None if floor is None else float(floor["bytes"] / floor["read"] / line["seconds"]["best"])
 
 
+def unsteady(line: Record) -> bool:
+    """Whether a contender's best moved as much from trial to trial: on a busy machine long repetitions hardly ever get
+    through undisturbed, though the ceiling's do.
+    """
+    return movement(line["seconds"].get("bests", [1.0])) > MOST_MOVED
+
+
 def _verdict(line: Record, met: bool) -> str:
-    return "no verdict" if moved(line) else "met" if met else "missed"
+    return "no verdict" if moved(line) or unsteady(line) else "met" if met else "missed"
 
 
 def _point(line: Record) -> str:

@@ -53,6 +53,12 @@ def test_goals_are_met_or_missed_in_the_open(kernel, best: float, moved: float, 
     assert ("TOO MUCH FOR A VERDICT" in machine_line(lines[0])) == (verdict == "no verdict")
 
 
+@pytest.mark.parametrize(("bests", "verdict"), [([1.6, 1.7, 1.9], "met"), ([1.6, 1.7, 1.95], "no verdict")])
+def test_no_verdict_where_ours_never_came_through_twice(kernel, bests: list[float], verdict: str):
+    [line] = kernel(160)
+    assert goals([line | {"seconds": line["seconds"] | {"bests": bests}}])[0][2] == verdict
+
+
 def test_8_bits_have_a_goal_of_their_own(kernel):
     [line] = kernel(160)
     eighth = {**line, "contender": line["contender"] | {"name": f"{OURS}, int8", "kv_format": "int8"}}
