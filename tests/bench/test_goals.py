@@ -9,7 +9,7 @@ import pytest
 from ssd_bench.ceiling import LOOP
 from ssd_bench.goals import floor_share, goals, rows, sentences
 from ssd_bench.kernel import share
-from ssd_bench.records import record
+from ssd_bench.records import left_out, record
 from ssd_bench.report import page
 from ssd_bench.tables import describe, machine_line
 
@@ -65,6 +65,18 @@ def test_8_bits_have_a_goal_of_their_own(kernel):
     assert [found[0] for found in goals([line, eighth])] == [f"{stored} at 95% of the ceiling"
                                                              for stored in ("bfloat16", "int8")]
     assert len(goals([line])) == 1
+
+
+def test_what_was_left_out_is_not_measured(kernel):
+    lines = [kernel(160)[0], *steps("included", "float32", 8, 2, 5), *steps("1b", "bfloat16", 1, 2, 5),
+             *steps("included", "float32", 32, 2, 5)]
+    found = [goals([left_out(line["kind"], line["machine"], line["point"], "no time")]) for line in lines]
+    assert [one[0][:3] for one in (found[0], found[1], found[5])] == [
+        ("bfloat16 at 95% of the ceiling", "", "not measured"),
+        ("3 times as fast as transformers' best loop", "", "not measured"), ("80% of the floor", "", "not measured")]
+    assert found[-1] == []
+    line = left_out("kernel", lines[0]["machine"], lines[0]["point"], "no time")
+    assert sentences([line]) == ["bfloat16 at 95% of the ceiling: not measured"]
 
 
 def test_other_points_and_kinds_have_no_goals(kernel, make):
