@@ -9,6 +9,7 @@ from .records import LEFT_OUT, OK, Record
 from .steady import MOST_MOVED, movement
 
 POINT = {"device": "cpu", "heads": 16, "head_dim": 128, "mean": 120, "full": 600}
+BATCHES = range(2, 65)
 SHARE = 0.95  # of the ceiling, for one layer's step
 # The same bytes if all heads were alike; and what padding takes.
 RIVALS = ("SDPA, every head the mean length", "two bmm, every head the mean length", "SDPA padded + mask")
@@ -25,8 +26,8 @@ def goals(lines: Sequence[Record]) -> list[tuple[str, str, str, str]]:
     """What is aimed at, what was reached, the verdict and what stands beside it, for the records of one point; none at
     points that the project has no goals for.
 
-    The verdict is ``met``, ``missed``, ``no verdict`` where times moved too much for one, or ``not measured`` at a point
-    that was left out.
+    The verdict is ``met``, ``missed``, ``no verdict`` where times moved too much for one, or ``not measured`` at points
+    that were left out.
     """
     return {"kernel": _kernel, "step": _step}.get(lines[0]["kind"], lambda lines: [])(lines)
 
@@ -49,7 +50,7 @@ def moved(line: Record) -> bool:
 
 def _kernel(lines: Sequence[Record]) -> list[tuple[str, str, str, str]]:
     point = lines[0]["point"]
-    if any(point.get(name) != value for name, value in POINT.items()):
+    if point["batch"] not in BATCHES or any(point.get(name) != value for name, value in POINT.items()):
         return []
     found = []
     for kv_format, stored in (("auto", point["dtype"]), ("int8", "int8")):

@@ -81,7 +81,7 @@ def test_what_was_left_out_is_not_measured(kernel):
 
 def test_other_points_and_kinds_have_no_goals(kernel, make):
     assert goals(kernel(160, batch=64)) and goals(kernel(160, spread="uniform"))
-    assert goals(kernel(160, mean=60)) == goals(kernel(160, heads=8)) == []
+    assert goals(kernel(160, mean=60)) == goals(kernel(160, heads=8)) == goals(kernel(160, batch=1)) == []
     assert goals([{**make(), "kind": "serve"}]) == goals([{**make(), "kind": "image"}]) == []
 
 
