@@ -52,11 +52,13 @@ test: $(VENV)/.built
 	$(BIN)/python -m tests.kernels.ptx.build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(WORKERS)
 
-# Debian's Chromium where no browser is there. Playwright drives it and downloads none.
+# Debian's Chromium where no browser is there. Playwright drives it and downloads none. torchao lies apart: transformers
+# imports it wherever it finds it.
 test-serve: export OMP_WAIT_POLICY := passive
 test-serve: $(VENV)/.built
 	@command -v chromium chromium-browser google-chrome > /dev/null \
 		|| { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	@test -d build/torchao || $(PIP) --no-deps --target build/torchao torchao
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m serve
 
 # Installs nothing: a machine with a GPU brings its own torch, Triton and pytest. `make gpu STEPS="smoke kernel"` runs

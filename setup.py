@@ -32,7 +32,8 @@ PACKAGE_DIRS = {
     "ssd_shapes": "python/ssd_shapes",
     "ssd_bench": "bench",
 }
-DATA_PACKAGES = ("ssd_shapes.assets", "ssd_shapes.model")  # files and no code: pyproject.toml says which
+# Files and no code: pyproject.toml says which.
+DATA_PACKAGES = ("ssd_janus.serve.static", "ssd_shapes.assets", "ssd_shapes.model")
 
 
 def nvcc_candidates(env: Mapping[str, str]) -> list[tuple[str, str | None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ssd_kernels.triton.launch import step_bytes
 
 from . import ceiling, machine
 from .kernel import first_line
-from .loops import CACHES, Drawn, engine_loop, transformers_loop
+from .loops import CACHES, TOP_K, Drawn, engine_loop, transformers_loop
 from .records import OK, Record, record
 from .steady import adds_up, movement, until_steady
 from .timing import PATIENCE, Timing, cpu_stopwatch, nothing
@@ -45,6 +45,7 @@ class Setting:
         start: visual tokens in the cache beforehand; None draws whole pictures from the prompt on.
         trials, patience: of the protocol (`timing.Protocol`).
         kind_of_batch: "fixed", or what limits a largest batch.
+        top_k: that the loops sample with.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Setting:
     start: int | None
     trials: int = 3
     kind_of_batch: str = "fixed"
+    top_k: int = TOP_K
     patience: float = PATIENCE
 
     @property
@@ -63,7 +65,8 @@ class Setting:
     def point(self) -> dict[str, Any]:
         """What identifies it in records."""
         return {"label": self.model, "batch": self.pictures, "rows": 2 * self.pictures, "dtype": self.dtype,
-                "steps": self.steps, "start": self.start, "batch_is": self.kind_of_batch}
+                "steps": self.steps, "start": self.start, "batch_is": self.kind_of_batch,
+                **({} if self.top_k == TOP_K else {"top_k": self.top_k})}  # older results did not say it
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,9 @@ class Loop:
 
 
 def loops(model: Any, prompt: Sequence[int], compiled: bool = False, budgets: Sequence[float] = (0.5, 0.2),
-          row_buffers: Sequence[int] = (0, 24), backend: str = "auto", seeds: int | None = None) -> Iterator[Loop]:
-    """transformers with its kinds of cache, then the engine with a full plan and with budgets.
+          row_buffers: Sequence[int] = (0, 24), backend: str = "auto", seeds: int | None = None, top_k: int = TOP_K,
+          plans: Mapping[str, CachePlan] | None = None) -> Iterator[Loop]:
+    """transformers with its kinds of cache, then the engine with a full plan and with budgets, or with ``plans``.
 
     With ``seeds`` every picture of the engine's draws from numbers of its own (`engine_loop`).
     """
@@ -96,24 +100,25 @@ def loops(model: Any, prompt: Sequence[int], compiled: bool = False, budgets: Se
                 pause: Callable[[], None] = nothing) -> Drawn:
             # With tokens in the cache, a prompt of one: what was held and the prompt are as many as the engine's.
             given, held = (prompt, 0) if start is None else (prompt[-1:], len(prompt) + start - 1)
-            return transformers_loop(model, [list(given)] * pictures, steps, kind, held, timing, sample, pause)
+            return transformers_loop(model, [list(given)] * pictures, steps, kind, held, timing, sample, top_k, pause)
 
         return run
 
     shape = ModelShape.of(model)
     for kind in CACHES if compiled else CACHES[:2]:
         yield Loop(f"transformers, {kind} cache", {"backend": None}, shape.full_plan(), transformers(kind), len(prompt))
-    plans = [("full plan", None, 0)] + [(f"{budget:.0%}, row buffer {row_buffer}", budget, row_buffer)
-                                        for budget in budgets for row_buffer in row_buffers]
-    for name, budget, row_buffer in plans:
-        engine = Engine(model, None if budget is None else build(POLICY, shape, budget, row_buffer), backend=backend)
+    made = [(name, plan.budget(shape.num_visual_tokens), plan) for name, plan in (plans or {}).items()] or [
+        (f"{budget:.0%}, row buffer {row_buffer}", budget, build(POLICY, shape, budget, row_buffer))
+        for budget in budgets for row_buffer in row_buffers]
+    for name, budget, plan in [("full plan", 1.0, shape.full_plan()), *made]:
+        engine = Engine(model, plan, backend=backend)
 
         def run(pictures: int, steps: int, start: int | None, timing: StepTiming | None, sample: bool,
                 pause: Callable[[], None] = nothing, engine: Engine = engine) -> Drawn:
-            return engine_loop(engine, [list(prompt)] * pictures, steps, start, timing, sample, seeds, pause)
+            return engine_loop(engine, [list(prompt)] * pictures, steps, start, timing, sample, seeds, top_k, pause)
 
-        yield Loop(f"engine, {name}", {"backend": backend, "budget": budget or 1.0, "row_buffer": row_buffer},
-                   engine.plan, run, len(prompt))
+        yield Loop(f"engine, {name}", {"backend": backend, "budget": budget, "row_buffer": plan.row_buffer}, plan, run,
+                   len(prompt))
 
 
 def largest(loop: Loop, model: Any, prompt: int, gigabytes: float) -> int:

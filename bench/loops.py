@@ -18,7 +18,7 @@ from .contender import fill
 from .ours import steady_state
 from .timing import nothing
 
-TOP_K = 50  # transformers' default
+TOP_K = 50  # transformers' default; 0 draws from all codes
 GUIDANCE = 5.0
 Mark = tuple[float, float]  # when a step ended and when the next began: in between others may run
 CACHES = ("dynamic", "static", "static, torch.compile")
@@ -34,7 +34,8 @@ class Drawn:
 
 
 def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, kind: str, held: int = 0,
-                      timing: StepTiming | None = None, sample: bool = True, pause: Callable[[], None] = nothing,
+                      timing: StepTiming | None = None, sample: bool = True, top_k: int = TOP_K,
+                      pause: Callable[[], None] = nothing,
                       clock: Callable[[], float] = time.perf_counter) -> Drawn:
     """``model.generate(...)`` of transformers with a cache of ``kind``.
 
@@ -44,7 +45,7 @@ def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, 
         kind: one of `CACHES`.
         held: random tokens that are in the cache before the prompt.
         timing: takes the parts of every step.
-        sample: with top-k and torch's own generator; else greedy.
+        sample: with ``top_k`` and torch's own generator; else greedy.
         pause: called after the prompt and after every step, outside the clock.
     """
     from transformers import DynamicCache, StaticCache
@@ -99,7 +100,7 @@ def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, 
                 stack.enter_context(mock.patch.object(target, name, timing.timed(part, getattr(target, name))))
         tokens = model.generate(input_ids=ids, attention_mask=torch.ones(len(ids), held + ids.shape[1],
                                                                          dtype=torch.long, device=device),
-                                **{CACHE_NAME: cache}, generation_mode="image", do_sample=sample, top_k=TOP_K,
+                                **{CACHE_NAME: cache}, generation_mode="image", do_sample=sample, top_k=top_k,
                                 guidance_scale=GUIDANCE)
         mark()
     size = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
@@ -107,18 +108,19 @@ def transformers_loop(model: Any, prompts: Sequence[Sequence[int]], steps: int, 
 
 
 def engine_loop(engine: Engine, prompts: Sequence[Sequence[int]], steps: int, start: int | None = None,
-                timing: StepTiming | None = None, sample: bool = True, seeds: int | None = None,
+                timing: StepTiming | None = None, sample: bool = True, seeds: int | None = None, top_k: int = TOP_K,
                 pause: Callable[[], None] = nothing, clock: Callable[[], float] = time.perf_counter) -> Drawn:
     """Our engine's steps.
 
     Args:
         start: visual tokens that are in the cache before the first step, random ones; None begins with the prompt.
-        prompts, steps, timing, sample, pause: as in `transformers_loop`, which draws from the same random numbers.
+        prompts, steps, timing, sample, top_k, pause: as in `transformers_loop`, which draws from the same random
+            numbers.
         seeds: of the first picture, the others counting on: numbers of their own instead.
     """
     from ssd_janus.engine.capture import CapturedStep, can_capture
 
-    sampling = Sampling.make(1.0, top_k=TOP_K) if sample else Sampling(greedy=True)
+    sampling = Sampling.make(1.0, top_k=top_k) if sample else Sampling(greedy=True)
     batch = engine.batch(prompts, guidance=GUIDANCE, seeds=seeds, sampling=sampling, steps=steps, timing=timing)
     if start is not None:
         steady_state(batch.cache, len(prompts[0]), start)

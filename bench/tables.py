@@ -112,7 +112,7 @@ def decoder_title(line: Record) -> str:
     what = "whole pictures" if point["start"] is None else f"a step at {point['start']} visual tokens"
     count = f"{point['batch']} picture{'s' if point['batch'] > 1 else ''}"
     return (f"{what}, model {point['label']}, {count} ({point['rows']} rows), {point['dtype']}, "
-            f"batch: {point['batch_is']}")
+            f"batch: {point['batch_is']}" + (f", top-k {point['top_k']}" if "top_k" in point else ""))
 
 
 def decoder_rows(lines: Sequence[Record]) -> list[list[str]]:

@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "cpu/decode.h"
+#include "cpu/instruction_sets.h"
+#include "cpu/linear.h"
 #if SSD_KERNELS_HAVE_CUDA
 #include "bindings_cuda.h"
 #endif
@@ -78,9 +80,47 @@ class Layer : public ssd::BoundLayer {
   }
 };
 
+// A matrix of weights, with what comes before and after a product with it.
+class Linear {
+ public:
+  Linear(int32_t dtype, uintptr_t weight, uintptr_t bias, uintptr_t norm, float epsilon, bool silu, bool gated,
+         int32_t in, int32_t outputs)
+      : product_{static_cast<ssd::DType>(dtype),
+                 nullptr,
+                 pointer<const void>(weight),
+                 pointer<const void>(bias),
+                 pointer<const void>(norm),
+                 nullptr,
+                 nullptr,
+                 0,
+                 0,
+                 epsilon,
+                 0,
+                 in,
+                 outputs,
+                 silu,
+                 gated} {}
+
+  void run(uintptr_t x, int64_t x_stride, int32_t rows, uintptr_t plus, int64_t plus_stride, uintptr_t out,
+           int threads) const {
+    ssd::Linear product = product_;
+    product.x = pointer<const void>(x);
+    product.x_stride = x_stride;
+    product.rows = rows;
+    product.plus = pointer<const void>(plus);
+    product.plus_stride = plus_stride;
+    product.out = pointer<void>(out);
+    py::gil_scoped_release unlocked;
+    ssd::linear(product, threads);
+  }
+
+ private:
+  ssd::Linear product_;
+};
+
 py::dict build_info() {
   py::list sets;
-  for (const char* const* name = ssd::kInstructionSets; *name; ++name) sets.append(*name);
+  for (const char* name : ssd::instruction_sets()) sets.append(name);
   py::dict info;
   info["compiler"] = SSD_KERNELS_COMPILER;
   info["instruction_sets"] = sets;
@@ -93,10 +133,16 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
   ssd::bind_layer<Layer>(module, "Layer").def("decode", &Layer::decode).def("prefill", &Layer::prefill);
+  py::class_<Linear>(module, "Linear", py::module_local())
+      .def(py::init<int32_t, uintptr_t, uintptr_t, uintptr_t, float, bool, bool, int32_t, int32_t>(), py::arg("dtype"),
+           py::arg("weight"), py::arg("bias"), py::arg("norm"), py::arg("epsilon"), py::arg("silu"), py::arg("gated"),
+           py::arg("inputs"), py::arg("outputs"))
+      .def("run", &Linear::run);
 #if SSD_KERNELS_HAVE_CUDA
   ssd::bind_cuda(module);
 #endif
   module.def("build_info", &build_info);
+  module.def("linear_threads", &ssd::linear_threads, py::arg("bytes"), py::arg("multiplications"), py::arg("threads"));
   module.def("instruction_set", &ssd::instruction_set);
   module.def("set_instruction_set", [](const std::string& name) {
     if (!ssd::set_instruction_set(name.c_str()))

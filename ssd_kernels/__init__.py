@@ -3,7 +3,7 @@
 # torch goes first: the compiled extension must find torch's OpenMP runtime already loaded and share it.
 import torch  # noqa: F401  # isort: skip
 
-from . import ops  # noqa: F401  # registers torch.ops.ssd_kernels
+from . import linear, ops  # noqa: F401  # registers torch.ops.ssd_kernels
 from .cache import CompressedCache
 from .heads import HeadSpec
 from .info import info

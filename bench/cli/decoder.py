@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ssd_janus.cli.presets import Preset, PresetName, filled
+
 from .options import (
     AsJson,
     Device,
@@ -18,12 +20,15 @@ from .options import (
     Threads,
     Trials,
     check_out,
+    given,
     on_device,
     refuse_ignored,
     run_jobs,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from ..records import Record
@@ -34,6 +39,12 @@ DType = Annotated[list[str], typer.Option(help="float32, bfloat16 or float16.")]
 Compiled = Annotated[bool, typer.Option(help="Also transformers with torch.compile; it takes minutes to compile.")]
 Budgets = Annotated[list[float], typer.Option(help="Of the engine's plans, besides the full one.")]
 RowBuffers = Annotated[list[int], typer.Option(help="Of the engine's plans.")]
+Plans = Annotated[list[Path] | None, typer.Option("--plan", exists=True, help=(
+    "Plan file for the engine, besides the full plan and in place of --budget and --row-buffer; may be repeated."))]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many likeliest codes; 0 from all.")]
+# The table of the paper's efficiency: docs/paper.md.
+PRESETS = {PresetName.paper: {"pictures": [32, 64, 128], "dtype": ["bfloat16"], "top_k": 0, "budget": [0.2],
+                              "row_buffer": [0, 24]}}
 
 
 def step(
@@ -67,8 +78,11 @@ def image(
     dtype: DType = ["float32"],  # noqa: B006
     largest_in: Annotated[float | None, typer.Option(help="Instead: as many as fit into this many GB.")] = None,
     steps: Annotated[int, typer.Option(min=24, help="Tokens per picture.")] = 576,
+    preset: Preset = None,
+    plan: Plans = None,
     budget: Budgets = [0.5, 0.2],  # noqa: B006
     row_buffer: RowBuffers = [0, 24],  # noqa: B006
+    top_k: TopK = 50,
     compiled: Compiled = False,
     only: Only = None,
     device: Device = "auto",
@@ -82,16 +96,27 @@ def image(
     """Whole pictures: pictures per second, cost against the place in the picture, memory."""
     if largest_in is not None:
         refuse_ignored(context, "--largest-in", {"--largest-in": ("pictures",)})
+    if plan:
+        refuse_ignored(context, "--plan", {"--plan": ("budget", "row_buffer")})
+    silent = [*(["pictures"] if largest_in is not None else []), *(["budget", "row_buffer"] if plan else [])]
+    options = {"pictures": pictures, "dtype": dtype, "top_k": top_k, "budget": budget, "row_buffer": row_buffer}
+    if preset is not None:
+        open_ = {name: value if given(context, name) else None for name, value in options.items()
+                 if name not in silent}
+        options |= filled(preset, open_, PRESETS)
     where = on_device(device, threads, instruction_set)
-    _decoder(model, pictures, dtype, None, steps, budget, row_buffer, compiled, only, where, trials, patience, as_json,
-             out, largest_in)
+    _decoder(model, options["pictures"], options["dtype"], None, steps, options["budget"], options["row_buffer"],
+             compiled, only, where, trials, patience, as_json, out, largest_in, options["top_k"], plan or ())
 
 
 def _decoder(models: list[str], pictures: list[int], dtypes: list[str], start: int | None, steps: int,
              budgets: list[float], row_buffers: list[int], compiled: bool, only: list[str] | None,
              device: torch.device, trials: int, patience: float, as_json: bool, out: Path | None,
-             largest_in: float | None) -> None:
+             largest_in: float | None, top_k: int = 50, plans: Sequence[Path] = ()) -> None:
     """`step` and `image`: loads one model at a time."""
+    from ssd_janus import ModelShape
+    from ssd_kernels import CachePlan
+
     from ..decoder import Setting, largest, loops, measure
     from ..models import load
     from ..point import DTYPES
@@ -108,7 +133,8 @@ def _decoder(models: list[str], pictures: list[int], dtypes: list[str], start: i
         name, dtype = what
         report(f"loading {name}")
         model, prompt = load(name, DTYPES[dtype], device)
-        known = list(loops(model, prompt, compiled, budgets, row_buffers))
+        files = {f"plan {file.stem}": ModelShape.of(model).check(CachePlan.load(file)) for file in plans}
+        known = list(loops(model, prompt, compiled, budgets, row_buffers, top_k=top_k, plans=files))
         found = [loop for loop in known if not only or any(part in loop.name for part in only)]
         if not found:
             raise ValueError(f"only must be part of one of {'; '.join(loop.name for loop in known)}, got "
@@ -118,11 +144,11 @@ def _decoder(models: list[str], pictures: list[int], dtypes: list[str], start: i
             for loop in found:
                 count = largest(loop, model, len(prompt), largest_in)
                 setting = Setting(label, dtype, count, steps, start, trials, f"largest within {largest_in:g} GB",
-                                  patience)
+                                  top_k, patience)
                 lines += measure(model, [loop], setting, report)
             return lines
         for count in pictures:
-            setting = Setting(label, dtype, count, steps, start, trials, patience=patience)
+            setting = Setting(label, dtype, count, steps, start, trials, top_k=top_k, patience=patience)
             lines += measure(model, found, setting, report)
         return lines
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
 Threads = Annotated[int, typer.Option(help="Threads for everybody; 0 keeps torch's choice.")]
 InstructionSet = Annotated[str | None, typer.Option(
-    help="avx512, avx2 or portable, for ours and, as far as it lets itself be told, for torch. Default: the best.")]
+    help="avx512_bf16, avx512, avx2 or portable, for ours and, as far as it lets itself be told, for torch. Default: "
+         "the best.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of tables.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the results to this file, as JSON lines.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only contenders whose name holds this.")]
@@ -27,8 +28,9 @@ Trials = Annotated[int, typer.Option(min=1, help="Rounds over all contenders.")]
 Patience = Annotated[float, typer.Option(
     min=0, help="Seconds in which trials are repeated while the ceiling moves by more than 20%.")]
 # What torch and its libraries read when they load.
-TOLD = {"avx512": {}, "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
-                               "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+TOLD = {"avx512_bf16": {}, "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+        "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
+                 "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
         "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41",
                      "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}}
 
@@ -42,10 +44,15 @@ def refuse_ignored(context: typer.Context, chosen: str | None, ignored: Mapping[
         ignored: parameters that say nothing, by that option.
     """
     for name in ignored[chosen]:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if given(context, name):
             why = f"says nothing beside {chosen}" if chosen else "needs --plan or --policy"
             raise typer.BadParameter(why, param_hint=f"--{name.replace('_', '-')}")
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter is on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def check_out(out: Path | None) -> None:

@@ -68,10 +68,4 @@ void prefill(const CacheLayer& layer, const Prefill& prompts, int threads);
 // The largest of `count` floats, at least 1, read by `threads` threads in `streams` places each, and nothing else done.
 float largest(const float* from, int64_t count, int streams, int threads);
 
-// Names of the instruction sets compiled in, best first, ending with null; which one is in use; and choosing another
-// (false: unknown, or this machine lacks it).
-extern const char* const kInstructionSets[];
-const char* instruction_set();
-bool set_instruction_set(const char* name);
-
 }  // namespace ssd

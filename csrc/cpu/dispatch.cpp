@@ -2,9 +2,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <vector>
 
 #include "cpu/decode.h"
+#include "cpu/instruction_sets.h"
+#include "cpu/linear.h"
 #include "cpu/threads.h"
 
 namespace ssd {
@@ -12,33 +15,37 @@ namespace {
 
 struct InstructionSet {
   const char* name;
+  bool (*present)();
   void (*decode_items)(const CacheLayer&, const DecodeStep&, const Items&, const Scratch&);
   float (*largest)(const float*, int64_t, int);
+  const LinearKernel* linear;
 };
 
-// Without a name where this machine lacks it.
-InstructionSet find(const char* name) {
 #if SSD_KERNELS_HAVE_X86
-  if (!std::strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
-    return {name, avx512::decode_items, avx512::largest};
-  // Not every compiler knows "f16c", which every processor with AVX2 has.
-  if (!std::strcmp(name, "avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {name, avx2::decode_items, avx2::largest};
+bool have_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+bool have_avx512_bf16() { return have_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// Not every compiler knows "f16c", which every processor with AVX2 has.
+bool have_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
-  if (!std::strcmp(name, "portable")) return {name, portable::decode_items, portable::largest};
-  return {nullptr, nullptr, nullptr};
-}
+bool have_portable() { return true; }
 
-InstructionSet best() {
-  for (const char* const* name = kInstructionSets;; ++name) {
-    const InstructionSet found = find(*name);
-    if (found.name) return found;
-  }
-}
+// Best first.
+const InstructionSet kSets[] = {
+#if SSD_KERNELS_HAVE_X86
+    {"avx512_bf16", have_avx512_bf16, avx512::decode_items, avx512::largest, &avx512_bf16::linear_kernel},
+    {"avx512", have_avx512, avx512::decode_items, avx512::largest, &avx512::linear_kernel},
+    {"avx2", have_avx2, avx2::decode_items, avx2::largest, &avx2::linear_kernel},
+#endif
+    {"portable", have_portable, portable::decode_items, portable::largest, &portable::linear_kernel},
+};
 
-InstructionSet& current() {
-  static InstructionSet chosen = best();
+const InstructionSet*& current() {
+  static const InstructionSet* chosen =
+      std::find_if(std::begin(kSets), std::end(kSets), [](const InstructionSet& set) { return set.present(); });
   return chosen;
 }
 
@@ -81,28 +88,29 @@ thread_local Workspace workspace;
 
 }  // namespace
 
-const char* const kInstructionSets[] = {
-#if SSD_KERNELS_HAVE_X86
-    "avx512", "avx2",
-#endif
-    "portable", nullptr};
+std::vector<const char*> instruction_sets() {
+  std::vector<const char*> names;
+  for (const InstructionSet& set : kSets) names.push_back(set.name);
+  return names;
+}
 
-const char* instruction_set() { return current().name; }
+const char* instruction_set() { return current()->name; }
 
 bool set_instruction_set(const char* name) {
-  for (const char* const* known = kInstructionSets; *known; ++known) {
-    if (std::strcmp(*known, name)) continue;
-    const InstructionSet found = find(*known);
-    if (found.name) current() = found;
-    return found.name != nullptr;
+  for (const InstructionSet& set : kSets) {
+    if (std::strcmp(set.name, name) || !set.present()) continue;
+    current() = &set;
+    return true;
   }
   return false;
 }
 
+void linear(const Linear& product, int threads) { linear(product, *current()->linear, threads); }
+
 float largest(const float* from, int64_t count, int streams, int threads) {
   const int64_t piece = (count + threads - 1) / threads;
   std::vector<float> found(static_cast<size_t>(threads), -INFINITY);
-  const auto read = current().largest;
+  const auto read = current()->largest;
   parallel_for(threads, count, piece, [&](int64_t begin, int64_t end) {
     found[static_cast<size_t>(begin / piece)] = read(from + begin, end - begin, streams);
   });
@@ -144,7 +152,7 @@ Error decode(const CacheLayer& layer, const DecodeStep& step, int threads) {
   // Chunks long enough for prefetching to run across items, short enough to even out unequal heads.
   const int64_t chunk = std::max<int64_t>(1, items / (int64_t{threads} * 16));
   const bool row_by_row = shape.batch >= 4 * int64_t{threads};
-  const auto decode_items = current().decode_items;
+  const auto decode_items = current()->decode_items;
 
   parallel_for(threads, items, chunk, [&](int64_t begin, int64_t end) {
     decode_items(layer, step, {begin, end, row_by_row}, workspace.scratch(group, shape.head_dim, longest));

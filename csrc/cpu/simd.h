@@ -137,6 +137,7 @@ SSD_INLINE void store_half(Int8* p, Vec a) {
 }
 SSD_INLINE Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
 SSD_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
+SSD_INLINE Vec divide(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
 SSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
 // The second operand wins over a NaN, so clamp(x) keeps a NaN x.
 SSD_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
@@ -211,6 +212,7 @@ SSD_INLINE void store(Int8* p, Vec a) {
 }
 SSD_INLINE Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; }
 SSD_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x)}; }
+SSD_INLINE Vec divide(Vec a, Vec b) { return {_mm256_div_ps(a.x, b.x)}; }
 SSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
 SSD_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.x, b.x)}; }
 SSD_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.x, b.x)}; }
@@ -272,6 +274,9 @@ SSD_INLINE Vec add(Vec a, Vec b) {
 }
 SSD_INLINE Vec mul(Vec a, Vec b) {
   return each([&](int i) { return a.x[i] * b.x[i]; });
+}
+SSD_INLINE Vec divide(Vec a, Vec b) {
+  return each([&](int i) { return a.x[i] / b.x[i]; });
 }
 SSD_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });

@@ -48,10 +48,12 @@ def fingerprint(model: nn.Module) -> str:
     It is the same whether the others were loaded or not. Values count as float32, so that weights that were loaded
     without loss have one fingerprint in every dtype.
     """
+    from .quantization import dense
+
     digest = hashlib.blake2b(digest_size=8)
     for name, value in model.named_parameters():
         if name.startswith(UNUSED):
             continue
-        values = value.detach().flatten()[::max(1, value.numel() // SAMPLED)]
+        values = dense(value.detach()).flatten()[::max(1, value.numel() // SAMPLED)]
         digest.update(name.encode() + values.float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -34,13 +34,26 @@ def save_picture(picture: Image.Image, path: Path, facts: Mapping[str, Any] | No
     Args:
         picture: to write.
         path: of the file.
+        facts: as of `png`.
+    """
+    data = png(picture, facts)
+    write_atomically(path, lambda file: file.write(data))
+
+
+def png(picture: Image.Image, facts: Mapping[str, Any] | None = None) -> bytes:
+    """A picture as the contents of a PNG file.
+
+    Args:
+        picture: to encode.
         facts: JSON values that `read_picture` returns: what the picture was drawn with. They are a text in the file, so
             that they go where it goes.
     """
     text = PngInfo()
     if facts is not None:
         text.add_text(FACTS, json.dumps(facts))
-    write_atomically(path, lambda file: picture.save(file, "PNG", pnginfo=text))
+    file = io.BytesIO()
+    picture.save(file, "PNG", pnginfo=text)
+    return file.getvalue()
 
 
 def read_picture(path: Path) -> tuple[Image.Image, dict[str, Any] | None]:
@@ -62,6 +75,26 @@ def read_picture(path: Path) -> tuple[Image.Image, dict[str, Any] | None]:
     except Exception as error:  # a damaged file makes Pillow raise many kinds
         raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:100]}") from None
     return picture, found if isinstance(found, dict) else None
+
+
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """The ``facts`` of a PNG alone, without a look at its pixels; None if there are none.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no PNG, or damaged before its pixels; the message names it.
+    """
+    try:
+        with path.open("rb") as file, Image.open(file, formats=["PNG"]) as picture:
+            facts = picture.info.get(FACTS)
+        found = parse_json(facts) if isinstance(facts, str) else None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ValueError(f"{path} is no PNG") from None
+    except Exception as error:  # a damaged file makes Pillow raise many kinds
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:100]}") from None
+    return found if isinstance(found, dict) else None
 
 
 def file_names(prompts: Sequence[str], num_images_per_prompt: int) -> list[str]:

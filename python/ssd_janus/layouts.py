@@ -1,4 +1,5 @@
-"""Folders as the official evaluators of GenEval and DPG-Bench read them: what is written, and what is there already."""
+"""Folders of pictures, plain or as the official evaluators of GenEval and DPG-Bench read them: what is written, and
+what is there already."""
 
 from __future__ import annotations
 
@@ -6,19 +7,19 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL.Image import Image, new
 
 from ssd_kernels.files import sweep
 from ssd_kernels.reading import read_json, shown
 
-from .files import write_text
-from .images import read_picture, save_picture
+from .images import file_names, png, read_facts, read_picture
 from .prompts import FilePrompt
 
 MAX_BYTES = 16 << 20  # of a file with metadata
@@ -26,15 +27,36 @@ MAX_BYTES = 16 << 20  # of a file with metadata
 Facts = Mapping[str, Any]  # what a picture was drawn with, JSON values
 
 
+@dataclass(frozen=True)
+class Painted:
+    """The pictures of a prompt, before they are in files.
+
+    Attributes:
+        prompt: that they show.
+        seed: of the first; the others count on.
+        tokens: long [pictures, visual tokens].
+        pictures: as many.
+        facts: what they were drawn with.
+    """
+
+    prompt: FilePrompt
+    seed: int
+    tokens: torch.Tensor
+    pictures: Sequence[Image]
+    facts: Facts
+
+
 class Layout:
-    """How one evaluator wants its folder.
+    """How a folder of pictures looks, for people or for one evaluator.
 
     Attributes:
         out: the folder.
         images: pictures of each prompt, by default as many as the evaluators are used with.
+        together: whether prompts that are drawn together share files.
     """
 
     usual_images = 4
+    together = False
 
     def __init__(self, out: Path, images: int | None = None) -> None:
         self.out, self.images = out, self.usual_images if images is None else images
@@ -43,9 +65,15 @@ class Layout:
         """The PNG files of a prompt."""
         raise NotImplementedError
 
-    def write(self, prompt: FilePrompt, pictures: Sequence[Image], facts: Facts) -> list[Path]:
-        """Write a prompt's pictures; returns the file of each picture."""
-        raise NotImplementedError
+    def encode(self, painted: Sequence[Painted]) -> Iterator[tuple[Path, bytes]]:
+        """The files of prompts that share them, of one prompt where none do, in the order to write them in."""
+        for own in painted:
+            for file, picture in zip(self.files(own.prompt), own.pictures, strict=True):
+                yield file, png(picture, own.facts)
+
+    def homes(self, painted: Sequence[Painted]) -> list[Path]:
+        """The file of every picture that `encode` encodes."""
+        return [file for own in painted for file in self.files(own.prompt)]
 
     def file_size(self, width: int, height: int) -> tuple[int, int]:
         """Pixels of a PNG file, from those of a picture."""
@@ -56,7 +84,7 @@ class Layout:
 
     def advice(self, prompts: Sequence[FilePrompt]) -> Iterator[str]:
         """What to know about evaluating these prompts before they are drawn."""
-        raise NotImplementedError
+        return iter(())
 
     def damage(self, prompt: FilePrompt) -> str | None:
         """What is wrong with files of a prompt other than pictures; None if nothing."""
@@ -71,7 +99,35 @@ class Layout:
 
     def strangers(self, prompts: Sequence[FilePrompt]) -> Iterator[Path]:
         """What is there that the evaluator would read, and belongs to none of ``prompts``."""
-        raise NotImplementedError
+        return iter(())
+
+    def drawn_here(self, file: Path) -> bool:
+        """Whether a file among `strangers` was written by this package, and may be removed."""
+        return file.name == "metadata.jsonl" or _says_what_with(file)
+
+    def examine(self, prompts: Sequence[FilePrompt], facts: Mapping[int, Facts], size: Callable[[], tuple[int, int]],
+                own: Container[int] | None = None) -> Found:
+        """What is there already: `examine`."""
+        return examine(self, prompts, facts, size, own)
+
+    def missing(self, prompts: Sequence[FilePrompt], facts: Mapping[int, Facts]) -> list[Path]:
+        """What is not there yet: `missing`."""
+        return missing(self, prompts, facts)
+
+
+class Plain(Layout):
+    """``01-a-red-circle.png`` ... for people. Prompts that are left out keep their place."""
+
+    usual_images = 1
+
+    def __init__(self, out: Path, images: int | None, prompts: Sequence[FilePrompt]) -> None:
+        super().__init__(out, images)
+        texts = {prompt.number: prompt.text for prompt in prompts}
+        self._names = file_names([texts.get(number, "") for number in range(max(texts) + 1)], self.images)
+
+    def files(self, prompt: FilePrompt) -> list[Path]:
+        first = prompt.number * self.images
+        return [self.out / name for name in self._names[first:first + self.images]]
 
 
 class GenEval(Layout):
@@ -85,13 +141,10 @@ class GenEval(Layout):
     def files(self, prompt: FilePrompt) -> list[Path]:
         return [self._folder(prompt) / "samples" / f"{image:05d}.png" for image in range(self.images)]
 
-    def write(self, prompt: FilePrompt, pictures: Sequence[Image], facts: Facts) -> list[Path]:
-        files = self.files(prompt)
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        for file, picture in zip(files, pictures, strict=True):
-            save_picture(picture, file, facts)
-        write_text(self._folder(prompt) / "metadata.jsonl", json.dumps(prompt.metadata) + "\n")
-        return files
+    def encode(self, painted: Sequence[Painted]) -> Iterator[tuple[Path, bytes]]:
+        yield from super().encode(painted)
+        for own in painted:
+            yield self._folder(own.prompt) / "metadata.jsonl", (json.dumps(own.prompt.metadata) + "\n").encode()
 
     def advice(self, prompts: Sequence[FilePrompt]) -> Iterator[str]:
         lacking = [prompt for prompt in prompts if not {"tag", "include"} <= prompt.metadata.keys()]
@@ -138,15 +191,16 @@ class DPGBench(Layout):
     def files(self, prompt: FilePrompt) -> list[Path]:
         return [self.out / f"{prompt.name}.png"]
 
-    def write(self, prompt: FilePrompt, pictures: Sequence[Image], facts: Facts) -> list[Path]:
-        (file,) = self.files(prompt)
-        self.out.mkdir(parents=True, exist_ok=True)
-        width, height = pictures[0].size
-        sheet = new("RGB", self.file_size(width, height))
-        for number, picture in enumerate(pictures):
-            sheet.paste(picture, (number % self._side * width, number // self._side * height))
-        save_picture(sheet, file, facts)
-        return [file] * len(pictures)
+    def encode(self, painted: Sequence[Painted]) -> Iterator[tuple[Path, bytes]]:
+        for own in painted:
+            width, height = own.pictures[0].size
+            sheet = new("RGB", self.file_size(width, height))
+            for number, picture in enumerate(own.pictures):
+                sheet.paste(picture, (number % self._side * width, number // self._side * height))
+            yield self.files(own.prompt)[0], png(sheet, own.facts)
+
+    def homes(self, painted: Sequence[Painted]) -> list[Path]:
+        return [file for own in painted for file in self.files(own.prompt) * len(own.pictures)]
 
     @property
     def _side(self) -> int:
@@ -187,17 +241,21 @@ class Found:
         done: numbers of the prompts that need not be drawn.
         damaged: what is wrong with files that will be drawn anew, one line each.
         differing: what was drawn with other settings, one line each.
+        elsewhere: the same of prompts that another process draws.
         strangers: what the evaluator would read beside.
+        stale: files of what is damaged or differs that nothing will be written in the place of.
     """
 
     done: set[int] = field(default_factory=set)
     damaged: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
     strangers: list[Path] = field(default_factory=list)
+    stale: list[Path] = field(default_factory=list)
 
 
 def examine(layout: Layout, prompts: Sequence[FilePrompt], facts: Mapping[int, Facts],
-            size: Callable[[], tuple[int, int]]) -> Found:
+            size: Callable[[], tuple[int, int]], own: Container[int] | None = None) -> Found:
     """Look at every file that is there, pixels included.
 
     Args:
@@ -205,6 +263,8 @@ def examine(layout: Layout, prompts: Sequence[FilePrompt], facts: Mapping[int, F
         prompts: to draw.
         facts: what each prompt would be drawn with, by its number.
         size: returns width and height of one picture.
+        own: numbers of the prompts to be drawn here; None for all. Of the others, which another process may be writing,
+            only what differs is found.
 
     Raises:
         ValueError: a folder or device has the name of a picture.
@@ -212,16 +272,20 @@ def examine(layout: Layout, prompts: Sequence[FilePrompt], facts: Mapping[int, F
     found = Found()
     for prompt in prompts:
         files = layout.files(prompt)
-        sweep(files[0].parent)
         there = [file for file in files if file.exists()]
+        for file in there:
+            if not file.is_file():
+                raise ValueError(f"{file} must be a file, or not there")
+        if own is not None and prompt.number not in own:
+            found.elsewhere += _differing(layout, prompt, there, facts[prompt.number])
+            continue
+        sweep(files[0].parent)
         if not there:
             continue
         damaged = [problem] if (problem := layout.damage(prompt)) else []
         damaged += [f"{file} is missing" for file in files if file not in there]
         differing: list[str] = []
         for file in there:
-            if not file.is_file():
-                raise ValueError(f"{file} must be a file, or not there")
             try:
                 picture, old = read_picture(file)
             except (OSError, ValueError) as error:
@@ -234,11 +298,8 @@ def examine(layout: Layout, prompts: Sequence[FilePrompt], facts: Mapping[int, F
                                    f"{picture.size[0]} x {picture.size[1]}")
                 else:
                     differing.append(f"{file} does not say what it was drawn with")
-            elif names := [name for name in {**facts[prompt.number], **old}
-                           if old.get(name) != facts[prompt.number].get(name)]:
-                values = ", ".join(f"{name} ({shown(old.get(name))} there, {shown(facts[prompt.number].get(name))} now)"
-                                   for name in names)
-                differing.append(f"{file} was drawn with another {values}")
+            elif line := difference(file, old, facts[prompt.number]):
+                differing.append(line)
             elif picture.size != layout.file_size(*size()):
                 damaged.append(f"{file} has another size than when it was drawn")
         differing += [f"{there[0]} has other {text}" for text in layout.differences(prompt)]
@@ -250,27 +311,61 @@ def examine(layout: Layout, prompts: Sequence[FilePrompt], facts: Mapping[int, F
     return found
 
 
-def check_removable(strangers: Iterable[Path]) -> None:
+def missing(layout: Layout, prompts: Sequence[FilePrompt], facts: Mapping[int, Facts]) -> list[Path]:
+    """The first file of every prompt that is not drawn yet, or was drawn with something else; pixels are not looked at.
+
+    Args: as of `examine`.
+    """
+    return [files[0] for prompt in prompts for files in [layout.files(prompt)]
+            if not all(file.is_file() for file in files) or layout.damage(prompt)
+            or any(_differing(layout, prompt, files, facts[prompt.number]))]
+
+
+def _differing(layout: Layout, prompt: FilePrompt, files: Sequence[Path], facts: Facts) -> Iterator[str]:
+    """What differs, as far as files say without their pixels; damaged ones say nothing."""
+    for file in files:
+        with suppress(OSError, ValueError):
+            old = read_facts(file)
+            if line := f"{file} does not say what it was drawn with" if old is None else difference(file, old, facts):
+                yield line
+    if files:
+        yield from (f"{files[0]} has other {text}" for text in layout.differences(prompt))
+
+
+def difference(file: Path, old: Facts, wanted: Facts) -> str:
+    """How what a picture was drawn with differs from what it would be drawn with; empty where it does not."""
+    values = ", ".join(f"{name} ({shown(old.get(name))} there, {shown(wanted.get(name))} now)"
+                       for name in {**wanted, **old} if old.get(name) != wanted.get(name))
+    return f"{file} was drawn with another {values}" if values else ""
+
+
+def check_removable(layout: Layout, strangers: Iterable[Path]) -> None:
     """Raise a ValueError if one of these files and folders was not drawn by this package."""
     for path in strangers:
-        for file in [path] if path.is_file() else [inside for inside in path.rglob("*") if not inside.is_dir()]:
-            if file.name != "metadata.jsonl" and not _drawn_here(file):
-                raise ValueError(f"{file} must not be there, where the evaluator would read it, and was not drawn "
-                                 "here; move it")
+        with suppress(FileNotFoundError):  # another process has found the same, and removes it
+            for file in [path] if path.is_file() else [inside for inside in path.rglob("*") if not inside.is_dir()]:
+                if not layout.drawn_here(file):
+                    raise ValueError(f"{file} must not be there, where it would be read with the pictures, and was not "
+                                     "drawn here; move it")
 
 
-def remove(strangers: Iterable[Path]) -> None:
-    """Remove files and folders."""
+def remove(strangers: Iterable[Path]) -> list[Path]:
+    """Remove files and folders, which other processes may be removing, too; returns those that were there."""
+    found = []
     for path in strangers:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        found += [path] if path.exists() else []
+        while path.is_dir():
+            with suppress(FileNotFoundError):
+                shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+    return found
 
 
-def _drawn_here(file: Path) -> bool:
+def _says_what_with(file: Path) -> bool:
     try:
         return read_picture(file)[1] is not None
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError):
         return False
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec
-from ssd_kernels.layout import peak_tokens
-from ssd_kernels.policies import KINDS, HeadProfile, Shape, adaptive, predicted_cost, raster_of
+from ssd_kernels.policies import KINDS, HeadProfile, Shape, raster_of
 
 from .checkpoints import fingerprint
-from .evaluation.fidelity import Recorder, caches_beside, compare
+from .evaluation.fidelity import Recorder, caches_beside
+from .evaluation.folder import settings
 from .pipeline import Pipeline
+from .probing import Probes
+from .profile_parts import Parts, Tensors
 from .progress import ProgressCallback
+from .ranks import ALONE, Ranks, StillMissing
 
 SIZE_SHARES = (1 / 144, 1 / 72, 1 / 36, 1 / 24, 1 / 16, 1 / 12, 1 / 8, 1 / 6, 1 / 4, 3 / 8, 1 / 2)  # of all tokens
-PROBED_BUDGET = 0.1
 UNWATCHED = 4  # times as many pictures are drawn at once where nothing is watched
+# What `HeadStatistics` sums up over pictures.
+SUMS = ("prompt", "age", "column", "first", "offset", "guidance", "place", "error", "norm", "steps")
 
 
 class _Weights(Recorder):
@@ -106,6 +110,21 @@ class HeadStatistics:
         self.steps = torch.zeros(shape.num_layers, dtype=torch.long)
         token = torch.arange(tokens, device=pipe.device)
         self.row_of, self.column_of = token // columns, token % columns
+
+    def sums(self) -> dict[str, torch.Tensor]:
+        """What has been summed up so far, on the CPU."""
+        return {name: getattr(self, name).detach().cpu().clone() for name in SUMS}
+
+    def clear(self) -> None:
+        """Forget all sums."""
+        for name in SUMS:
+            getattr(self, name).zero_()
+
+    def add(self, sums: Tensors) -> None:
+        """Add the sums of other pictures."""
+        for name in SUMS:
+            own = getattr(self, name)
+            own += sums[name].to(own.device)
 
     def begin(self, guided: bool) -> None:
         """Before every batch of pictures."""
@@ -222,59 +241,9 @@ class HeadStatistics:
         return profile
 
 
-def measure_sensitivity(pipe: Pipeline, prompts: Sequence[str], profile: HeadProfile, *, guidance_scale: float,
-                        seed: int, batch_size: int, progress: ProgressCallback) -> torch.Tensor:
-    """[L] nats per token of KL(full || compressed) per unit of relative error, one layer compressed at a time.
-
-    That layer keeps what `adaptive` would give it at ``PROBED_BUDGET`` were all layers equally sensitive, without a row
-    buffer, so that the errors are of the kind that plans will make; the tokens of full-cache pictures are forced. All
-    prompts are used, because most of the KL comes from few tokens of few pictures: four prompts gave figures more than
-    ten times off. A layer in which that costs nothing gets the mean of the others.
-
-    Args:
-        pipe: the model.
-        prompts: one picture each.
-        profile: of the same model, sensitivities one; its errors are what the KL is divided by.
-        guidance_scale, seed: of the pictures.
-        batch_size: pictures drawn at once.
-        progress: ``progress(done_steps, all_steps)``.
-    """
-    shape, layers = pipe.shape, range(pipe.shape.num_layers)
-    tokens, full = shape.num_visual_tokens, [HeadSpec.full()] * shape.num_heads
-    least = peak_tokens(profile.sizes[0], 0, tokens, 0) / tokens
-    whole = adaptive(shape, max(PROBED_BUDGET, least), 0, profile=profile)
-    probes = [CachePlan([whole.layers[layer] if layer == other else full for other in layers], 0) for layer in layers]
-    error = torch.tensor([predicted_cost(probe, profile) for probe in probes], dtype=torch.float64)
-    cost = torch.zeros(shape.num_layers, dtype=torch.float64)
-    starts = range(0, len(prompts), batch_size)
-    every, done = len(starts) * (1 + shape.num_layers) * tokens, 0
-
-    def draw(first: int, plan: CachePlan, recorder: Recorder) -> torch.Tensor:
-        nonlocal done
-        drawn = pipe.generate_tokens(
-            list(prompts[first:first + batch_size]), guidance_scale=guidance_scale, seed=seed + first, plan=plan,
-            logits_processor=[recorder], progress=lambda step, _: progress(done + step, every))
-        done += tokens
-        return drawn
-
-    for first in starts:
-        intact = Recorder(guidance_scale)
-        drawn = draw(first, shape.full_plan(), intact)
-        for layer, probe in enumerate(probes):
-            forced = Recorder(guidance_scale, drawn)
-            draw(first, probe, forced)
-            found = [compare(p, q)[0].double().sum() for p, q in zip(intact.steps, forced.steps, strict=True)]
-            cost[layer] += float(torch.stack(found).mean()) / len(prompts)
-    known = (error > 1e-12) & (cost > 0)
-    if not known.any():
-        return torch.ones(shape.num_layers)
-    sensitivity = cost / error.clamp_min(1e-12)
-    return torch.where(known, sensitivity, sensitivity[known].mean())
-
-
 def measure(pipe: Pipeline, prompts: Sequence[str], *, guidance_scale: float | None = None, seed: int = 0,
-            radius: int = 1, batch_size: int = 4,
-            progress: ProgressCallback = lambda done, total: None) -> HeadProfile:
+            radius: int = 1, batch_size: int = 4, progress: ProgressCallback = lambda done, total: None,
+            folder: Path | None = None, ranks: Ranks = ALONE) -> HeadProfile:
     """Draw one picture per prompt with the full cache and profile the heads.
 
     Args:
@@ -285,34 +254,57 @@ def measure(pipe: Pipeline, prompts: Sequence[str], *, guidance_scale: float | N
         radius: of the neighbourhood that the sparsity score leaves out, tokens; at least 0.
         batch_size: pictures drawn at once. The measurement takes 25 times the memory of a full cache besides
             (docs/engine.md, "Memory").
-        progress: ``progress(done_steps, all_steps)``.
+        progress: ``progress(done_steps, all_steps)`` of what is to do here.
+        folder: for what is measured of every batch, so that a killed run goes on and several processes share the work;
+            None keeps it in memory.
+        ranks: which of several processes this is. The heads have to be known before layers can be probed: a process
+            that has watched its own batches watches what is still missing, rather than wait for the others.
 
     Raises:
-        ValueError: no prompts, a negative radius, or a batch does not fit into memory.
+        ValueError: no prompts, a negative radius, a batch does not fit into memory, or the folder holds parts of
+            another profile.
+        StillMissing: other processes have not finished; the last one makes the profile.
     """
     if not prompts:
         raise ValueError("prompts must hold at least one text, got none")
     if radius < 0:
         raise ValueError(f"radius must be at least 0, got {radius}")
-    shape = pipe.shape
-    scale = pipe.guidance(guidance_scale)
+    shape, scale = pipe.shape, pipe.guidance(guidance_scale)
+    steps, firsts = shape.num_visual_tokens, list(range(0, len(prompts), batch_size))
+    parts = Parts() if folder is None else Parts(folder, {
+        **settings(pipe, "profile", shape.full_plan(), scale, batch_size), "seed": seed, "prompts": list(prompts)})
+    probes = Probes(pipe, prompts, scale, seed, batch_size * UNWATCHED, parts)
     statistics = HeadStatistics(pipe, measured_sizes(shape))
-    began = time.perf_counter()
-    steps, batches = shape.num_visual_tokens, range(0, len(prompts), batch_size)
-    forced = batch_size * UNWATCHED
-    every = (len(batches) + len(range(0, len(prompts), forced)) * (1 + shape.num_layers)) * steps
-    for first in batches:
+    like = statistics.sums()
+
+    def watched(first: int) -> Tensors | None:
+        return parts.get(f"heads-{first:05d}", like)
+
+    todo = probes.to_do(ranks)
+    own = [first for first in ranks.own(firsts) if watched(first) is None]
+    every, done = len(own) * steps + probes.steps(todo), 0
+    others = [first for first in firsts if first not in ranks.own(firsts)]
+    turned = len(others) * ranks.number // ranks.count  # that not all begin with the same one
+    for first in (*own, *others[turned:], *others[:turned]):
+        if watched(first) is not None:
+            continue
+        statistics.clear()
         statistics.begin(guided=scale > 1)
-        pipe.generate_tokens(list(prompts[first:first + batch_size]), guidance_scale=scale, seed=seed + first,
-                             plan=shape.full_plan(), observer=statistics,
-                             logits_processor=[_Weights(scale, statistics)],
-                             progress=lambda done, _: progress(first // batch_size * steps + done, every))  # noqa: B023
+        pipe.generate_tokens(
+            list(prompts[first:first + batch_size]), guidance_scale=scale, seed=seed + first, plan=shape.full_plan(),
+            observer=statistics, logits_processor=[_Weights(scale, statistics)],
+            progress=lambda step, _: progress(min(done + step, len(own) * steps), every))  # noqa: B023
+        done += steps
+        parts.put(f"heads-{first:05d}", statistics.sums())
+    statistics.clear()
+    for first in firsts:
+        sums = watched(first)
+        if sums is None:
+            raise StillMissing([parts.file(f"heads-{first:05d}")], len(firsts))
+        statistics.add(sums)
     profile = statistics.profile(radius, len(prompts))
-    sensitivity = measure_sensitivity(
-        pipe, prompts, profile, guidance_scale=scale, seed=seed, batch_size=forced,
-        progress=lambda done, _: progress(len(batches) * steps + done, every))
-    meta = {"prompts": list(prompts), "guidance_scale": scale, "seed": seed,
-            "seconds": round(time.perf_counter() - began, 1), "device": pipe.device.type,
+    probes.measure(profile, todo, lambda step, _: progress(len(own) * steps + step, every))
+    meta = {"prompts": list(prompts), "guidance_scale": scale, "seed": seed, "device": pipe.device.type,
             "dtype": str(pipe.dtype).removeprefix("torch."), "model": pipe.model.name_or_path.rsplit("/", 1)[-1],
             "weights": fingerprint(pipe.model)}
-    return replace(profile, sensitivity=sensitivity.float().cpu(), meta=meta)
+    return replace(profile, sensitivity=probes.sensitivity(profile).float().cpu(), meta=meta)

@@ -9,22 +9,25 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from .ranks import ALONE, Ranks
+
 ProgressCallback = Callable[[int, int], Any]
 
 PAUSE = 30.0  # seconds between lines of one tenth
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[ProgressCallback]:
+def progress_bar(description: str, ranks: Ranks = ALONE) -> Iterator[ProgressCallback]:
     """The progress of the block on stderr; the value is ``report(done, total)``, in steps.
 
-    On a terminal it is a bar; elsewhere lines, as `Lines` prints them.
+    On a terminal it is a bar; elsewhere, and where several processes may share the terminal, lines, as `Lines` prints
+    them, which say whose they are.
     """
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield Lines(description).report
+    if not (console.is_terminal and ranks.alone):
+        yield Lines(description if ranks.alone else f"{ranks}, {description}").report
         return
     from rich.progress import (
         BarColumn,

@@ -74,7 +74,7 @@ class HeadProfile:
         places: P visual tokens, ascending.
         columns: C.
         radius: of the neighbourhood, tokens.
-        meta: how it was measured: model, fingerprint of its weights, prompts, seconds; JSON values.
+        meta: how it was measured: model, fingerprint of its weights, prompts; JSON values.
         int8_error: [L, H] as ``error``, of a head that keeps every token, prompt and picture, in 8 bits; None in a
             profile made before it was measured.
     """
@@ -154,7 +154,7 @@ class HeadProfile:
         tensors = {f.name: value.contiguous() for f in fields(self)
                    if isinstance(value := getattr(self, f.name), torch.Tensor)}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*tensors, *OPTIONAL)}
-        data = save(tensors, {"format": FORMAT, "version": str(VERSION), "profile": json.dumps(rest)})
+        data = _in_order(save(tensors, {"format": FORMAT, "version": str(VERSION), "profile": json.dumps(rest)}))
         write_atomically(Path(path), lambda file: file.write(data))
 
     @classmethod
@@ -249,3 +249,14 @@ def _tensors(data: bytes) -> dict[str, torch.Tensor]:
         return load(data)
     except (SafetensorError, KeyError, RuntimeError, OverflowError) as error:
         raise ValueError(f"must be a safetensors file: {error}") from None
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted, which safetensors leaves in a random order: equal profiles have
+    equal files."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]

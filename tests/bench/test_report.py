@@ -113,6 +113,8 @@ def test_a_log_has_a_line_at_every_tenth_and_every_half_minute(capsys: pytest.Ca
     (("kernel", "--budget", 0.2), "--budget: needs --plan or --policy"),
     (("kernel", "--start", 0), "--start: needs --plan or --policy"),
     (("image", "--largest-in", 1, "--pictures", 1), "--pictures: says nothing beside --largest-in"),
+    (("image", "--plan", __file__, "--budget", 0.2), "--budget: says nothing beside --plan"),
+    (("image", "--plan", __file__, "--row-buffer", 0), "--row-buffer: says nothing beside --plan"),
     (("step", "--pictures", 0), "--pictures: must be at least 1"),
     (("kernel", "--out", "."), "--out: must be a file"),
     (("suite", "--readme", __file__), "must hold <!-- kernel-table:begin -->"),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ssd_janus import Pipeline
 from ssd_janus.evaluation import fidelity, quality
@@ -15,7 +15,9 @@ from ssd_janus.prompts import shapes_suite
 from ssd_kernels import CachePlan, HeadSpec, policies
 
 pytestmark = pytest.mark.slow
-PROMPTS = shapes_suite()[:24]  # four of each family
+SUITE = shapes_suite()
+PROMPTS = SUITE[:12]  # two of each family
+OTHERS = 8  # prompts that each picture is also judged by
 
 
 @pytest.fixture(scope="module")
@@ -38,27 +40,20 @@ def test_scores_collapse_without_a_cache_and_with_other_prompts(pipe: Pipeline, 
     # The same pictures judged by other prompts of the same family.
     from ssd_shapes import detector
 
-    families = defaultdict(list)
+    right = []
     for batch in (tmp_path / "full" / "batches").iterdir():
         for record in json.loads(batch.read_text()):
-            families[record["tag"]].append(record)
-    right = []
-    for records in families.values():
-        wanted = [PROMPTS[record["index"]] for record in records]
-        shuffled = random.Random(0).sample(wanted, len(wanted))
-        for record, own, other in zip(records, wanted, shuffled, strict=True):
-            if other["include"] != own["include"]:
-                from PIL import Image
-
-                with Image.open(tmp_path / "full" / record["file"]) as picture:
-                    right.append(detector.score(picture, other).correct)
-    assert len(right) >= 12 and sum(right) / len(right) <= 0.25 * full
+            own = PROMPTS[record["index"]]
+            others = [other for other in SUITE if other["tag"] == own["tag"] and other["include"] != own["include"]]
+            with Image.open(tmp_path / "full" / record["file"]) as picture:
+                right += [detector.score(picture, other).correct for other in random.Random(0).sample(others, OTHERS)]
+    assert len(right) == OTHERS * len(PROMPTS) and sum(right) / len(right) <= 0.25 * full
 
 
 def test_divergence_grows_as_budgets_shrink(pipe: Pipeline, tmp_path: Path) -> None:
-    texts = [prompt["prompt"] for prompt in PROMPTS[1:3]]
+    texts = [PROMPTS[1]["prompt"]]
     plans = {"full": pipe.shape.full_plan()} | {
-        str(budget): policies.heavy(pipe.shape, budget) for budget in (0.5, 0.2, 0.06)}
+        str(budget): policies.heavy(pipe.shape, budget) for budget in (0.5, 0.06)}
     found = list(fidelity.evaluate(pipe, plans, tmp_path, prompts=texts, pictures=False).values())
     assert found[0].kl_mean == 0 and found[0].agreement == 1
     for more, less in zip(found, found[1:], strict=False):

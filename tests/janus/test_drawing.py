@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from test_cli import run
 
 from ssd_janus import Pipeline, drawing
 from ssd_janus.images import FACTS, read_picture, save_picture
-from ssd_janus.layouts import DPGBench, GenEval
+from ssd_janus.layouts import DPGBench, GenEval, Painted
 from ssd_janus.pipeline import RunStats
 from ssd_janus.prompts import read
 from ssd_kernels import policies
@@ -48,13 +48,17 @@ def dpg(tmp_path: Path) -> Path:
 class Painter(Pipeline):
     """Draws at once: noise that depends on what real pictures depend on."""
 
-    def __call__(self, prompts: Any, count: int, guidance: Any, seed: int, plan: Any, **_: Any) -> list[Image.Image]:
+    def generate_tokens(self, prompts: Any, count: int, guidance: Any, seed: int, plan: Any, **_: Any) -> torch.Tensor:
         self.last_run = RunStats(len(prompts) * count, 36, 2, 1.0, 1.0, 1.0, 1, 1, "cpu")
-        pictures = []
+        tokens = []
         for index in range(len(prompts) * count):
             what = f"{prompts[index // count]} {seed + index} {self.guidance(guidance)} {plan.to_dict()}"
-            pictures.append(Image.frombytes("RGB", (24, 24), random.Random(what).randbytes(24 * 24 * 3)))
-        return pictures
+            tokens.append(list(random.Random(what).randbytes(36)))
+        return torch.tensor(tokens)
+
+    def decode(self, tokens: torch.Tensor) -> list[Image.Image]:
+        return [Image.frombytes("RGB", (24, 24), random.Random(str(row)).randbytes(24 * 24 * 3))
+                for row in tokens.tolist()]
 
 
 @pytest.fixture(scope="module")
@@ -326,18 +330,16 @@ def test_what_is_no_file_stops_before_drawing(pipe: Pipeline, drawn: Path, genev
         draw(pipe, out, geneval)
 
 
-def hang(at: int, then: Callable[[], object]) -> Callable[..., None]:
-    """`Image.save` that writes half of the picture of this number, and then something else happens."""
-    save, count = Image.Image.save, 0
+def hang(at: int, then: Callable[[], object]) -> Callable[[int], None]:
+    """`os.fsync` before which, when the file of this number is full but has no name yet, something else happens."""
+    fsync, count = os.fsync, 0
 
-    def slow(picture: Image.Image, file: IO[bytes], *arguments: Any, **options: Any) -> None:
+    def slow(handle: int) -> None:
         nonlocal count
         count += 1
         if count == at:
-            file.write(b"half of it")
-            file.flush()
             then()
-        save(picture, file, *arguments, **options)
+        fsync(handle)
 
     return slow
 
@@ -355,9 +357,10 @@ def test_what_a_killed_run_leaves(pipe: Pipeline, drawn: Path, geneval: Path, tm
     child = os.fork()
     if not child:
         try:
-            monkeypatch.setattr(Image.Image, "save", hang(4, lambda: (os.write(writer, b"."), time.sleep(60))))
+            monkeypatch.setattr(os, "fsync", hang(5, lambda: (os.write(writer, b"."), time.sleep(60))))
             for prompt, own in zip(prompts, pictures, strict=False):
-                GenEval(out, 2).write(prompt, [picture for picture, _ in own], own[0][1] or {})
+                painted = Painted(prompt, 0, torch.zeros(2, 36), [picture for picture, _ in own], own[0][1] or {})
+                drawing.Files(list(GenEval(out, 2).encode([painted])), []).write()
         finally:
             os._exit(1)
     os.close(writer)
@@ -385,7 +388,7 @@ def test_a_command_that_is_told_to_stop(folder: Path, really_drawn: Path, geneva
     command = ("generate", "--prompts-file", geneval, "--layout", "geneval", "--out", tmp_path / "out",
                "--model", folder, "--images-per-prompt", 2, "--batch-size", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", hang(4, stop))
+        patch.setattr(os, "fsync", hang(5, stop))
         result = run(*command)
     assert result.exit_code == 128 + number and result.stderr.endswith("stopped\n") and "Traceback" not in result.output
     assert list(contents(tmp_path / "out")) == UNFINISHED

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ssd_janus import enable
 from ssd_janus.engine import Engine, Sampling, unfuse, unsupported, weights
-from ssd_janus.engine.linear import Gated, Linear, PackedGated, PackedLinear, can_pack
-from ssd_kernels import CachePlan, HeadSpec
+from ssd_janus.engine import linear as products
+from ssd_janus.engine.linear import KernelLinear, Linear, Norm, most_rows
+from ssd_kernels import CachePlan, HeadSpec, native
 
 WORDS = "a red circle two blue squares and green star above three pink rings heart black cross".split()
 
@@ -107,24 +111,47 @@ def logits_of(engine: Engine, prompts: list[list[int]], guidance: float, **optio
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("packed", [True, False])
-def test_logits_have_the_same_bits_in_any_company(dtype: torch.dtype, packed: bool) -> None:
-    """Tokens hide most differences of rounding; these would show."""
-    if dtype == torch.bfloat16 and not packed:
-        pytest.skip("promised of products in float32 only")
-    if packed and not can_pack(dtype):
-        pytest.skip("weights of this kind are not packed here")
-    for kv_heads in (4, 2):
-        model = tiny.build_model(heads=4, kv_heads=kv_heads).to(dtype)
-        prompts = prompts_of(tiny.image_inputs(many_prompts(11)))
-        engine = Engine(model, plan_of_budget(model, 0.2), packed=packed)
-        assert engine.exact
-        for guidance in (2.0, 1.0):
-            together = logits_of(engine, prompts, guidance, steps=24)
-            for count in (1, 2, 5):
-                alone = logits_of(engine, prompts[:count], guidance, steps=24)
-                assert all(torch.equal(few, many[:, :count]) for few, many in zip(alone, together, strict=True))
+def check_company(dtype: torch.dtype, products: str, kv_heads: int) -> None:
+    """That logits have the same bits in any company. Tokens hide most differences of rounding; these would show."""
+    model = tiny.build_model(heads=4, kv_heads=kv_heads).to(dtype)
+    prompts = prompts_of(tiny.image_inputs(many_prompts(11)))
+    engine = Engine(model, plan_of_budget(model, 0.2), products=products, exact=True)
+    for guidance in (2.0, 1.0):
+        together = logits_of(engine, prompts, guidance, steps=24)
+        for count in (1, 2, 5):
+            alone = logits_of(engine, prompts[:count], guidance, steps=24)
+            assert all(torch.equal(few, many[:, :count]) for few, many in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("dtype, products", [(torch.float32, "kernel"), (torch.float32, "torch"),
+                                             (torch.bfloat16, "kernel"), (torch.float16, "kernel")], ids=str)
+def test_logits_do_not_depend_on_company(dtype: torch.dtype, products: str, kv_heads: int) -> None:
+    check_company(dtype, products, kv_heads)
+
+
+@pytest.mark.parametrize("instruction_set", native.build_info().get("instruction_sets", [])[1:])
+def test_logits_do_not_depend_on_company_with_other_instructions(instruction_set: str) -> None:
+    extension = native.extension()
+    best = extension.instruction_set()
+    try:
+        extension.set_instruction_set(instruction_set)
+    except ValueError:
+        pytest.skip(f"this machine lacks {instruction_set}")
+    try:
+        check_company(torch.bfloat16, "kernel", 2)
+    finally:
+        extension.set_instruction_set(best)
+
+
+@pytest.mark.slow
+def test_logits_do_not_depend_on_company_with_fewer_instructions_in_torch() -> None:
+    """What torch's own libraries choose is chosen once per process."""
+    code = "import torch, test_engine; test_engine.check_company(torch.float32, 'torch', 4)"
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
+                                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
 
 
 def test_the_fused_weights_are_the_models_own(fresh: Any) -> None:
@@ -217,54 +244,58 @@ def test_bfloat16_is_close(fresh: Any) -> None:
             hidden = fresh.model.language_model(**inputs, use_cache=False)[0][:, -1]
             return fresh.model.generation_head(hidden).float()
 
-    expected, plain = theirs(), first_logits(Engine(fresh, packed=False), inputs)
+    expected, plain = theirs(), first_logits(Engine(fresh, products="torch"), inputs)
     assert (plain - expected).abs().max() < 0.05 * expected.abs().max()
-    if can_pack(torch.bfloat16):
-        packed, exact = first_logits(Engine(fresh, packed=True), inputs), (fresh.float(), theirs())[1]
-        assert (packed - exact).abs().max() < 1e-4 * exact.abs().max() < (plain - exact).abs().max()
+    ours, exact = first_logits(Engine(fresh, products="kernel"), inputs), (fresh.float(), theirs())[1]
+    assert (ours - exact).abs().max() < 2 * (expected - exact).abs().max() + 1e-5
 
 
-@pytest.mark.skipif(not can_pack(torch.float32), reason="torch without oneDNN")
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 20}], ids=str)
-def test_packed_and_plain_weights_draw_transformers_tokens(model: Any, options: dict[str, Any],
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Engine(model).packed
+def test_products_of_the_kernel_and_of_torch_draw_transformers_tokens(model: Any, options: dict[str, Any],
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Engine(model).products == "kernel"
     expected = tiny.draw(model, 3, **options)
-    for packed in (True, False):
+    for kind in ("kernel", "torch"):
         for limit in (0, 10**6):  # codes in a table, and through the aligner at every step
             monkeypatch.setattr(weights, "TABLE_CODES", limit)
             torch.manual_seed(3)
-            engine = Engine(model, packed=packed)
+            engine = Engine(model, products=kind)
             drawn = engine.generate(prompts_of(tiny.image_inputs()), guidance=2.0, seeds=None,
                                     sampling=Sampling.of(model, **options))
             assert torch.equal(drawn, expected)
 
 
-@pytest.mark.skipif(not can_pack(torch.float32), reason="torch without oneDNN")
-def test_packed_products_are_those_of_linear() -> None:
+def test_products_of_the_kernel_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    inputs, other = torch.randn(5, 24), torch.randn(5, 40)
-    weight, bias = torch.randn(40, 24), torch.randn(40)
+    inputs, weight, bias = torch.randn(5, 24), torch.randn(40, 24), torch.randn(40)
     for activation in (None, ACT2FN["silu"], ACT2FN["gelu"], torch.nn.SiLU(), torch.tanh):
-        for some_bias in (None, bias):
-            linear = Linear(weight, some_bias, activation)
-            torch.testing.assert_close(PackedLinear(linear)(inputs), linear(inputs))
-    for after in ("plus", "times"):
-        linear = Linear(weight, bias)
-        torch.testing.assert_close(PackedLinear(linear)(inputs, **{after: other}), linear(inputs, **{after: other}))
-    for activation in (ACT2FN["silu"], torch.tanh):
-        for some_bias in (None, bias):
-            gated = Gated(Linear(weight, some_bias), activation)
-            torch.testing.assert_close(PackedGated(gated)(inputs), gated(inputs))
+        for gated in (False, True)[:1 + (activation is not None)]:
+            for some_bias, norm in ((None, Norm(torch.randn(24), 1e-3)), (bias, None)):
+                linear = Linear(weight, some_bias, norm, activation, gated)
+                plus = torch.randn(5, 20 if gated else 40)
+                for added in (None, plus):
+                    torch.testing.assert_close(KernelLinear(linear, None)(inputs, added), linear(inputs, added))
+    with monkeypatch.context() as patch:  # more rows than those few are torch's
+        patch.setattr(products.Product, "__call__", lambda *given: pytest.fail("of the kernel"))
+        torch.testing.assert_close(KernelLinear(linear, 4)(inputs), linear(inputs))
 
 
-def test_packing_that_is_impossible_is_refused(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="packed must be None or False with compile=True"):
-        Engine(fresh, packed=True, compile=True)
+def test_many_rows_are_left_to_torch_where_amx_gains_and_bits_are_not_promised() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert most_rows(dtype, exact=True, amx=True) is most_rows(dtype, exact=False, amx=False) is None
+    assert most_rows(torch.float32, exact=False, amx=True) is None
+    assert most_rows(torch.bfloat16, exact=False, amx=True) == products.AMX_ROWS
+
+
+def test_products_that_are_impossible_are_refused(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="products must be 'auto' or 'torch' here, got 'kernel': torch.compile"):
+        Engine(fresh, products="kernel", compile=True)
+    with pytest.raises(ValueError, match="products must be 'auto', 'kernel' or 'torch', got 'mkl'"):
+        Engine(fresh, products="mkl")
     fresh.double()
-    assert not Engine(fresh).packed
-    with pytest.raises(ValueError, match="packed must be None or False for torch.float64 on cpu"):
-        Engine(fresh, packed=True)
+    assert Engine(fresh).products == "torch"
+    with pytest.raises(ValueError, match="products must be 'auto' or 'torch' here, got 'kernel': it needs dtype"):
+        Engine(fresh, products="kernel")
 
 
 def test_models_that_the_engine_cannot_run_are_named(fresh: Any) -> None:

@@ -63,7 +63,7 @@ def record(advance: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> Reco
 def test_one_recorded_step_draws_the_rest(model: Any, budget: float, options: dict[str, Any],
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = Sampling(greedy=True) if "greedy" in options else Sampling.make(**options)
-    engine = Engine(model, plan_of_budget(model, budget))
+    engine = Engine(model, plan_of_budget(model, budget), products="torch")  # whose operations can be recorded
     prompts, guidance = prompts_of(tiny.image_inputs()), [5.0, 2.0, 2.0, 1.0]
     expected = engine.generate(prompts, guidance=guidance, seeds=3, sampling=sampling)
     batch = engine.batch(prompts, guidance=guidance, seeds=3, sampling=sampling)
@@ -80,7 +80,7 @@ def test_one_recorded_step_draws_the_rest(model: Any, budget: float, options: di
 def test_online_typing_reads_nothing_back_and_then_makes_way(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, greedy = prompts_of(tiny.image_inputs()), Sampling(greedy=True)
     plan = OnlinePlan(ModelShape.of(model), 0.7, 6, loss=0.42)
-    engine = Engine(model, plan)
+    engine = Engine(model, plan, products="torch")
     expected = engine.generate(prompts, guidance=2.0, sampling=greedy)
     kept = engine.generate(prompts, guidance=2.0, sampling=greedy, steps=plan.rows * tiny.GRID + 1)
     assert torch.equal(kept, expected[:, :kept.shape[1]])

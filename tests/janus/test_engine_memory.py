@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from ssd_janus.engine import Engine, Sampling, StepTiming, decode, decode_bytes, max_batch, memory
 from ssd_janus.engine import engine as engine_module
-from ssd_janus.engine.linear import can_pack
 
 GREEDY = Sampling(greedy=True)
 
@@ -38,8 +37,7 @@ def test_the_report_adds_up(fresh: Any, prompts: list[list[int]]) -> None:
     assert report.cache == plan.nbytes(batch_size=4, head_dim=tiny.HEAD_DIM, max_prompt=max(map(len, prompts[:3])),
                                        dtype=torch.float32, num_visual_tokens=tiny.TOKENS)
     untied = sum(parameter.nbytes for parameter in fresh.parameters())  # parameters() leaves repeated ones out
-    assert report.weights == untied + sum(buffer.nbytes for buffer in fresh.buffers()) + (
-        memory.packed_bytes(fresh) if engine.packed else 0)
+    assert report.weights == untied + sum(buffer.nbytes for buffer in fresh.buffers())
     assert report.peak == report.weights + max(report.cache + report.step, report.decode)
 
 
@@ -58,7 +56,7 @@ class Peak(TorchDispatchMode):
         self.alive = [(reference, size) for reference, size in self.alive if reference() is not None]
         for value in tree_leaves(result):
             if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-                continue  # packed weights, which are counted with the weights
+                continue
             storage = value.untyped_storage()
             if storage.data_ptr() not in inputs and not any(other() is storage for other, _ in self.alive):
                 self.alive.append((weakref.ref(storage), storage.nbytes()))
@@ -75,19 +73,17 @@ def test_decoding_takes_what_was_predicted(fresh: Any, pictures: int) -> None:
     assert predicted > pictures * 24 * 24 * 32 * 4, "at least one map of the last resolution"
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("products", ["kernel", "torch"])
 @pytest.mark.parametrize("pictures, length, guidance, codes", [
     (1, 10, 5.0, 64), (8, 20, 1.0, 64), (24, 3, 5.0, 64), (200, 20, 1.0, 64), (1, 10, 5.0, 4096), (32, 3, 5.0, 4097)])
-def test_a_batch_takes_at_most_what_was_predicted(fresh: Any, packed: bool, pictures: int, length: int,
+def test_a_batch_takes_at_most_what_was_predicted(fresh: Any, products: str, pictures: int, length: int,
                                                   guidance: float, codes: int) -> None:
     """From the prompt on, with pictures' prompts that all differ and every filter of sampling."""
-    if packed and not can_pack(torch.float32):
-        pytest.skip("torch without oneDNN")
     torch.manual_seed(0)
     fresh.model.generation_embeddings = torch.nn.Embedding(codes, 8)
     fresh.model.generation_head.vision_head = torch.nn.Linear(fresh.config.text_config.hidden_size, codes)
     prompts = [[0, *torch.randint(5, 250, (length - 2,)).tolist(), 3] for _ in range(pictures)]
-    engine = Engine(fresh, packed=packed)
+    engine = Engine(fresh, products=products)
     with Peak() as peak:
         batch = engine.batch(prompts, guidance=guidance, sampling=Sampling.make(0.9, 50, 0.9), steps=3)
         batch.step()
@@ -100,7 +96,7 @@ def test_a_batch_takes_at_most_what_was_predicted(fresh: Any, packed: bool, pict
 @pytest.mark.parametrize("guided", [True, False])
 def test_max_batch_is_the_last_that_fits(fresh: Any, guided: bool) -> None:
     plan = plan_of_budget(fresh, 0.2)
-    weights = memory.weight_bytes(fresh) + (memory.packed_bytes(fresh) if memory.packs(fresh) else 0)
+    weights = memory.weight_bytes(fresh)
 
     def needed(pictures: int) -> int:
         rows = pictures * (1 + guided)
@@ -114,22 +110,6 @@ def test_max_batch_is_the_last_that_fits(fresh: Any, guided: bool) -> None:
     assert max_batch(plan, fresh, weights + decode_bytes(fresh, 1) - 1) == 0
     full = Engine(fresh).max_batch(needed(64), max_prompt=16, guided=guided)
     assert 0 < full < 64, "a full cache leaves room for fewer"
-
-
-@pytest.mark.skipif(not can_pack(torch.float32), reason="torch without oneDNN")
-def test_packing_is_decided_by_the_size_of_the_machine(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = memory.packed_bytes(fresh)
-    names = ("_proj.weight", "fc1.weight", "fc1.bias", "layers.0.bias", "hidden_layers.0.weight", "_out.weight",
-             "_out.bias", "_head.weight", "_head.bias")
-    assert size == sum(parameter.nbytes for name, parameter in fresh.named_parameters()
-                       if name.endswith(names) and ("language_model" in name or "generation" in name))
-    for total, packed in ((4 * size, True), (4 * size - 1, False)):
-        monkeypatch.setattr(memory, "total_memory", lambda total=total: total)
-        assert Engine(fresh).packed is packed and memory.packs(fresh, True) and not memory.packs(fresh, False)
-    plan = plan_of_budget(fresh, 0.2)
-    room = memory.weight_bytes(fresh) + 10**7
-    assert max_batch(plan, fresh, room, packed=True) < max_batch(plan, fresh, room, packed=False) == max_batch(
-        plan, fresh, room + size, packed=True)
 
 
 def test_requests_that_do_not_fit_are_split(fresh: Any, prompts: list[list[int]],

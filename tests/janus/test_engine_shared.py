@@ -70,7 +70,7 @@ def test_observers_see_every_row(fresh: Any) -> None:
 def test_more_samples_fit(fresh: Any) -> None:
     """`max_batch` counts a prompt once for all its samples, and requests are split by what they really hold."""
     engine = Engine(fresh, plan_of_budget(fresh, 0.2))
-    weights = memory.weight_bytes(fresh) + (memory.packed_bytes(fresh) if engine.packed else 0)
+    weights = memory.weight_bytes(fresh)
 
     def needed(pictures: int, different: int) -> int:
         return weights + _size(engine.plan, 2 * pictures, 512, different) + memory.step_bytes(

@@ -104,8 +104,7 @@ def test_memory_counts_bytes_and_scales(fresh: Any) -> None:
     # Six pictures of two rows; two prompts and two unconditional ones, held once; positions and tables are alike.
     vectors = 12 * tiny.TOKENS + 4 * max(map(len, prompts))
     assert held["auto"] - held["int8"] == slots * vectors * (4 * tiny.HEAD_DIM - tiny.HEAD_DIM - 4)
-    room = sum((memory.weight_bytes(fresh), memory.packed_bytes(fresh), memory.step_bytes(fresh, 20, 40, 16),
-                40 * held["auto"] // 12))
+    room = sum((memory.weight_bytes(fresh), memory.step_bytes(fresh, 20, 40, 16), 40 * held["auto"] // 12))
     fits = {kind: max_batch(engine.plan, fresh, room, max_prompt=16) for kind, engine in engines.items()}
     assert fits["int8"] > 1.5 * fits["auto"] > 0
     assert engines["int8"].max_batch(room, max_prompt=16, samples=4) > fits["int8"], "shared prompts count, too"

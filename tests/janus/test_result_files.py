@@ -50,14 +50,16 @@ def record(pipe: Pipeline, drawn: Path, tmp_path: Path) -> Path:
     made = comparison.Comparison(pipe, tmp_path / "compare", None, TEXTS, SUITE)
     run = {"command": "ssd-janus compare", "date": "2026-01-01", "machine": "Linux", "guidance": 2.0,
            "fidelity_prompts": 1, "prompts": 2, "seeds": 1, "batch_size": 2, "sensitivity_quality": False}
-    made.record["parts"] = {"fidelity": [run], "quality": [run, run]}
-    made.record["profile"] = {"prompts": 3, "seconds": 1.5, "shared": 0}
+    for part, date in (("fidelity", "2026-01-01"), ("quality", "2026-01-02"), ("quality", "2026-01-01")):
+        made.entries.add_run(part, run | {"date": date})
+    made.entries.add_profile({"prompts": 3, "seconds": 1.5, "shared": 0})
     found = {"fidelity": fidelity.evaluate(pipe, {"plan": PLAN}, drawn / "fidelity", prompts=TEXTS,
                                            batch_size=2)["plan"].as_json(),
              "quality": quality.evaluate(pipe, PLAN, drawn / "quality", prompts=SUITE, batch_size=2).as_json()}
     entry = {"policy": "h2o", "budget": 0.4, "row_buffer": 0, "study": "", "setting": "", "guidance": 2.0}
-    made.record["grid"] = {"a": {**entry, "reached": 0.4, "predicted_cost": 0.1, **found},
-                           "b": {**entry, "budget": 0.1, "reason": "budget too small"}}
+    for measure, result in found.items():
+        made.entries.add("grid", measure, "a", {**entry, "reached": 0.4, "predicted_cost": 0.1, measure: result})
+    made.entries.add("grid", "fidelity", "b", {**entry, "budget": 0.1, "reason": "budget too small"})
     made.save()
     return tmp_path / "compare" / "results.json"
 

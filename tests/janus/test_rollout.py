@@ -147,7 +147,7 @@ def test_the_longest_prompts(fresh: Any) -> None:
 @pytest.mark.skipif(guard.unsupported() is not None, reason="no machine to pretend")
 def test_captured_rollouts_are_recorded_and_no_step_waits(fresh: Any) -> None:
     """On the pretended machine; also where a choice could be made in one launch, which keeps no logits."""
-    greedy, expected = Sampling(greedy=True), Engine(fresh, packed=False, exact=False).rollout(
+    greedy, expected = Sampling(greedy=True), Engine(fresh, products="torch", exact=False).rollout(
         PROMPTS, 2, guidance=2.0, sampling=Sampling(greedy=True))
     with pretend.pretended(devices=1) as machine:
         engine, marks = Engine(fresh.to("cuda")), []

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -31,12 +32,14 @@ from typer.testing import CliRunner
 import ssd_janus.cli
 from ssd_janus import Pipeline
 from ssd_janus.engine import Engine, Sampling, Slots
+from ssd_janus.serve import connections
 from ssd_janus.serve.kept import KeptPictures
 from ssd_janus.serve.server import Server
 from ssd_janus.serve.service import Limits, Service
 
 LIMITS = Limits(batch=2, waiting=3, images=3, prompt=80, body=1000, body_seconds=1)
 PATH = "/v1/images/generations"
+HEAD = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n".encode()
 Serve = Callable[..., Server]
 
 
@@ -57,6 +60,20 @@ def serve(pipe: Pipeline) -> Iterator[Serve]:
     yield start
     for server in made:
         server.stop(0)
+
+
+def connection(server: Server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), 60)
+
+
+def read(client: socket.socket) -> bytes:
+    """All that comes until the server ends the connection, in whichever way."""
+    parts = []
+    with suppress(ConnectionError):
+        while parts[-1:] != [b""]:
+            parts.append(client.recv(1 << 16))
+    return b"".join(parts)
 
 
 class Gate:
@@ -101,10 +118,10 @@ def engine(pipe: Pipeline) -> Engine:
 
 
 @cache
-def expected(pipe: Pipeline, prompt: str, seed: int, guidance: float = 2.0) -> np.ndarray:
+def expected(pipe: Pipeline, prompt: str, seed: int, guidance: float = 2.0, **settings: Any) -> np.ndarray:
     """What the engine draws alone."""
     tokens = engine(pipe).generate(pipe.prompt_tokens([prompt]), guidance=guidance, seeds=[seed],
-                                   sampling=Sampling.of(pipe.model, do_sample=True))
+                                   sampling=Sampling.of(pipe.model, do_sample=True, **settings))
     return np.asarray(pipe.decode(tokens)[0])
 
 
@@ -145,6 +162,7 @@ def test_concurrent_requests_have_their_own_pictures(serve: Serve, pipe: Pipelin
     assert f'ssd_janus_pictures_total{{outcome="drawn"}} {sum(map(len, answers))}.0' in text
     assert f'ssd_janus_requests_total{{path="{PATH}",status="200"}} 8.0' in text
     assert "ssd_janus_pictures_capacity 3.0" in text and "ssd_janus_waiting_seconds_count 12.0" in text
+    assert "ssd_janus_pictures_accepted_total 12.0" in text and "ssd_janus_pictures_kept 0.0" in text
 
 
 def test_openais_client(serve: Serve, pipe: Pipeline) -> None:
@@ -161,8 +179,9 @@ def test_openais_client(serve: Serve, pipe: Pipeline) -> None:
     assert (pixels(file.content) == expected(pipe, "a heart", first.seed)).all()
     assert httpx2.get(f"{server.url}/pictures/guess.png").json()["error"]["code"] == "picture_not_found"
 
-    unguided = user.images.generate(prompt="a heart", extra_body={"seed": 5, "guidance_scale": 1})
-    assert (pixels(base64.b64decode(unguided.data[0].b64_json)) == expected(pipe, "a heart", 5, 1.0)).all()
+    settings = {"temperature": 0.8, "top_k": 3, "top_p": 0.9}
+    unguided = user.images.generate(prompt="a heart", extra_body={"seed": 5, "guidance_scale": 1, **settings})
+    assert (pixels(base64.b64decode(unguided.data[0].b64_json)) == expected(pipe, "a heart", 5, 1.0, **settings)).all()
     events = list(user.images.generate(prompt="a heart", stream=True, partial_images=2, extra_body={"seed": 5}))
     assert [event.type.rpartition(".")[2] for event in events] == ["partial_image", "partial_image", "completed"]
     parts = [pixels(base64.b64decode(event.b64_json)) for event in events]
@@ -184,10 +203,11 @@ def test_openais_client(serve: Serve, pipe: Pipeline) -> None:
     (b"[]", 400, None, "the body must be a JSON object"), (b"[" * 900, 400, None, "the body must be a JSON"),
     (b'{"prompt": "\xff"}', 400, None, ""), (b'{"prompt": "\\ud800"}', 400, None, ""),
     ({}, 400, "prompt", "missing required parameter: 'prompt'"), ({"prompt": 5}, 400, "prompt", "got '5'"),
-    ({"prompt": " "}, 400, "prompt", "must not be blank"), ({"prompt": "a" * 81}, 400, "prompt", "at most 80 charac"),
-    ({"prompt": "é" * 40}, 400, "prompt", "tokens long"),
+    ({"prompt": " "}, 400, "prompt", "must not be blank"), ({"prompt": "a" * 81}, 422, "prompt", "at most 80 charac"),
+    ({"prompt": "a <image_placeholder>"}, 400, "prompt", "must not contain <image_placeholder>"),
+    ({"prompt": "é" * 40}, 422, "prompt", "tokens long"),
     ({"prompt": "a", "n": 0}, 400, "n", "greater than"), ({"prompt": "a", "n": True}, 400, "n", "valid integer"),
-    ({"prompt": "a", "n": 4}, 400, "n", "n must be within 1 .. 3, got 4"),
+    ({"prompt": "a", "n": 4}, 422, "n", "n must be within 1 .. 3, got 4"),
     ({"prompt": "a", "size": "1024x1024"}, 400, "size", "size must be 24x24"),
     ({"prompt": "a", "model": "other"}, 404, "model", "does not exist"),
     ({"prompt": "a", "response_format": "jpeg"}, 400, "response_format", "got 'jpeg'"),
@@ -198,6 +218,7 @@ def test_openais_client(serve: Serve, pipe: Pipeline) -> None:
     ({"prompt": "a", "partial_images": 1}, 400, "partial_images", "needs stream"),
     ({"prompt": "a", "stream": True, "partial_images": 6}, 400, "partial_images", "within 0 .. 5"),
     ({"prompt": "a", "stream": True, "n": 2}, 400, "n", "n must be 1 with stream"),
+    (b" " * 1000, 400, None, "the body must be a JSON object"),
     (b" " * 1001, 413, None, "at most 1000 bytes"), (b" " * 10**6, 413, None, "at most 1000 bytes")])
 def test_malformed_requests(refusing: Server, body: Any, status: int, param: str | None, message: str) -> None:
     answer = post(refusing, body)
@@ -223,36 +244,75 @@ def test_other_kinds_of_bad_requests(refusing: Server) -> None:
     for path, method, status in (("/nowhere", "GET", 404), (PATH, "GET", 405), ("/pictures/..%2f.png", "GET", 404)):
         answer = httpx2.request(method, refusing.url + path)
         assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
-    host, port = refusing.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), 60) as slow:  # sends no more of its body
-        slow.sendall(f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{"
-                     .encode())
-        assert slow.recv(100).startswith(b"HTTP/1.1 408 ")
-    with socket.create_connection((host, int(port)), 60) as rude:
+        assert answer.headers.get("allow") == ("POST" if status == 405 else None)
+    with connection(refusing) as slow:  # sends no more of its body
+        slow.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
+        assert read(slow).startswith(b"HTTP/1.1 408 ")
+    with connection(refusing) as rude:
         rude.sendall(b"\x16\x03\x01 nonsense\r\n\r\n")
-        assert rude.recv(100).startswith(b"HTTP/1.1 400 ")
+        assert read(rude).startswith(b"HTTP/1.1 400 ")
+    with connection(refusing) as leaves:  # within its body
+        leaves.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
+        until(lambda: refusing._server.server_state.tasks)
+    until(lambda: f'{{path="{PATH}",status="499"}} 1.0' in httpx2.get(f"{refusing.url}/metrics").text)
     assert load(refusing)["status"] == "ok"
+
+
+def test_bodies_of_unknown_length(refusing: Server) -> None:
+    """Are limited, too, and without end read for a while only; the same key and kind is wanted of them."""
+    for size, kind, status in ((1001, "application/json", 413), (0, "application/json", 400), (9, "text/plain", 415)):
+        answer = post(refusing, iter([b" " * size]), headers={"Content-Type": kind})
+        assert answer.request.headers["transfer-encoding"] == "chunked" and answer.status_code == status
+    with connection(refusing) as endless:
+        endless.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        with pytest.raises(ConnectionError):
+            while True:
+                endless.sendall(b"100\r\n" + b" " * 256 + b"\r\n")
+
+
+def test_nothing_moves(serve: Serve, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who does not send, or does not read, is let go; who waits for a picture is not."""
+    monkeypatch.setattr(connections, "STALLED", 1.0)
+    server = serve(api_key="secret")
+    body = json.dumps({"prompt": "a heart"}).encode()
+    with ExitStack() as stack:
+        waiting = stack.enter_context(connection(server))
+        waiting.sendall(HEAD + b"Authorization: Bearer secret\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" %
+                        len(body) + body)
+        silent, slow, late, deaf = (stack.enter_context(connection(server)) for _ in range(4))
+        slow.sendall(HEAD)
+        late.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")  # is answered, for it has no key
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        deaf.settimeout(0.5)
+        with suppress(OSError):
+            while True:
+                deaf.sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 100)
+        assert read(silent) == read(slow) == b"" and read(late).startswith(b"HTTP/1.1 401 ")
+        until(lambda: len(server._server.server_state.connections) == 1)
+        gate.open.set()
+        assert read(waiting).startswith(b"HTTP/1.1 200 ")
+    assert server.service.scheduler.load.finished == 1
 
 
 def test_vanished_clients_free_their_slots_and_a_full_queue_refuses(serve: Serve, gate: Gate) -> None:
     server = serve(replace(LIMITS, batch=1, waiting=4))
-    host, port = server.url.removeprefix("http://").split(":")
     body = [json.dumps({"prompt": "a heart", **more}).encode() for more in ({}, {"stream": True, "partial_images": 5})]
     sockets = []
     for number in range(5):  # one is drawn, the others wait
-        sockets.append(socket.create_connection((host, int(port))))
-        sockets[-1].sendall(f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: "
-                            f"{len(body[number % 2])}\r\n\r\n".encode() + body[number % 2])
+        sockets.append(connection(server))
+        sockets[-1].sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body[number % 2]) + body[number % 2])
         until(lambda number=number: sum(busy(server)) == number + 1)
     refusal = post(server, {"prompt": "a heart"})
     assert refusal.status_code == 429 and int(refusal.headers["retry-after"]) >= 1
     assert refusal.json()["error"]["type"] == "rate_limit_error" and "may wait" in refusal.json()["error"]["message"]
     for each in sockets:
+        each.sendall(body[0])  # what they send more does not hide that they leave
+        time.sleep(0.05)
         each.close()
+    until(lambda: 'outcome="cancelled"} 5.0' in httpx2.get(f"{server.url}/metrics").text)
     gate.open.set()
     until(lambda: not any(busy(server)))
     assert server.service.scheduler.load.finished == 0
-    until(lambda: 'outcome="cancelled"} 5.0' in httpx2.get(f"{server.url}/metrics").text)
     assert post(server, {"prompt": "a heart", "n": 2}).status_code == 200
 
 
@@ -285,6 +345,7 @@ def test_a_broken_device_is_told(serve: Serve, monkeypatch: pytest.MonkeyPatch) 
     server = serve()
     with pytest.raises(openai.InternalServerError, match="drawing failed; the server's log says why"):
         client(server).images.generate(prompt="a heart")
+    assert 'ssd_janus_pictures_total{outcome="failed"} 1.0' in httpx2.get(f"{server.url}/metrics").text
     assert load(server)["status"] == "failed" and post(server, {"prompt": "a heart"}).status_code == 503
 
 

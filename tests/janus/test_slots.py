@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ssd_janus.engine import (
     scheduler,
 )
 from ssd_janus.engine.capture import WARM_STEPS
-from ssd_kernels import CachePlan, backends
+from ssd_kernels import CachePlan, HeadSpec, backends
 
 WAIT = 600  # seconds, on a machine with much other work
 STEPS = 20  # three rows of the grid, and some
@@ -56,11 +57,11 @@ def alone(engine: Engine, request: PictureRequest, steps: int = STEPS) -> torch.
 
 
 @cache
-def tiny_engine(keep_prompt: bool = True, packed: bool = True) -> tuple[Engine, dict[int, torch.Tensor]]:
+def tiny_engine(keep_prompt: bool = True, products: str = "auto") -> tuple[Engine, dict[int, torch.Tensor]]:
     """And the tokens of `REQUESTS` by the numbers of these."""
     model = tiny.build_model(heads=4, kv_heads=2 if keep_prompt else 4)
     plan = plan_of_budget(model, 0.2)
-    engine = Engine(model, CachePlan(plan.layers, 3, keep_prompt), packed=packed and None)
+    engine = Engine(model, CachePlan(plan.layers, 3, keep_prompt), products=products)
     return engine, {index: alone(engine, request) for index, request in enumerate(REQUESTS)}
 
 
@@ -89,11 +90,11 @@ class Pause:
         assert self.go_on.wait(WAIT)
 
 
-@pytest.mark.parametrize(("keep_prompt", "packed"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize(("keep_prompt", "products"), [(True, "auto"), (False, "auto"), (True, "torch")])
 @pytest.mark.parametrize("seed", range(3))
-def test_tokens_do_not_depend_on_company(seed: int, keep_prompt: bool, packed: bool) -> None:
+def test_tokens_do_not_depend_on_company(seed: int, keep_prompt: bool, products: str) -> None:
     """Random arrivals, in groups and parts of prompts, and random departures before the end."""
-    engine, expected = tiny_engine(keep_prompt, packed)
+    engine, expected = tiny_engine(keep_prompt, products)
     assert engine.exact
     chance, slots = random.Random(seed), engine.slots(1 + seed * 2, steps=STEPS)
     waiting, joining, left = chance.sample(range(len(REQUESTS)), len(REQUESTS)), None, 0
@@ -218,7 +219,9 @@ def test_the_queue_is_bounded(drawer: Callable[..., Scheduler]) -> None:
     (PictureRequest([3], guidance=float("inf")), ValueError, "guidance must be finite"),
     (PictureRequest([3], guidance="5"), TypeError, "guidance must be a number"),  # type: ignore[arg-type]
     (PictureRequest([3], seed=2**64), ValueError, "seeds must be within"),
-    (PictureRequest([3], seed=1.5), TypeError, "seed must be an int")])  # type: ignore[arg-type]
+    (PictureRequest([3], seed=1.5), TypeError, "seed must be an int"),  # type: ignore[arg-type]
+    (PictureRequest([3], plan="full"), TypeError, "plan must be a CachePlan"),  # type: ignore[arg-type]
+    (PictureRequest([3], plan=CachePlan.uniform(HeadSpec.full(), 2, 2)), ValueError, "2 layers")])
 def test_bad_requests_are_refused(request_: PictureRequest, error: type[Exception], message: str) -> None:
     """And take no slot, alone or among others."""
     slots = tiny_engine()[0].slots(2, max_prompt=40, steps=STEPS)
@@ -228,6 +231,46 @@ def test_bad_requests_are_refused(request_: PictureRequest, error: type[Exceptio
     with Scheduler(slots) as made, pytest.raises(error, match=message):
         made.submit_all([REQUESTS[1], request_], [None, None])
     assert made.load == scheduler.Load(0, 0, 0, 2, 0) and slots.free == [0, 1]
+
+
+def test_plans_of_their_own() -> None:
+    """Pictures of several plans, in one step: every one has the tokens that an engine of its plan draws."""
+    engine = tiny_engine()[0]
+    plans = [None, engine.shape.full_plan(), CachePlan.uniform(HeadSpec.window(5), tiny.LAYERS, 2, kv_format="int8")]
+    requests = [replace(request, plan=plans[index % 3]) for index, request in enumerate(REQUESTS[:6])]
+    slots = engine.slots(6, steps=STEPS)
+    assert slots.any_plan and slots.join(requests[:4]).advance()
+    slots.step()
+    assert slots.join(requests[4:]).advance()
+    assert slots.nbytes == sum(map(slots.cache_bytes, requests))
+    for index, request in enumerate(requests):
+        while slots.running[index].done < STEPS:
+            slots.step()
+        assert torch.equal(slots.drawn(index), alone(Engine(engine.model, slots.plan_of(request)), request)), index
+        slots.leave(index)
+
+
+def test_larger_caches_leave_room_for_fewer() -> None:
+    """As many bytes as the slots would hold of the engine's plan, or one picture of any plan; the order stays."""
+    engine = tiny_engine()[0]
+    slots = engine.slots(6, max_prompt=9, steps=STEPS)
+    small, large = REQUESTS[1], replace(REQUESTS[0], plan=engine.shape.full_plan())
+    most, size = slots.max_cache_bytes, slots.cache_bytes(large)
+    assert 2 * size < most < 5 * size
+    held = []
+    with Scheduler(slots) as made:
+        tickets = made.submit_all([large, small, large, large, large, large, small], [
+            lambda tokens: held.append(slots.nbytes)] * 7)
+        for ticket in tickets:
+            assert len(ticket.result(WAIT)) == STEPS
+    joined = [ticket.joined for ticket in tickets]
+    assert joined == sorted(joined) and 2 * size <= max(held) <= most
+    tight = Engine(engine.model, CachePlan.uniform(HeadSpec.window(1), tiny.LAYERS, 2)).slots(1, steps=2, max_prompt=60)
+    score = CachePlan.uniform(HeadSpec.heavy(36), tiny.LAYERS, 2)
+    longest = PictureRequest([0] * 59 + [3], 2.0, plan=score)
+    assert tight.cache_bytes(longest) > tight.max_cache_bytes
+    with Scheduler(tight) as alone_:
+        assert len(alone_.submit(longest).result(WAIT)) == 2
 
 
 def test_bad_slots_are_refused(fresh: Any) -> None:
@@ -407,6 +450,8 @@ def test_one_graph_whatever_joins(fresh: Any, backend: str, capture: bool) -> No
         slots = engine.slots(3, steps=STEPS)
         with pytest.raises(ValueError, match="sampling must be greedy, or by temperature, top-k and top-p"):
             slots.join([PictureRequest(PROMPTS[0], sampling=Sampling(warpers=[MinPLogitsWarper(0.1)]))])
+        with pytest.raises(ValueError, match="plan must be None or the engine's"):
+            slots.join([PictureRequest(PROMPTS[0], plan=engine.shape.full_plan())])
         size, allocated = slots.nbytes, []
         waiting, numbers, steps = list(known), {}, 0
         while waiting or slots.running:
@@ -439,6 +484,44 @@ def test_one_graph_whatever_joins(fresh: Any, backend: str, capture: bool) -> No
 def index_leaves(done: int, slot: int, steps: int) -> bool:
     """Whether a picture is let go in the middle."""
     return done == 7 and slot == 1 and steps < 20
+
+
+@pytest.mark.skipif(guard.unsupported() is not None, reason="no machine to pretend")
+def test_own_caches_on_a_device(fresh: Any) -> None:
+    """Where a step is not captured; there the noise is counted."""
+    plan = plan_of_budget(fresh, 0.2)
+    with pretend.pretended(devices=1):
+        engine = Engine(fresh.to("cuda"), plan, backend="reference")
+        expected, slots = [alone(engine, request, 4) for request in REQUESTS[:3]], engine.slots(2, steps=4)
+        assert isinstance(slots, own_caches.OwnCaches)
+        waiting, numbers, steps = list(range(3)), {}, 0
+        while waiting or slots.running:
+            if waiting and slots.free and steps % 2 == 0:
+                joining = slots.join([REQUESTS[waiting[0]]])
+                numbers[joining.pictures[0].slot] = waiting.pop(0)
+                assert joining.advance()
+            slots.step()
+            steps += 1
+            for slot, picture in [*slots.running.items()]:
+                if picture.done == 4:
+                    assert torch.equal(slots.drawn(slot), expected[numbers[slot]])
+                    slots.leave(slot)
+
+
+@pytest.mark.skipif(guard.unsupported() is not None, reason="no machine to pretend")
+def test_plans_of_their_own_on_a_device(fresh: Any) -> None:
+    """Only if asked for, as nothing is captured then."""
+    with pretend.pretended(devices=1) as machine:
+        engine = Engine(fresh.to("cuda"), plan_of_budget(fresh, 0.2), backend="triton")
+        requests = [REQUESTS[0], replace(REQUESTS[2], plan=engine.shape.full_plan())]
+        expected = [alone(Engine(fresh, plan, backend="triton"), request, 6)
+                    for plan, request in zip((engine.plan, engine.shape.full_plan()), requests, strict=True)]
+        machine.graphs.clear()
+        slots = engine.slots(2, steps=6, any_plan=True)
+        with Scheduler(slots) as made:
+            tickets = made.submit_all(requests, [None, None])
+            assert all(torch.equal(ticket.result(WAIT), drawn) for ticket, drawn in zip(tickets, expected, strict=True))
+        assert slots.any_plan and not engine.slots(2, steps=6).any_plan and not machine.graphs
 
 
 @pytest.mark.skipif(guard.unsupported() is not None, reason="no machine to pretend")

@@ -266,7 +266,7 @@ def test_enabling_disabling_and_copying_while_others_draw(fresh: Any) -> None:
 
 def test_weights_are_fused_by_one_at_a_time(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second thread comes when the first is about to look whether weights are fused already."""
-    expected = Engine(copy.deepcopy(fresh), packed=False).generate([[0, 9, 3]])
+    expected = Engine(copy.deepcopy(fresh), products="torch").generate([[0, 9, 3]])
     looking, fused, look = threading.Event(), threading.Event(), weights._consecutive
 
     def consecutive(parameters: Any) -> bool:
@@ -282,7 +282,7 @@ def test_weights_are_fused_by_one_at_a_time(fresh: Any, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(weights, "_consecutive", consecutive)
     with ThreadPoolExecutor(2) as pool:
-        tokens = pool.submit(lambda: Engine(fresh, packed=False).generate([[0, 9, 3]]))
+        tokens = pool.submit(lambda: Engine(fresh, products="torch").generate([[0, 9, 3]]))
         pool.submit(second).result()
         assert torch.equal(tokens.result(), expected)
 

@@ -168,9 +168,8 @@ def test_counts(backend: str, step: Step) -> None:
     """No field is worse than in the record."""
     if reason := backends.available()[backend]:
         pytest.skip(f"{backend}: {reason}")
-    record = json.loads(RECORD.read_text()).get(recorded_as(backend))
-    if record is None or step.name not in record["steps"]:
-        pytest.skip(f"{recorded_as(backend)}, {step.name}: not recorded; `{COMMAND}` writes it")
+    record = json.loads(RECORD.read_text()).get(recorded_as(backend), {"steps": {}})
+    assert step.name in record["steps"], f"{recorded_as(backend)}, {step.name}: not recorded; `{COMMAND}` writes it"
     if record["compiler"] != compiler(backend):
         pytest.skip(f"compiled by {compiler(backend)}, recorded for {record['compiler']}; `{COMMAND}` writes it anew")
     now, before = measured(backend, step), record["steps"][step.name]

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..ranks import GO_ON, Ranks
 from .evaluate import FIDELITY_PROMPTS, SuiteName, suite_prompts
 from .options import (
+    SAMPLING,
     Backend,
     Device,
     Dtype,
@@ -24,10 +26,14 @@ from .options import (
     PolicyName,
     ProfileFile,
     PromptsFile,
+    Temperature,
+    TopK,
+    TopP,
     load,
     load_profile,
 )
-from .terminal import console, messages
+from .presets import Preset, filled
+from .terminal import console, messages, saying
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -74,14 +80,18 @@ def compare(
                                                             "all.")] = None,
     fidelity_prompts: Annotated[int, typer.Option(min=1, help="Only the first so many prompts for "
                                                               "fidelity.")] = FIDELITY_PROMPTS,
-    seeds: Annotated[int, typer.Option(min=1, help="Pictures per prompt (quality).")] = 3,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Pictures per prompt (quality). Default: 3.")] = None,
     sensitivity_quality: Annotated[bool, typer.Option(
         "--sensitivity-quality/--no-sensitivity-quality",
         help="Also judge pictures in the sensitivity part, which otherwise measures fidelity only.")] = False,
     model: Model = None,
     profile: ProfileFile = None,
     prompts_file: PromptsFile = None,
+    preset: Preset = None,
     guidance: Guidance = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     backend: Backend = "auto",
@@ -90,11 +100,17 @@ def compare(
 ) -> None:
     """Compare policies at equal bytes: fidelity, quality, sensitivity and the goals; writes results.json.
 
-    --policy, --budget, --kv, --row-buffer, --prompts, --fidelity-prompts and --seeds make it smaller.
+    --policy, --budget, --kv, --row-buffer, --prompts, --fidelity-prompts and --seeds make it smaller. Several calls may
+    work in one folder at once. With RANK and WORLD_SIZE in the environment, as torchrun sets them, or in a step of
+    Slurm, each process does its share of the batches, and the last one to finish sums up.
     """
+    ranks = Ranks.here()
     for value in budget or []:
         if not 0 < value <= 1:
             raise ValueError(f"--budget must be within (0, 1], got {value}")
+    given = filled(preset, {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+                            "seeds": seeds})
+    guidance, seeds = given["guidance"], given["seeds"] or 3
     parts = list(dict.fromkeys(part or PartName))
     names = [name for name in PolicyName if name in (policy or PolicyName)]
     if FormatName.best in (kv or []):
@@ -122,7 +138,7 @@ def compare(
         with needs("plot", "matplotlib"):
             import matplotlib  # noqa: F401  # before the long part, not after
         check_folder(plots)
-    pipe = load(model, device, dtype, backend)
+    pipe = load(model, device, dtype, backend, ranks, sampling={name: given[name] for name in SAMPLING})
     heads = load_profile(profile, model, names, pipe)
     from ..prompts import fitting
 
@@ -157,8 +173,12 @@ def compare(
 
     from ..progress import progress_bar
 
-    with progress_bar("comparing") as show:
-        run.run([step for name in parts for step in steps[name]], facts, progress=show, publish=publish)
+    with progress_bar("comparing", ranks) as show:
+        missing = run.run([step for name in parts for step in steps[name]], facts, progress=show, publish=publish,
+                          ranks=ranks)
+    if missing:
+        saying(ranks)(f"{len(missing)} batches are not there yet, such as {missing[0]}: {GO_ON}")
+        return
     if as_json:
         print((out / "results.json").read_text(), end="")
         return

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ import typer
 
 from ssd_attach.units import show_bytes
 
+from ..ranks import ALONE, Ranks
 from .terminal import messages, say
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from ..pipeline import Pipeline, RunStats
 
 DEFAULT_BUDGET = 0.2
+SAMPLING = ("temperature", "top_k", "top_p")
 
 
 class PolicyName(str, Enum):
@@ -48,6 +51,7 @@ class PolicyName(str, Enum):
 class LayoutName(str, Enum):
     geneval = "geneval"
     dpg = "dpg"
+    parquet = "parquet"
 
 
 class FormatName(str, Enum):
@@ -56,6 +60,12 @@ class FormatName(str, Enum):
     auto = "auto"
     int8 = "int8"
     best = "best"
+
+
+class WeightsName(str, Enum):
+    """`ssd_janus.quantization.FORMATS`."""
+
+    int8 = "int8"
 
 
 class DtypeName(str, Enum):
@@ -67,6 +77,9 @@ class DtypeName(str, Enum):
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Dtype = Annotated[DtypeName | None, typer.Option(help="Of weights and caches. Default: float32 on a CPU, else the "
                                                       "checkpoint's.")]
+Weights = Annotated[WeightsName | None, typer.Option(help=(
+    "Quantize the weights of the language model's layers by torchao, the extra [quantize]: int8 takes half the memory "
+    "of bfloat16. On a CPU it draws many times slower. Default: as they are."))]
 Backend = Annotated[str, typer.Option(help="Who computes the steps: auto, or a backend that `info` lists.")]
 Model = Annotated[str | None, typer.Option(help="Folder or hub id of a Janus checkpoint, such as deepseek-community/"
                                                 "Janus-Pro-1B. Default: the included model.")]
@@ -84,6 +97,17 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the first picture; the n
                                                "plan and seed repeat a picture, whatever is drawn beside it.")]
 Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-free guidance; 1 turns it off. Default: "
                                                      "the model's own.")]
+Temperature = Annotated[float | None, typer.Option(min=0, help="Of sampling; 0 takes the likeliest token. Default: the "
+                                                               "model's own.")]
+TopK = Annotated[int | None, typer.Option("--top-k", min=0, help="Draw from so many likeliest tokens; 0 from all. "
+                                                                 "Default: the model's own, transformers' is 50.")]
+TopP = Annotated[float | None, typer.Option("--top-p", min=0, max=1, help=(
+    "Draw from the likeliest tokens of this share; 1 from all. Default: the model's own."))]
+On = Annotated[str | None, typer.Option("--on", metavar="PLACE", help=(
+    "Draw on a Ray cluster: ray starts one on this machine, ray://auto or ray://HOST:PORT join one that this machine "
+    "is a node of. There is a worker for every GPU, or with --device cpu for every two cores."))]
+Workers = Annotated[int | None, typer.Option(min=1, help=(
+    "With --on: as many workers, also where the cluster has yet to grow to them. Default: as many as fit."))]
 Plans = Annotated[list[Path] | None, typer.Option("--plan", help="Plan file; may be repeated.")]
 PlanFile = Annotated[Path | None, typer.Option(help="Plan file: what each head keeps.")]
 Policy = Annotated[PolicyName | None, typer.Option(
@@ -255,16 +279,39 @@ def load_profile(file: Path | None, model: str | None, policies: Sequence[Policy
     return profile
 
 
-def load(model: str | None, device: str, dtype: DtypeName | None, backend: str) -> Pipeline:
+def load_here(model: str | None, device: str, dtype: DtypeName | None, sampling: Mapping[str, Any],
+              weights: WeightsName | None) -> Pipeline:
+    """The model as workers elsewhere load it for ``device``, but on the CPU of this process, which draws nothing."""
+    return load(model, "cpu", dtype, "auto", sampling=sampling, weights=weights, own_dtype=device != "cpu")
+
+
+def load(model: str | None, device: str, dtype: DtypeName | None, backend: str, ranks: Ranks = ALONE, *,
+         sampling: Mapping[str, Any] | None = None, weights: WeightsName | None = None,
+         own_dtype: bool = False) -> Pipeline:
+    """The model; with several processes on one machine, on the GPU of this one.
+
+    Args:
+        sampling: temperature, top_k and top_p, None for the model's own.
+        weights: a format to quantize weights to, None for none.
+        own_dtype: without ``dtype`` in the checkpoint's, also on a CPU.
+    """
     _quiet(local=model is None or Path(model).is_dir())
-    with messages.status("loading the model"):
+    with messages.status("loading the model") if ranks.alone else nullcontext():
         import torch
 
+        from ..engine import set_sampling
         from ..pipeline import Pipeline
 
+        kind = getattr(torch, dtype.value) if dtype else "auto" if own_dtype else None
         try:
-            return Pipeline.from_pretrained(model, device=device, backend=backend,
-                                            dtype=None if dtype is None else getattr(torch, dtype.value))
+            pipe = Pipeline.from_pretrained(model, device=ranks.device(device, torch.cuda.device_count()), dtype=kind,
+                                            backend=backend)
+            set_sampling(pipe.model, **(sampling or {}))
+            if weights is not None:
+                from ..quantization import quantize
+
+                quantize(pipe.model, weights.value)
+            return pipe
         except OSError as error:
             if error.errno is None or error.filename is not None:
                 raise
@@ -294,6 +341,12 @@ def last_run(pipe: Pipeline) -> RunStats:
     if pipe.last_run is None:
         raise RuntimeError("the pipeline has drawn nothing")
     return pipe.last_run
+
+
+def together(runs: Sequence[RunStats]) -> RunStats:
+    """Several runs as one; memory is that of the run that took most."""
+    return replace(max(runs, key=lambda run: run.cache_bytes), pictures=sum(run.pictures for run in runs),
+                   seconds=sum(run.seconds for run in runs), decode_seconds=sum(run.decode_seconds for run in runs))
 
 
 def summary(run: RunStats) -> str:

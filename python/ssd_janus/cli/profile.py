@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..ranks import Ranks, StillMissing
 from .options import (
     PROMPTS_FILE,
+    SAMPLING,
     Backend,
     Device,
     Dtype,
     Guidance,
     Model,
     Seed,
+    Temperature,
+    TopK,
+    TopP,
     load,
 )
-from .terminal import console, messages
+from .presets import Preset, filled
+from .terminal import console, messages, saying
 
 
 def profile(
@@ -32,7 +39,11 @@ def profile(
                                               help="Line in the plots. Default: the median score.")] = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (needs matplotlib).")] = True,
     seed: Seed = 0,
+    preset: Preset = None,
     guidance: Guidance = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     backend: Backend = "auto",
@@ -41,8 +52,13 @@ def profile(
 ) -> None:
     """Measure what every head looks at and what evicting costs it, for the policies that need to know.
 
-    Without --prompts-file, prompts of the shapes world that the suite of `evaluate` does not use.
+    Without --prompts-file, prompts of the shapes world that the suite of `evaluate` does not use. A run that was
+    stopped goes on when called again. With RANK and WORLD_SIZE in the environment, as torchrun sets them, or in a step
+    of Slurm, each process measures its share, and the last one to finish writes the profile.
     """
+    ranks, began = Ranks.here(), time.perf_counter()
+    given = filled(preset, {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p})
+    guidance = given["guidance"]
     from ssd_kernels.files import check_folder
 
     from ..prompts import calibration, fitting, gather, read
@@ -54,24 +70,28 @@ def profile(
 
         with needs("plot", "matplotlib"):
             import matplotlib  # noqa: F401  # before the long part, not after
-    pipe = load(model, device, dtype, backend)
+    pipe = load(model, device, dtype, backend, ranks, sampling={name: given[name] for name in SAMPLING})
     texts = [prompt.text for prompt in fitting(pipe, chosen)]
     from .. import plots as plotting
     from ..profiling import measure
     from ..progress import progress_bar
 
-    with progress_bar("profiling") as show:
-        measured = measure(pipe, texts, guidance_scale=guidance, seed=seed, radius=radius, batch_size=batch_size,
-                           progress=show)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with progress_bar("profiling", ranks) as show:
+            measured = measure(pipe, texts, guidance_scale=guidance, seed=seed, radius=radius, batch_size=batch_size,
+                               progress=show, folder=out / "parts", ranks=ranks)
+    except StillMissing as missing:
+        saying(ranks)(str(missing))
+        return
     files = [out / "profile.safetensors"]
     measured.save(files[0])
     if plots:
         files += plotting.save_all(measured, out, tau)
-    facts = {"files": [str(file) for file in files], "prompts": len(texts), "seconds": measured.meta["seconds"]}
+    seconds = round(time.perf_counter() - began, 1)
+    facts = {"files": [str(file) for file in files], "prompts": len(texts), "seconds": seconds}
     if as_json:
         print(json.dumps(facts))
         return
     for file in files:
         console.print(str(file), soft_wrap=True)
-    messages.print(f"{len(texts)} prompts in {measured.meta['seconds']} s")
+    messages.print(f"{len(texts)} prompts in {seconds} s")

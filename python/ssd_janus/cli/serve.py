@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,6 +33,9 @@ from .options import (
 )
 from .terminal import messages, say
 
+if TYPE_CHECKING:
+    from ..serve.server import Server
+
 INCLUDED = "ssd-shapes"  # what clients call the included model by
 
 
@@ -52,6 +57,8 @@ def serve(
     row_buffer: RowBuffer = None,
     parameter: Parameters = None,
     profile: ProfileFile = None,
+    any_plan: Annotated[bool, typer.Option("--any-plan", help="Let requests name policies on a GPU, too. Its steps are "
+                                                              "then not captured. On a CPU they always may.")] = False,
     guidance: Guidance = None,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -64,7 +71,7 @@ def serve(
     keep_seconds: Annotated[int, typer.Option(min=1, help="How long pictures are kept under a URL.")] = 3600,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that pictures have after SIGTERM or SIGINT.")] = 30.0,
 ) -> None:
-    """Draw for programs that know OpenAI's image API, until SIGTERM or SIGINT."""
+    """Draw for programs that know OpenAI's image API, and on a page for browsers, until SIGTERM or SIGINT."""
     check_plan_options(plan, policy, budget, budget_bytes, row_buffer, parameter, kv)
     parameters = policy_parameters(policy, parameter)
     if api_key is not None and not api_key.strip():
@@ -75,10 +82,11 @@ def serve(
     limits = Limits(batch=batch_size, waiting=max_waiting, images=max_images, prompt=max_prompt, body=max_body,
                     kept_seconds=keep_seconds)
     pipe = load(model, device, dtype, backend)
-    heads = load_profile(profile, model, [policy] if policy else [], pipe, formats=[kv])
+    heads = load_profile(profile, model, [policy] if policy else [], pipe, formats=[kv], anyway=True)
     cache_plan = choose_plan(pipe, plan, policy, budget, row_buffer, heads, parameters,
                              budget_bytes=budget_bytes, kv=kv)
-    service = Service(pipe, cache_plan, name=name or _name(model), limits=limits, guidance_scale=guidance)
+    service = Service(pipe, cache_plan, name=name or _name(model), limits=limits, guidance_scale=guidance,
+                      profile=heads, any_plan=any_plan)
     server = Server(service, host, port, api_key)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end in order; a second one at once
     try:
@@ -91,7 +99,20 @@ def serve(
         load_now = service.scheduler.load
         left = load_now.waiting + load_now.joining + load_now.running
         messages.print(f"ending: {left} pictures have {grace:g} s; again ends at once")
+        _stop(server, grace)
+
+
+def _stop(server: Server, grace: float) -> None:
+    """End in order, or at once if there is another signal."""
+    try:
         server.stop(grace)
+        code, left = 0, not server.service.scheduler.close(timeout=0)
+    except KeyboardInterrupt:
+        code, left = 128 + signal.SIGINT, True
+        messages.print("stopped")
+    if left:  # a thread within a step, which would abort the process when the interpreter ends
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _name(model: str | None) -> str:

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..ranks import Ranks
+
 # What users write is printed as it is: brackets are no markup, colons no emoji.
 console = Console(highlight=False, markup=False, emoji=False)
 messages = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -92,6 +94,11 @@ def _ending_on_signals() -> Iterator[None]:
 def say(line: str) -> None:
     """A line about the run, on stderr."""
     messages.print(f"note: {line}", soft_wrap=True)
+
+
+def saying(ranks: Ranks) -> Callable[[str], None]:
+    """`say` for one of several processes, which says which one it is."""
+    return say if ranks.alone else lambda line: say(f"{ranks}: {line}")
 
 
 def table(rows: Iterable[Sequence[str]], header: Sequence[str] | None = None) -> Table:

@@ -124,7 +124,6 @@ class Batch:
 
     def _attend(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Attention of one layer over the cache; query, keys and values [rows, heads, D], unrotated."""
-        query, keys, values = (tensor.to(self.cache.dtype) for tensor in (query, keys, values))
         if self.observer is None and not self.logits_processor:
             return self._decode(layer, query, keys, values, self.weights.scale, self.weights.rotary)
         # An observer wants them rotated, and who compares runs, some of them observed, wants the same bits in all.

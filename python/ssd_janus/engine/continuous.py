@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAX_PROMPT = 128
 
 
-def slots(engine: Engine, capacity: int, max_prompt: int | None, steps: int | None) -> Slots:
+def slots(engine: Engine, capacity: int, max_prompt: int | None, steps: int | None, any_plan: bool) -> Slots:
     """Slots of an engine. They read its model's weights as they are now.
 
     Where a step can be captured, one cache holds all slots, and is there from now on. Elsewhere every picture brings
@@ -34,6 +34,8 @@ def slots(engine: Engine, capacity: int, max_prompt: int | None, steps: int | No
         capacity: most pictures at once.
         max_prompt: tokens of the longest prompt; None for `MAX_PROMPT`, or fewer if the model takes no more.
         steps: tokens of every picture; None for whole pictures.
+        any_plan: pictures may bring plans of their own. Then every one brings its cache on any device, and no step is
+            captured.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or the plan types heads by what all pictures see.
@@ -53,6 +55,6 @@ def slots(engine: Engine, capacity: int, max_prompt: int | None, steps: int | No
     device = engine.device
     resolved = backends.resolve(engine.backend, device, engine.dtype, engine.shape.head_dim, engine.plan.kv_format)
     codes = engine.model.model.generation_head.vision_head.out_features
-    together = in_one_launch(device) and resolved.name in CAPTURABLE and codes <= MAX_CODES
+    together = not any_plan and in_one_launch(device) and resolved.name in CAPTURABLE and codes <= MAX_CODES
     with torch.inference_mode(False), torch.no_grad():  # another thread, in another mode, may draw in them
         return (OneCache if together else OwnCaches)(engine, capacity, max_prompt, whole if steps is None else steps)

@@ -15,15 +15,18 @@ from transformers import GenerationConfig
 from ssd_attach.cache import Observer
 from ssd_attach.online import OnlinePlan, check_observer
 from ssd_kernels import CachePlan, CompressedCache
+from ssd_kernels.linear import unsupported
 
 from .. import waiting
 from ..progress import ProgressCallback
+from ..quantization import has_quantized_weights
 from ..shape import ModelShape, placement
 from . import continuous, memory
 from .batch import Batch, LogitsProcessor
 from .capture import CapturedStep, can_capture
 from .decoding import DECODE_CHUNK, decode
-from .layers import PACKED_ROW_MULTIPLE, ROW_MULTIPLE
+from .layers import ROW_MULTIPLE
+from .linear import has_amx, most_rows
 from .memory import MemoryReport
 from .rollout import Rollout, rollout
 from .sampling import Sampling, noise_for
@@ -97,21 +100,22 @@ class Engine:
     Attributes:
         model, plan, backend, shape: as given, and the model's sizes.
         device, dtype: of the language model and the cache.
-        exact, packed: as decided.
+        exact, products: as decided.
         last_run: statistics of the last call, None before the first.
     """
 
     def __init__(self, model: Any, plan: CachePlan | None = None, *, backend: str = "auto", exact: bool | None = None,
-                 packed: bool | None = None, compile: bool = False, capture: bool = True) -> None:
+                 products: str = "auto", compile: bool = False, capture: bool = True) -> None:
         """
         Args:
             model: transformers' ``JanusForConditionalGeneration``, which stays usable as it is: see `Weights`.
             plan: what the caches keep; None keeps everything.
             backend: ``"auto"`` or a backend of `ssd_kernels`.
-            exact: give a picture the same tokens in every batch, bit for bit; None does so where products are computed
-                in float32 on a CPU.
-            packed: draw with a float32 copy of the weights in oneDNN's order, made for each batch; None decides as
-                `memory.packs` says, and not with ``compile``.
+            exact: give a picture the same tokens in every batch, bit for bit; None does so on a CPU in float32, and in
+                half precision with our kernel's products, but not where the processor has AMX, which many rows gain by;
+                nor with quantized weights.
+            products: with weights, by ``"torch"`` or by our ``"kernel"`` (`ssd_kernels.linear`); ``"auto"`` takes the
+                kernel wherever it can: on a CPU, not with ``compile`` and not with quantized weights.
             compile: run what lies between two attentions through torch.compile (a minute of compilation, once).
             capture: on CUDA, replay the step as a graph.
 
@@ -123,12 +127,13 @@ class Engine:
         self.plan = self.shape.full_plan() if plan is None else self.shape.check(plan)
         self.backend, self.compile, self.capture = backend, compile, capture
         Weights.of(model, 1)
-        if packed and compile:
-            raise ValueError("packed must be None or False with compile=True: torch.compile cannot read packed weights")
-        self.packed = not compile and memory.packs(model, packed)
         self.device, self.dtype = placement(model)
-        in_float32 = self.device.type == "cpu" and (self.packed or self.dtype == torch.float32)
-        self.exact = in_float32 if exact is None else exact
+        quantized = has_quantized_weights(model.model.language_model)
+        reason = ("torchao multiplies with its weights" if quantized else
+                  "torch.compile compiles torch's products only" if compile else unsupported(self.device, self.dtype))
+        self.products = _products(products, reason)
+        certain = self.dtype == torch.float32 and not quantized or self.products == "kernel" and not has_amx()
+        self.exact = self.device.type == "cpu" and certain if exact is None else exact
         self.last_run: EngineRun | None = None
 
     def generate(self, prompts: Sequence[Sequence[int] | torch.Tensor], *, guidance: float | Sequence[float] = 5.0,
@@ -209,11 +214,17 @@ class Engine:
     @property
     def row_multiple(self) -> int:
         """To a multiple of which the rows of every product are padded."""
-        return (PACKED_ROW_MULTIPLE if self.packed else ROW_MULTIPLE) if self.exact else 1
+        return ROW_MULTIPLE if self.exact and self.products == "torch" else 1
 
-    def slots(self, capacity: int, *, max_prompt: int | None = None, steps: int | None = None) -> Slots:
+    def weights(self, positions: int) -> Weights:
+        """The model's, as they are now, for drawing rows of up to so many tokens, prompt included."""
+        return Weights.of(self.model, positions).prepared(self.products == "kernel",
+                                                          most_rows(self.dtype, self.exact, has_amx()))
+
+    def slots(self, capacity: int, *, max_prompt: int | None = None, steps: int | None = None,
+              any_plan: bool = False) -> Slots:
         """Room for ``capacity`` pictures that join and leave while others are drawn; see `continuous.slots`."""
-        return continuous.slots(self, capacity, max_prompt, steps)
+        return continuous.slots(self, capacity, max_prompt, steps, any_plan)
 
     def rollout(self, prompts: Sequence[Sequence[int] | torch.Tensor], samples: int = 1,
                 seeds: int | Sequence[int] | None = 0, **options: Any) -> Rollout:
@@ -234,9 +245,8 @@ class Engine:
         if run is None:
             raise RuntimeError("the engine has drawn nothing")
         pictures = max(run.batches)
-        weights = memory.weight_bytes(self.model) + (memory.packed_bytes(self.model) if self.packed else 0)
         return MemoryReport(
-            weights=weights, cache=run.cache_bytes,
+            weights=memory.weight_bytes(self.model), cache=run.cache_bytes,
             step=memory.step_bytes(self.model, pictures, run.rows, run.max_prompt),
             decode=memory.decode_bytes(self.model, min(pictures, DECODE_CHUNK)), device_peak=run.device_peak)
 
@@ -254,7 +264,7 @@ class Engine:
             free = memory.available_memory(self.device)
             memory_bytes = int(free * memory.USABLE_SHARE) + memory.weight_bytes(self.model)
         return memory.max_batch(self.plan, self.model, memory_bytes, guided=guided, max_prompt=max_prompt,
-                                packed=self.packed, different=different)
+                                different=different)
 
     def batch(self, prompts: Sequence[Sequence[int] | torch.Tensor], *, guidance: float | Sequence[float] = 5.0,
               seeds: int | Sequence[int] | None = 0, sampling: Sampling | None = None, steps: int | None = None,
@@ -357,7 +367,7 @@ class Engine:
         guided = sum(scale > 1 for scale in guidance)
         prompts += [unconditional_prompt(request.config, prompt) for prompt in prompts[:guided]]
         longest = max(map(len, prompts))
-        weights = Weights.of(self.model, longest + self.shape.num_visual_tokens).prepared(self.packed)
+        weights = self.weights(longest + self.shape.num_visual_tokens)
         different = len({tuple(prompt) for prompt in prompts})
         cache = CompressedCache(self.plan, len(prompts), self.shape.num_query_heads, self.shape.head_dim, longest,
                                 self.shape.num_visual_tokens, self.dtype, weights.device, self.backend,
@@ -375,6 +385,15 @@ class Engine:
     def _report_row(self, request: _Request, batch: Batch, numbers: range, back: torch.Tensor) -> None:
         if request.on_row is not None and batch.done % self.shape.columns == 0:
             request.on_row(numbers, batch.tokens[:, :batch.done].cpu()[back])
+
+
+def _products(wanted: str, reason: str | None) -> str:
+    """Who multiplies with weights, "kernel" or "torch", as `Engine` describes it; ``reason``: against the kernel."""
+    if wanted not in ("auto", "kernel", "torch"):
+        raise ValueError(f"products must be 'auto', 'kernel' or 'torch', got {wanted!r}")
+    if wanted == "kernel" and reason:
+        raise ValueError(f"products must be 'auto' or 'torch' here, got 'kernel': {reason}")
+    return "torch" if reason or wanted == "torch" else "kernel"
 
 
 def _positive(name: str, value: int) -> int:

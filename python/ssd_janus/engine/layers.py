@@ -15,9 +15,8 @@ from ssd_kernels.reference import rotate
 from .weights import Layer, Weights
 
 # torch's float32 products on a CPU give a row the same bits in every batch whose size is a multiple of this, and other
-# bits in some smaller ones (docs/engine.md, "Seeds"). oneDNN's from packed weights have other bits for one row alone on
-# some processors.
-ROW_MULTIPLE, PACKED_ROW_MULTIPLE = 8, 2
+# bits in some smaller ones (docs/engine.md, "Seeds").
+ROW_MULTIPLE = 8
 PREFILL_TOKENS = 4096  # of prompts that go through the layers together, where any number may
 # Where it has to be the same number at all times, so that nothing is compiled or set up for another prompt; a power of
 # two. By its data sheet an H200 computes with bfloat16 weights as long as it reads them at 206 tokens: products of much
@@ -132,7 +131,7 @@ class Layers:
         for index, layer in enumerate(self.weights.layers):
             heads = self._heads(self._project(hidden, layer)[:rows])
             out = attend(index, *heads).flatten(1)
-            if len(attended) != rows or out.dtype != attended.dtype:
+            if len(attended) != rows:
                 attended[:rows] = out
                 out = attended
             hidden = self._mix(hidden, out, layer)
@@ -140,9 +139,7 @@ class Layers:
 
     def logits(self, hidden: torch.Tensor, rows: int) -> torch.Tensor:
         """float32 [rows, codes] of last hidden states [padded rows, hidden]."""
-        weights = self.weights
-        normed = functional.rms_norm(hidden, weights.norm.shape, weights.norm, weights.epsilon)
-        return weights.head(normed)[:rows].float()
+        return self.weights.head(hidden)[:rows].float()
 
     @torch.no_grad()
     def prompts(self, group: PromptGroup, dtype: torch.dtype, store: Callable[..., None]
@@ -164,7 +161,7 @@ class Layers:
                               + padding, device=weights.device)
         # Of what comes behind a prompt, positions beyond the rotary table do not matter.
         positions = torch.arange(width, device=weights.device).clamp(max=len(weights.rotary[0]) - 1).repeat(count)
-        hidden = functional.embedding(tokens, weights.embed).to(weights.dtype)
+        hidden = functional.embedding(tokens, weights.embed)
         for index, layer in enumerate(weights.layers):
             query, keys, values = self._heads(self._in_chunks(self._project, layer, hidden)[:size])
             query, keys = (rotate(tensor, weights.rotary, positions) for tensor in (query, keys))
@@ -204,14 +201,13 @@ def prefill_width(length: int, chunk: int | None) -> int:
 
 def project(hidden: torch.Tensor, layer: Layer) -> torch.Tensor:
     """Queries, keys and values [rows, (Hq + 2 H) D] of ``hidden`` [rows, hidden]."""
-    return layer.qkv(functional.rms_norm(hidden, layer.input_norm.shape, layer.input_norm, layer.epsilon[0]))
+    return layer.qkv(hidden)
 
 
 def mix(hidden: torch.Tensor, attended: torch.Tensor, layer: Layer) -> torch.Tensor:
-    """The rest of a layer: output projection and the gated feed-forward network (SwiGLU, arXiv 2002.05202)."""
-    hidden = layer.out(attended, plus=hidden)
-    normed = functional.rms_norm(hidden, layer.post_norm.shape, layer.post_norm, layer.epsilon[1])
-    return layer.down(layer.gated(normed), plus=hidden)
+    """The rest of a layer: output projection and feed-forward network."""
+    hidden = layer.out(attended, hidden)
+    return layer.down(layer.gated(hidden), hidden)
 
 
 @functools.cache

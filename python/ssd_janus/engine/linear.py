@@ -1,126 +1,135 @@
-"""Products with weights, and what follows them: plainly with torch, or from weights packed for oneDNN."""
+"""Products with weights, and what comes before and after them: by torch, or by `ssd_kernels.linear` on a CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from ssd_attach.internals import ACT2FN
+from ssd_kernels.linear import Product
+from ssd_kernels.pages import in_huge_pages
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-# oneDNN's names of activations that it applies while a product is still in registers.
-FUSED = {type(ACT2FN["silu"]): "swish", nn.SiLU: "swish", type(ACT2FN["gelu"]): "gelu"}
+SILU = (type(ACT2FN["silu"]), nn.SiLU)
+# With AMX, rows up to which the kernel is the faster one in half precision. It multiplies at the rate of AVX-512, torch
+# many times as fast, but reads weights at half the speed of memory. By arithmetic (docs/benchmarks.md).
+AMX_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm (arXiv 1910.07467) with weights ``[in]``."""
+
+    weight: torch.Tensor
+    epsilon: float
 
 
 @dataclass(frozen=True)
 class Linear:
-    """``inputs @ weight.T + bias``, through an activation if there is one.
+    """Rows times a matrix of weights, by torch.
 
     Attributes:
-        weight: ``[out, in]``.
-        bias: ``[out]``, or None.
+        weight: ``[out, in]``; gated ``[2 out, in]``, the gates first.
+        bias: a number for each row of ``weight``, or None.
+        norm: of the rows, before the product, or None.
+        activation: after it, or None.
+        gated: the activation is of the gates, and times the rest (SwiGLU, arXiv 2002.05202).
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    norm: Norm | None = None
     activation: Activation | None = None
+    gated: bool = False
 
-    def __call__(self, inputs: torch.Tensor, *, plus: torch.Tensor | None = None,
-                 times: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
             inputs: ``[rows, in]``.
-            plus, times: ``[rows, out]``, added to or multiplied with the result; at most one of them.
+            plus: ``[rows, out]``, added to the result, or None.
 
         Returns:
             ``[rows, out]``.
         """
-        out = functional.linear(inputs, self.weight, self.bias)
+        if self.norm is not None:
+            inputs = functional.rms_norm(inputs, self.norm.weight.shape, self.norm.weight, self.norm.epsilon)
+        return self.finished(self.product(inputs), plus)
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        """The product alone, of rows after their norm."""
+        return functional.linear(inputs, self.weight, self.bias)
+
+    def finished(self, out: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
+        """What follows the product ``out``."""
         if self.activation is not None:
-            out = self.activation(out)
-        if plus is not None:
-            return plus + out
-        return out if times is None else out * times
-
-
-class PackedLinear:
-    """A `Linear` whose weight is copied once, as float32, into the order in which oneDNN reads it.
-
-    What follows the product is done in the same pass. Changes of the model's weights are not seen afterwards.
-    """
-
-    def __init__(self, linear: Linear) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.float().contiguous(), None)
-        self._bias = None if linear.bias is None else linear.bias.float()
-        self._fused = FUSED.get(type(linear.activation), "none")
-        self._activation = linear.activation if self._fused == "none" else None
-
-    def __call__(self, inputs: torch.Tensor, *, plus: torch.Tensor | None = None,
-                 times: torch.Tensor | None = None) -> torch.Tensor:
-        """As `Linear`, in float32."""
-        other = plus if times is None else times
-        if other is not None:
-            assert self._activation is None and self._fused == "none"
-            return _fused_binary(inputs, other, self._weight, self._bias, "mul" if plus is None else "add")
-        out = _fused_unary(inputs, self._weight, self._bias, self._fused, [], "none")
-        return out if self._activation is None else self._activation(out)
-
-
-def _fused_unary(*arguments: Any) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(*arguments)
-    return out
-
-
-def _fused_binary(*arguments: Any) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(*arguments)
-    return out
+            if self.gated:
+                gate, rest = out.chunk(2, -1)
+                out = self.activation(gate) * rest
+            else:
+                out = self.activation(out)
+        return out if plus is None else plus + out
 
 
 @dataclass(frozen=True)
-class Gated:
-    """The first half of SwiGLU (arXiv 2002.05202): ``activation(gate(x)) * up(x)``, one product for both."""
+class SeparateLinear(Linear):
+    """A `Linear` of several matrices above one another that are not stored as one, as quantized ones.
 
-    gate_up: Linear
-    activation: Activation
+    Attributes:
+        matrices: weight and bias of each; ``weight`` and ``bias`` are those of the first.
+    """
 
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(inputs).chunk(2, -1)
-        return self.activation(gate) * up
+    matrices: Sequence[tuple[torch.Tensor, torch.Tensor | None]] = ()
+
+    def product(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.cat([functional.linear(inputs, *matrix) for matrix in self.matrices], -1)
 
 
-class PackedGated:
-    """`Gated` from packed weights: two products, so that activation and product are part of them."""
+class KernelLinear:
+    """A `Linear` by `ssd_kernels.linear`, all but rare activations in one call. It reads the same weights."""
 
-    def __init__(self, gated: Gated) -> None:
-        weights, bias = gated.gate_up.weight.chunk(2), gated.gate_up.bias
-        biases = (None, None) if bias is None else bias.chunk(2)
-        self.gate = PackedLinear(Linear(weights[0], biases[0], gated.activation))
-        self.up = PackedLinear(Linear(weights[1], biases[1]))
+    def __init__(self, linear: Linear, most_rows: int | None) -> None:
+        """
+        Args:
+            linear: with weights that `ssd_kernels.linear.unsupported` has nothing against.
+            most_rows: multiply more rows by torch; None: never.
+        """
+        in_huge_pages(linear.weight)
+        self._linear, self._most_rows = linear, most_rows
+        self._fused = linear.activation is None or isinstance(linear.activation, SILU)
+        activation = "none" if linear.activation is None or not self._fused else "swiglu" if linear.gated else "silu"
+        norm = {} if linear.norm is None else {"norm": linear.norm.weight, "epsilon": linear.norm.epsilon}
+        self._product = Product(linear.weight, linear.bias, activation=activation, **norm)
 
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.up(inputs, times=self.gate(inputs))
+    def __call__(self, inputs: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """As `Linear`."""
+        if self._most_rows is not None and len(inputs) > self._most_rows:
+            return self._linear(inputs, plus)
+        if self._fused:
+            return self._product(inputs, plus)
+        return self._linear.finished(self._product(inputs), plus)
 
 
 @dataclass(frozen=True)
 class Chain:
     """Products one after another, as in the generation head and the aligner."""
 
-    linears: Sequence[Linear | PackedLinear]
+    linears: Sequence[Linear | KernelLinear]
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Linear], activation: Activation) -> Chain:
-        """Linear modules with an activation between them."""
-        last = len(modules) - 1
-        return cls([Linear(module.weight.detach(), None if module.bias is None else module.bias.detach(),
-                           activation if index < last else None) for index, module in enumerate(modules)])
+    def of(cls, modules: Sequence[nn.Linear], activation: Activation, norm: Norm | None = None) -> Chain:
+        """Linear modules with an activation between them, and a norm before the first."""
+        linears = [Linear(module.weight.detach(), None if module.bias is None else module.bias.detach(),
+                          activation=activation) for module in modules]
+        linears[0], linears[-1] = replace(linears[0], norm=norm), replace(linears[-1], activation=None)
+        return cls(linears)
 
-    def packed(self) -> Chain:
-        return Chain([PackedLinear(linear) if isinstance(linear, Linear) else linear for linear in self.linears])
+    def by_kernel(self, most_rows: int | None) -> Chain:
+        return Chain([KernelLinear(linear, most_rows) if isinstance(linear, Linear) else linear
+                      for linear in self.linears])
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         for linear in self.linears:
@@ -128,18 +137,15 @@ class Chain:
         return inputs
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether packing weights of a dtype on this CPU gains anything.
+def most_rows(dtype: torch.dtype, exact: bool, amx: bool) -> int | None:
+    """Rows up to which the kernel multiplies; None: any number.
 
-    It does for float32, and for half precision without instructions for it, where products are otherwise slower than
-    in float32.
+    Args:
+        dtype: of the weights. exact: a row's bits must not depend on how many there are. amx: the processor has AMX.
     """
-    operations = torch.ops.mkldnn
-    if not (torch.backends.mkldnn.is_available() and hasattr(operations, "_reorder_linear_weight")
-            and hasattr(operations, "_linear_pointwise")):
-        return False
-    if dtype == torch.bfloat16:
-        return not operations._is_mkldnn_bf16_supported()
-    if dtype == torch.float16:
-        return not operations._is_mkldnn_fp16_supported()
-    return dtype == torch.float32
+    return AMX_ROWS if amx and dtype != torch.float32 and not exact else None
+
+
+def has_amx() -> bool:
+    """Whether torch finds AMX, which multiplies half precision many times as fast as AVX-512."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import JanusVQVAE, JanusVQVAEConfig
@@ -20,12 +19,11 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 from ssd_kernels import CachePlan
 from ssd_kernels.process import control_groups
 
+from ..quantization import stored_bytes
 from ..shape import ModelShape, placement
 from .layers import PREFILL_CHUNK, PREFILL_TOKENS, ROW_MULTIPLE, prefill_width
-from .linear import can_pack
 from .weights import TABLE_CODES
 
-PACKED_SHARE = 0.25
 USABLE_SHARE = 0.9  # of what is free: allocators round up, and convolutions need room of their own
 
 
@@ -34,7 +32,7 @@ class MemoryReport:
     """Bytes of one run. The caches are freed before pictures are decoded, so the parts do not all add up.
 
     Attributes:
-        weights: all parameters and buffers that are loaded, and packed copies (`packed_bytes`).
+        weights: all parameters and buffers that are loaded.
         cache: slabs, scores, positions and tables of the largest batch.
         step: buffers of a step of that batch, an upper estimate.
         decode: most that decoding one chunk of pictures takes beside the weights (`decode_bytes`).
@@ -56,35 +54,7 @@ class MemoryReport:
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers that are in memory; shared ones count once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type != "meta")
-
-
-def packed_bytes(model: Any) -> int:
-    """Bytes of the weights packed as float32 (`linear.PackedLinear`)."""
-    parts = (model.model.language_model, model.model.generation_aligner, model.model.generation_head)
-    return 4 * sum(parameter.numel() for part in parts for module in part.modules() if isinstance(module, nn.Linear)
-                   for parameter in module.parameters())
-
-
-def packs(model: Any, packed: bool | None = None) -> bool:
-    """Whether the engine draws with packed weights.
-
-    Args:
-        packed: True or False as it is; None packs on a CPU where it gains something (`linear.can_pack`) and the copy
-            takes at most `PACKED_SHARE` of the machine's memory. What is free plays no part, so that a machine always
-            draws the same.
-
-    Raises:
-        ValueError: it was asked for and is impossible; the message says why.
-    """
-    if packed is False:
-        return False
-    device, dtype = placement(model)
-    place, possible = device.type, can_pack(dtype)
-    if packed and not (place == "cpu" and possible):
-        raise ValueError(f"packed must be None or False for {dtype} on {place}: only a CPU whose torch has "
-                         "oneDNN packs, and half precision only where the CPU has no instructions for it")
-    return bool(packed) or (place == "cpu" and possible and packed_bytes(model) <= PACKED_SHARE * total_memory())
+    return sum(stored_bytes(tensor) for tensor in tensors.values() if tensor.device.type != "meta")
 
 
 def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int, different: int | None = None) -> int:
@@ -100,7 +70,7 @@ def step_bytes(model: Any, pictures: int, rows: int, max_prompt: int, different:
     """
     different = rows if different is None else different
     shape, config = ModelShape.of(model), model.model.language_model.config
-    size = 4 if packs(model) else placement(model)[1].itemsize
+    size = placement(model)[1].itemsize
     codes = model.model.generation_head.vision_head.out_features
     widths = (shape.num_query_heads + 2 * shape.num_heads) * shape.head_dim
     rotary = 2 * 4 * (max_prompt + shape.num_visual_tokens) * shape.head_dim
@@ -131,7 +101,7 @@ def shared_prompts(plan: CachePlan, rows: int, different: int) -> int | None:
 
 
 def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, max_prompt: int = 64,
-              packed: bool | None = None, different: Callable[[int], int] | None = None) -> int:
+              different: Callable[[int], int] | None = None) -> int:
     """Most pictures that can be drawn at once.
 
     Args:
@@ -140,7 +110,6 @@ def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, 
         memory: bytes for everything, the weights included.
         guided: two rows per picture instead of one.
         max_prompt: longest prompt, tokens.
-        packed: as `packs`.
         different: prompts that differ among the rows of so many pictures at once; None: those of all rows do.
 
     Returns:
@@ -151,8 +120,6 @@ def max_batch(plan: CachePlan, model: Any, memory: int, *, guided: bool = True, 
              "num_visual_tokens": shape.num_visual_tokens}
     cache_bytes = _cache_bytes(plan, sizes)
     free = memory - weight_bytes(model)
-    if packs(model, packed):
-        free -= packed_bytes(model)
     if decode_bytes(model, 1) > free:
         return 0
 

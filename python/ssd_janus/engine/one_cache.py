@@ -24,6 +24,8 @@ class OneCache(Slots):
     """One cache with two rows for every slot, and a step of all rows that reads buffers which stay where they are:
     one graph, whoever joins. Rows without a picture are finished ones, which kernels leave alone."""
 
+    any_plan = False
+
     def __init__(self, engine: Engine, capacity: int, max_prompt: int, steps: int) -> None:
         super().__init__(engine, capacity, max_prompt, steps)
         self._all = AllRows(self)

@@ -17,6 +17,7 @@ class OwnCaches(Slots):
     """A cache for every picture, as large as its prompt needs, and products of the rows that are there: a step costs
     what its pictures cost. For steps that are not captured."""
 
+    any_plan = True
     _lineup: Lineup | None = None
 
     @property
@@ -28,7 +29,7 @@ class OwnCaches(Slots):
         for picture in lineup.pictures:
             request = picture.request
             picture.cache = CompressedCache(
-                self.engine.plan, 1 + request.guided, shape.num_query_heads, shape.head_dim, len(request.prompt),
+                self.plan_of(request), 1 + request.guided, shape.num_query_heads, shape.head_dim, len(request.prompt),
                 shape.num_visual_tokens, self.dtype, weights.device, self.engine.backend)
             picture.cache.warmup(rotary=True)
             if not request.sampling.greedy:
@@ -75,7 +76,6 @@ class OwnCaches(Slots):
     def _attend(self, layer: int, *heads: torch.Tensor) -> torch.Tensor:
         assert self._lineup is not None
         pictures, weights = self._lineup.pictures, self.weights
-        heads = tuple(tensor.to(self.dtype) for tensor in heads)
         for index, picture in enumerate(pictures):
             own = slice(index, None, len(pictures))  # its row, and the unconditional one if there is one
             assert picture.cache is not None

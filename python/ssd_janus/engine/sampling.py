@@ -23,6 +23,8 @@ from ssd_attach.internals import logits_processors, prepared_config
 from ssd_kernels.noise import exponential_, in_one_launch
 from ssd_kernels.sampling import sample_in_one_launch
 
+from ..checks import sampling_options
+
 # Fields of a generation config that say how tokens are chosen; the further ones where they are set.
 USUAL = ("temperature", "top_k", "top_p")
 FURTHER = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size",
@@ -35,7 +37,26 @@ def sampling_settings(model: Any) -> dict[str, Any]:
     """What a model's generation config says about how tokens are chosen, JSON values, for those who compare results."""
     config = model.generation_config
     further = {name: value for name in FURTHER if (value := getattr(config, name, None)) not in (None, False)}
-    return {**{name: getattr(config, name, None) for name in USUAL}, **json.loads(json.dumps(further, default=str))}
+    greedy = {} if config.do_sample else {"do_sample": False}
+    return {**{name: getattr(config, name, None) for name in USUAL}, **greedy,
+            **json.loads(json.dumps(further, default=str))}
+
+
+def set_sampling(model: Any, temperature: float | None = None, top_k: int | None = None,
+                 top_p: float | None = None) -> None:
+    """Make these the model's own defaults; what is None stays as it is.
+
+    Args:
+        temperature: 0 takes the likeliest token; above, tokens are drawn, also where the model's default is not to.
+        top_k, top_p: restrict sampling, and say that tokens are drawn; 0 and 1 do not restrict.
+
+    Raises:
+        TypeError, ValueError: as `Pipeline.generate_tokens`.
+    """
+    if temperature is top_k is top_p is None:
+        return
+    for name, value in sampling_options(temperature, top_k, top_p).items():
+        setattr(model.generation_config, name, value)
 
 
 @dataclass(frozen=True)

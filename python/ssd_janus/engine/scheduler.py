@@ -40,6 +40,7 @@ class Ticket(Future[torch.Tensor]):
     Attributes:
         request: what is drawn.
         drawn: tokens so far.
+        cache_bytes: of a cache for it alone.
         submitted, joined, first_row, finished: these moments by the scheduler's clock; None before.
     """
 
@@ -47,6 +48,7 @@ class Ticket(Future[torch.Tensor]):
                  submitted: float) -> None:
         super().__init__()
         self.request, self.rows_drawn, self.drawn = request, rows_drawn, 0
+        self.cache_bytes = scheduler._slots.cache_bytes(request)
         self.submitted = submitted
         self.joined: float | None = None
         self.first_row: float | None = None
@@ -239,15 +241,17 @@ class Scheduler:
                 _fail(tickets[0], error)
             return
         if joined:
-            slots = [picture.slot for picture in self._joining.pictures]
-            now = self._clock()
-            for slot, ticket in zip(slots, self._end_joining(), strict=True):
-                self._running[slot], ticket.joined = ticket, now
+            slots, now = [picture.slot for picture in self._joining.pictures], self._clock()
+            with self._changed:  # or `close` and `load` would not see them in between
+                tickets = self._end_joining()
+                self._running.update(zip(slots, tickets, strict=True))
+            for slot, ticket in zip(slots, tickets, strict=True):
+                ticket.joined = now
                 self._progressed(slot, ticket)
 
     def _take(self) -> None:
-        """Begin with the prompts of waiting pictures: as many as there are slots for, up to a part's tokens."""
-        room, tokens = len(self._slots.free), 0
+        """Begin with the prompts of waiting pictures, as many as have slots and bytes, up to a part's tokens."""
+        room, tokens, held = len(self._slots.free), 0, sum(ticket.cache_bytes for ticket in self._running.values())
         if not (room or self._running):
             raise RuntimeError("no slot is free although no picture is drawn")
         with self._changed:
@@ -255,6 +259,9 @@ class Scheduler:
             while queue and len(self._entering) < room:
                 tokens += len(queue[0].request.prompt) * (1 + queue[0].request.guided)
                 if self._entering and (tokens > self._prompt_tokens or queue is self._alone):
+                    break
+                held += queue[0].cache_bytes
+                if held > self._slots.max_cache_bytes and (self._running or self._entering):
                     break
                 self._entering.append(queue.popleft())
         if self._entering:

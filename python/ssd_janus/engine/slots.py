@@ -9,16 +9,16 @@ import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ssd_kernels import CompressedCache
+from ssd_attach.online import OnlinePlan
+from ssd_kernels import CachePlan, CompressedCache
 
 from .layers import Layers, PromptGroup, grouped
 from .sampling import Noise, Sampling
 from .unconditional import unconditional_prompt
-from .weights import Weights
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -35,12 +35,14 @@ class PictureRequest:
         guidance: scale; up to 1 there is none, and a picture takes one row instead of two.
         seed: of its random numbers.
         sampling: how its tokens are chosen.
+        plan: what its cache keeps; None for the engine's plan. Others need slots that take them (`Slots.any_plan`).
     """
 
     prompt: Sequence[int]
     guidance: float = 5.0
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
+    plan: CachePlan | None = None
 
     @property
     def guided(self) -> bool:
@@ -157,19 +159,34 @@ class Slots(ABC):
 
     Attributes:
         capacity: pictures; ``max_prompt``: tokens of the longest prompt; ``steps``: tokens of every picture.
+        any_plan: pictures may bring plans of their own.
+        max_cache_bytes: that caches of pictures should take together: of ``capacity`` pictures with the engine's plan,
+            or of one that keeps everything.
         free: slots that nobody has, the lowest first (a heap).
         running: pictures that have joined, by their slots.
         tokens: long [capacity, steps + 1], on the device; the last column is nobody's.
     """
 
+    any_plan: ClassVar[bool]
+
     def __init__(self, engine: Engine, capacity: int, max_prompt: int, steps: int) -> None:
         self.engine, self.capacity, self.max_prompt, self.steps = engine, capacity, max_prompt, steps
-        self.weights = Weights.of(engine.model, max_prompt + engine.shape.num_visual_tokens).prepared(engine.packed)
+        self.weights = engine.weights(max_prompt + engine.shape.num_visual_tokens)
         self.layers = Layers(self.weights, row_multiple=engine.row_multiple, compiled=engine.compile)
         self.dtype = engine.dtype
         self.free = list(range(capacity))
         self.running: dict[int, Picture] = {}
         self.tokens = torch.zeros(capacity, steps + 1, dtype=torch.long, device=self.weights.device)
+        self.max_cache_bytes = max(capacity * self._bytes_of(engine.plan, 2, max_prompt),
+                                   self._bytes_of(engine.shape.full_plan(), 2, max_prompt))
+
+    def plan_of(self, request: PictureRequest) -> CachePlan:
+        """That a picture is drawn with."""
+        return self.engine.plan if request.plan is None else request.plan
+
+    def cache_bytes(self, request: PictureRequest, plan: CachePlan | None = None) -> int:
+        """Bytes of a cache for this picture alone; with ``plan`` in place of its own."""
+        return self._bytes_of(plan or self.plan_of(request), 1 + request.guided, len(request.prompt))
 
     def check(self, request: PictureRequest) -> None:
         """Raise TypeError or ValueError unless such a picture can be drawn here."""
@@ -181,6 +198,14 @@ class Slots(ABC):
         if len(request.prompt) > self.max_prompt:
             raise ValueError(f"prompt must be at most max_prompt = {self.max_prompt} tokens long, got "
                              f"{len(request.prompt)}")
+        if request.plan is not None and request.plan != self.engine.plan:
+            if not self.any_plan:
+                raise ValueError("plan must be None or the engine's, for one cache holds all slots; slots(..., "
+                                 "any_plan=True) takes others")
+            if not isinstance(request.plan, CachePlan) or isinstance(request.plan, OnlinePlan):
+                raise TypeError(f"plan must be a CachePlan that is known beforehand, got "
+                                f"{type(request.plan).__name__}")
+            self.engine.shape.check(request.plan)
 
     def join(self, requests: Sequence[PictureRequest]) -> Joining:
         """Take slots for pictures, whose prompts the caller then runs with `Joining.advance`.
@@ -223,6 +248,11 @@ class Slots(ABC):
         for picture in lineup.pictures:
             picture.done = 1
             self.running[picture.slot] = picture
+
+    def _bytes_of(self, plan: CachePlan, rows: int, max_prompt: int) -> int:
+        shape = self.engine.shape
+        return plan.nbytes(batch_size=rows, head_dim=shape.head_dim, max_prompt=max_prompt, dtype=self.dtype,
+                           num_visual_tokens=shape.num_visual_tokens)
 
     @property
     @abstractmethod

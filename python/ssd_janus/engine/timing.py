@@ -15,8 +15,8 @@ class StepTiming:
 
     Attributes:
         steps: one dict per step: ``total``, ``linear`` (all matrix products of the layers, the head and the input of
-            the next step, with the activations and sums that follow them), ``attention`` (the cache's decode) and
-            ``rest``.
+            the next step, with the norms before them and the activations and sums after them), ``attention`` (the
+            cache's decode) and ``rest``.
     """
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from ssd_attach.internals import STOCK, foreign_hooks
 
-from .linear import Chain, Gated, Linear, PackedGated, PackedLinear
+from ..quantization import is_quantized
+from .linear import Chain, KernelLinear, Linear, Norm, SeparateLinear
 
 # Up to so many image codes the inputs of the next step are kept in a table. With more it would cost more than it saves:
 # a picture needs only as many inputs as it has tokens.
@@ -25,23 +26,16 @@ _fusing = threading.RLock()  # held while parameters become views of one another
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer; ``qkv`` and the product in ``gated`` are several projections in one matrix."""
+    """One decoder layer; ``qkv`` and ``gated`` are several projections in one matrix."""
 
-    input_norm: torch.Tensor
-    qkv: Linear | PackedLinear
-    out: Linear | PackedLinear
-    post_norm: torch.Tensor
-    gated: Gated | PackedGated
-    down: Linear | PackedLinear
-    epsilon: tuple[float, float]
+    qkv: Linear | KernelLinear
+    out: Linear | KernelLinear
+    gated: Linear | KernelLinear
+    down: Linear | KernelLinear
 
-    def packed(self) -> Layer:
-        """A copy of the weights as `PackedLinear` reads them."""
-        assert isinstance(self.qkv, Linear) and isinstance(self.out, Linear) and isinstance(self.down, Linear)
-        assert isinstance(self.gated, Gated)
-        return replace(self, input_norm=self.input_norm.float(), qkv=PackedLinear(self.qkv),
-                       out=PackedLinear(self.out), post_norm=self.post_norm.float(),
-                       gated=PackedGated(self.gated), down=PackedLinear(self.down))
+    def each(self, function: Callable[[Any], Any]) -> Layer:
+        """The same with what ``function`` makes of every product."""
+        return Layer(*(function(getattr(self, field.name)) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -49,22 +43,19 @@ class Weights:
     """Everything that drawing the tokens of a picture reads.
 
     The fused matrices are no copies: the projections of the model become views of them, so that no weight is stored
-    twice and changes in place are seen by both. `prepared` makes copies; `unfuse` undoes it.
+    twice and changes in place are seen by both. `unfuse` undoes it.
 
     Attributes:
         layers: of the language model.
-        norm, epsilon: its last norm.
         embed: text embedding ``[vocabulary, hidden]``.
         image_embed, aligner: from an image code to the next input; ``table``: that input of every code, or None.
-        head: from the last hidden state to logits of image codes.
+        head: from the last hidden state to logits of image codes, the language model's last norm before.
         rotary: (cos, sin), float32 ``[positions, D / 2]``.
         num_heads, num_query_heads, head_dim, scale: of the attention.
         codes: size of the image codebook.
     """
 
     layers: tuple[Layer, ...]
-    norm: torch.Tensor
-    epsilon: float
     embed: torch.Tensor
     image_embed: torch.Tensor
     aligner: Chain
@@ -83,30 +74,29 @@ class Weights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states and products: the model's, or float32 with packed weights."""
-        return self.norm.dtype
+        """Of hidden states, keys and values."""
+        return self.embed.dtype
 
     def following(self, codes: torch.Tensor) -> torch.Tensor:
         """Inputs of the next step ``[N, hidden]`` after image codes ``[N]``."""
         if self.table is not None:
             return self.table.index_select(0, codes)
-        return self.aligner(functional.embedding(codes, self.image_embed).to(self.dtype))
+        return self.aligner(functional.embedding(codes, self.image_embed))
 
     @torch.no_grad()
-    def prepared(self, packed: bool) -> Weights:
-        """For drawing: packed on request (`PackedLinear`), and with a table where codes are few."""
-        weights = self if not packed else replace(
-            self, layers=tuple(layer.packed() for layer in self.layers), norm=self.norm.float(),
-            aligner=self.aligner.packed(), head=self.head.packed())
+    def prepared(self, kernel: bool, most_rows: int | None = None) -> Weights:
+        """For drawing: products by our kernel (`KernelLinear`) or by torch, and a table where codes are few."""
+        weights = self if not kernel else replace(
+            self, layers=tuple(layer.each(lambda linear: KernelLinear(linear, most_rows)) for layer in self.layers),
+            aligner=self.aligner.by_kernel(most_rows), head=self.head.by_kernel(most_rows))
         if self.codes > TABLE_CODES:
             return weights
         return replace(weights, table=weights.following(torch.arange(self.codes, device=self.device)))
 
     def timed(self, timed: Callable[[Any], Any]) -> Weights:
         """The same with every product wrapped."""
-        layers = tuple(replace(layer, **{name: timed(getattr(layer, name)) for name in
-                                         ("qkv", "out", "gated", "down")}) for layer in self.layers)
-        return replace(self, layers=layers, aligner=timed(self.aligner), head=timed(self.head))
+        return replace(self, layers=tuple(layer.each(timed) for layer in self.layers), aligner=timed(self.aligner),
+                       head=timed(self.head))
 
     @classmethod
     @torch.no_grad()
@@ -132,11 +122,10 @@ class Weights:
         with _fusing:
             layers = tuple(_layer(layer) for layer in language_model.layers)
         return cls(
-            layers=layers, norm=language_model.norm.weight.detach(),
-            epsilon=language_model.norm.variance_epsilon, embed=embed,
+            layers=layers, embed=embed,
             image_embed=model.model.generation_embeddings.weight.detach(),
             aligner=Chain.of([aligner.fc1, *aligner.hidden_layers], aligner.activation_fn),
-            head=Chain.of([head.proj_out, head.vision_head], head.activation_fn),
+            head=Chain.of([head.proj_out, head.vision_head], head.activation_fn, _norm(language_model.norm)),
             rotary=(cos[0, :, :head_dim // 2].contiguous(), sin[0, :, :head_dim // 2].contiguous()),
             num_heads=config.num_key_value_heads, num_query_heads=config.num_attention_heads, head_dim=head_dim,
             scale=language_model.layers[0].self_attn.scaling,
@@ -181,18 +170,26 @@ def unsupported(model: Any) -> str | None:
 def _layer(layer: nn.Module) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return Layer(
-        input_norm=layer.input_layernorm.weight.detach(),
-        qkv=_fused([attention.q_proj, attention.k_proj, attention.v_proj]),
-        out=_fused([attention.o_proj]), post_norm=layer.post_attention_layernorm.weight.detach(),
-        gated=Gated(_fused([mlp.gate_proj, mlp.up_proj]), mlp.act_fn), down=_fused([mlp.down_proj]),
-        epsilon=(layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon))
+        qkv=_fused([attention.q_proj, attention.k_proj, attention.v_proj], norm=_norm(layer.input_layernorm)),
+        out=_fused([attention.o_proj]),
+        gated=_fused([mlp.gate_proj, mlp.up_proj], norm=_norm(layer.post_attention_layernorm), activation=mlp.act_fn,
+                     gated=True),
+        down=_fused([mlp.down_proj]))
 
 
-def _fused(projections: Sequence[nn.Linear]) -> Linear:
-    """The projections as one, above one another in the rows of the weight."""
+def _norm(module: nn.Module) -> Norm:
+    return Norm(module.weight.detach(), module.variance_epsilon)
+
+
+def _fused(projections: Sequence[nn.Linear], **around: Any) -> Linear:
+    """The projections as one, above one another in the rows of the weight; ``around``: of `Linear`."""
+    if any(is_quantized(projection.weight) for projection in projections):
+        matrices = [(projection.weight.detach(), None if projection.bias is None else projection.bias.detach())
+                    for projection in projections]
+        return SeparateLinear(*matrices[0], **around, matrices=matrices)
     biases = [projection.bias for projection in projections]
     return Linear(_stacked([projection.weight for projection in projections]),
-                  None if biases[0] is None else _stacked(biases))
+                  None if biases[0] is None else _stacked(biases), **around)
 
 
 def _stacked(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
@@ -227,7 +224,8 @@ def unfuse(model: Any) -> None:
     """
     with _fusing:
         for name, parameter in model.model.language_model.named_parameters():
-            if IN_ONE_MATRIX.search(name) and parameter.untyped_storage().nbytes() > parameter.nbytes:
+            if (IN_ONE_MATRIX.search(name) and not is_quantized(parameter)
+                    and parameter.untyped_storage().nbytes() > parameter.nbytes):
                 with _kept(parameter):
                     parameter.data = parameter.detach().clone()
 

@@ -2,7 +2,7 @@
 
 Every plan has a folder ``OUT/fidelity/guidance-G/PLAN`` or ``OUT/quality/guidance-G/PLAN`` (`RunFolder`), whose name
 says the format, too, if it is not the model's dtype: a killed comparison goes on where it was, and a plan that several
-parts ask for is drawn once.
+parts ask for is drawn once. Processes may work in one folder at once, on the same plans (`Ranks`) or on others.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from ssd_kernels.policies import HeadProfile, predicted_cost
 from ..files import write_text
 from ..pipeline import Pipeline
 from ..progress import ProgressCallback
+from ..ranks import ALONE, Ranks
 from ..shape import ModelShape
-from . import fidelity, findings, quality, results
-from .folder import keep_settings, settings
+from . import fidelity, findings, quality
+from .entries import Entries
+from .folder import RunFolder, keep_settings, settings
 
 CACHES_AT_ONCE = 8  # compressed caches beside the full one while it draws
 STUDY_BUDGET = 0.2
@@ -177,11 +179,23 @@ class Step:
 
 @dataclass(frozen=True)
 class _Job:
-    """A call that draws: its share of the progress bar in visual tokens, and the call."""
+    """Some plans and one of their measures.
+
+    Attributes:
+        part: of the command.
+        weight: its share of the progress bar in visual tokens.
+        batches: in all plans.
+        draw: draws those of a rank, ``draw(progress, ranks, before)``.
+        missing: files of batches that are not done.
+        enter: sums up what is done and keeps it.
+    """
 
     part: str
     weight: int
-    run: Callable[[ProgressCallback], None]
+    batches: int
+    draw: Callable[[ProgressCallback, Ranks, int], None]
+    missing: Callable[[], list[Path]]
+    enter: Callable[[], None]
 
 
 @dataclass
@@ -214,6 +228,7 @@ class Comparison:
     guidance: float | None = None
     batch_size: int = 25
     record: dict[str, Any] = field(init=False)
+    entries: Entries = field(init=False)
     prompt_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -224,25 +239,28 @@ class Comparison:
         if self.profile is not None:  # calls whose policies need none may come between
             (self.out / "profile").mkdir(exist_ok=True)
             keep_settings(self.out / "profile", {"profile": _digest(self.profile)})
-        file = self.out / "results.json"
-        empty: dict[str, Any] = {"parts": {}, "grid": {}, "sensitivity": {}, "prediction": None, "goals": [],
-                                 "int8_goals": []}
-        self.record = results.read_record(file) if file.exists() else empty
-        known = self.record.get("profile")
-        self.record["profile"] = known if self.profile is None else self._cost_of(self.profile)
+        self.entries = Entries(self.out)
+        if self.profile is not None:
+            self.entries.add_profile(self._cost_of(self.profile))
+        self.record = self._conclude(self.entries.read())
         lengths = [len(tokens) for tokens in self.pipe.prompt_tokens(self.texts)]
         self.prompt_tokens = round(sum(lengths) / len(lengths))
 
     def run(self, steps: Sequence[Step], facts: Mapping[str, Any], *,
             progress: ProgressCallback = lambda done, total: None,
-            publish: Callable[[dict[str, Any]], Any] = lambda record: None) -> None:
+            publish: Callable[[dict[str, Any]], Any] = lambda record: None, ranks: Ranks = ALONE) -> list[Path]:
         """Take the steps; what is measured already is only summed up.
 
         Args:
             steps: in order.
             facts: how the results were made, kept with every part that drew something and was finished.
             progress: ``progress(done, total)`` in visual tokens of all pictures, finished ones included.
-            publish: called with the record after every part.
+            publish: called with the record after every part that is complete.
+            ranks: which of several processes this is; each draws its own batches, and the last one that finds all of
+                them sums up.
+
+        Returns:
+            Files of batches that other ranks have not finished yet; empty if all is done.
 
         Raises:
             ValueError: a policy needs a profile and there is none, or a folder holds results of other settings.
@@ -257,41 +275,65 @@ class Comparison:
             texts = self.texts if step.measure == "fidelity" else [prompt["prompt"] for prompt in self.prompts]
             keep_settings(folder, {"prompts": list(texts)})
         jobs = [job for step in steps for job in self._jobs(step)]
-        total, done = sum(job.weight for job in jobs), 0
-        drawn = set()
+        total, done, before = sum(job.weight for job in jobs), 0, 0
+        drawn, left = set(), []
         for number, job in enumerate(jobs):
             def show(part: int, whole: int, job: _Job = job) -> None:
                 drawn.add(job.part)
                 progress(done + job.weight * part // whole, total)  # noqa: B023
 
-            job.run(show)
-            done += job.weight
+            job.draw(show, ranks, before)
+            done, before = done + job.weight, before + job.batches
             progress(done, total)
-            self.save()
-            if number + 1 == len(jobs) or jobs[number + 1].part != job.part:
-                runs = self.record["parts"].setdefault(job.part, [])
-                # A call that found everything done says nothing about how it was made.
-                if job.part in drawn or not runs:
-                    runs.append(dict(facts))
+            if ranks.alone or not job.missing():
+                job.enter()
                 self.save()
-                publish(self.record)
+            else:
+                left.append(job)
+            if number + 1 == len(jobs) or jobs[number + 1].part != job.part:
+                if job.part in drawn:
+                    self.entries.add_run(job.part, facts)
+                if all(other.part != job.part for other in left):
+                    self._finish(job.part, facts, publish)
+        missing = {id(job): job.missing() for job in left}
+        for job in left:
+            if not missing[id(job)]:
+                job.enter()
+        for part in dict.fromkeys(job.part for job in left):
+            if not any(missing[id(job)] for job in left if job.part == part):
+                self._finish(part, facts, publish)
+        self.save()
+        return [file for files in missing.values() for file in files]
 
-    def save(self) -> None:
-        """Draw the conclusions and write ``results.json``."""
-        entries = list(self.record["grid"].values())
+    def _finish(self, part: str, facts: Mapping[str, Any], publish: Callable[[dict[str, Any]], Any]) -> None:
+        # A call that found everything done says nothing about how it was made.
+        if part not in self.entries.read()["parts"]:
+            self.entries.add_run(part, facts)
+        self.save(publish)
 
-        def figures(measure: str, name: str) -> dict[findings.Key, Any]:
-            return {findings.key(entry): entry[measure][name] for entry in entries if measure in entry}
+    def save(self, publish: Callable[[dict[str, Any]], Any] = lambda record: None) -> None:
+        """Draw the conclusions from all findings of the folder, write ``results.json``, and publish them.
 
-        kl, right = figures("fidelity", "kl_by_picture"), figures("quality", "by_prompt")
-        impossible = {findings.key(entry) for entry in entries if "reason" in entry}
-        close = {key: {"": values} for key, values in kl.items()}
-        self.record["goals"] = [goal.as_json() for goal in findings.goals(right, close, impossible)]
-        self.record["int8_goals"] = [goal.as_json() for goal in findings.int8_goals(right, close, impossible)]
-        pairs = {findings.key(entry): (entry["predicted_cost"], entry["fidelity"]["kl_mean"]) for entry in entries
-                 if "predicted_cost" in entry and "fidelity" in entry}
-        self.record["prediction"] = findings.prediction(pairs)
-        write_text(self.out / "results.json", json.dumps(self.record, indent=1) + "\n")
+        Whoever adds a finding sums up afterwards. Where another process adds one meanwhile, the older of two sums could
+        be written last; so it is done again until nothing has come, and what is written last holds everything.
+        """
+        state = None
+        while state != (state := self.entries.state()):
+            self.record = self._conclude(self.entries.read())
+            write_text(self.out / "results.json", json.dumps(self.record, indent=1) + "\n")
+            publish(self.record)
+
+    def _conclude(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """A record with its cases in the order of `grid` and `studies`, and conclusions."""
+        order = [*policies.POLICIES, "online"]
+        rank = {name: number for number, name in enumerate(order)}
+        variants = {case.label: number for number, case in enumerate(studies(order, 0))}
+        cells = sorted(found["grid"].items(), key=lambda item: (
+            item[1].get("kv_format", "auto"), item[1]["policy"] != "full", rank.get(item[1]["policy"], len(rank)),
+            item[1]["row_buffer"], item[1]["budget"], item[0]))
+        varied = sorted(found["sensitivity"].items(), key=lambda item: (variants.get(item[0], len(variants)), item[0]))
+        return {"parts": found["parts"], "grid": dict(cells), "sensitivity": dict(varied),
+                **findings.conclusions([entry for _, entry in cells]), "profile": found["profile"]}
 
     def _cost_of(self, profile: HeadProfile) -> dict[str, Any]:
         known = profile.meta.get("prompts", [])
@@ -301,73 +343,74 @@ class Comparison:
     def _jobs(self, step: Step) -> Iterator[_Job]:
         """What there is to draw for a step, cases with the same plan and guidance together."""
         plans: dict[float, dict[str, CachePlan]] = {}
-        labels: dict[tuple[float, str], list[str]] = {}
+        entries: dict[tuple[float, str], dict[str, dict[str, Any]]] = {}
         for case in step.cases:
             scale = self.pipe.guidance(self.guidance if case.guidance is None else case.guidance)
-            plan = self._enter(step.table, case, scale)
-            if plan is not None:
+            plan, entry = self._plan(case, scale)
+            if plan is None:
+                self.entries.add(step.table, step.measure, case.label, entry)
+            else:
                 plans.setdefault(scale, {})[case.plan_name] = plan
-                labels.setdefault((scale, case.plan_name), []).append(case.label)
-        draw, size = (self._fidelity, CACHES_AT_ONCE) if step.measure == "fidelity" else (self._quality, 1)
+                entries.setdefault((scale, case.plan_name), {})[case.label] = entry
+        make, size = (self._fidelity, CACHES_AT_ONCE) if step.measure == "fidelity" else (self._quality, 1)
         for scale, named in plans.items():
-            self._open(step.measure, named, scale)
             remaining = iter(named.items())
             while chunk := dict(islice(remaining, size)):
-                def run(progress: ProgressCallback, chunk: dict[str, CachePlan] = chunk, scale: float = scale) -> None:
-                    for name, result in draw(chunk, scale, progress).items():
-                        for label in labels[scale, name]:
-                            self.record[step.table][label][step.measure] = result.as_json()
+                def add(results: Mapping[str, quality.Quality | fidelity.Fidelity], scale: float = scale) -> None:
+                    for name, result in results.items():
+                        for label, entry in entries[scale, name].items():
+                            self.entries.add(step.table, step.measure, label, {**entry, step.measure: result.as_json()})
 
-                pictures = (len(self.texts) * (len(chunk) + 1) if step.measure == "fidelity"
-                            else len(self.prompts) * self.seeds)
-                yield _Job(step.part, pictures * self.pipe.shape.num_visual_tokens, run)
+                yield make(step.part, chunk, scale, add)
 
-    def _enter(self, table: str, case: Case, scale: float) -> CachePlan | None:
-        """Put a case into the record; returns its plan, or None where its policy cannot make one."""
+    def _plan(self, case: Case, scale: float) -> tuple[CachePlan | None, dict[str, Any]]:
+        """The plan of a case, or None where its policy cannot make one, and what its entry begins with."""
         if case.policy in policies.NEED_PROFILE and self.profile is None:
             raise ValueError(f"policy {case.policy} needs a profile of the model's heads, got none; make one with "
                              "`ssd-janus profile`")
-        entry = self.record[table].setdefault(case.label, {})
-        entry.update(policy=case.policy, budget=case.budget, row_buffer=case.row_buffer, study=case.study,
-                     setting=case.setting, guidance=scale, kv_format=case.kv_format)
+        entry: dict[str, Any] = {
+            "policy": case.policy, "budget": case.budget, "row_buffer": case.row_buffer, "study": case.study,
+            "setting": case.setting, "guidance": scale, "kv_format": case.kv_format}
         shape, dtype = self.pipe.shape, self.pipe.dtype
         try:
             plan = build(case, shape, self.profile, self.prompt_tokens, dtype)
         except ValueError as error:
-            entry["reason"] = str(error)
-            return None
-        entry.pop("reason", None)
+            return None, {**entry, "reason": str(error)}
         entry["tokens"] = plan.budget(shape.num_visual_tokens)
         entry["reached"] = plan.byte_budget(shape.num_visual_tokens, head_dim=shape.head_dim, dtype=dtype)
         # What an online plan keeps is not known before it has drawn, and the full cache itself has nothing to predict.
         if self.profile is not None and case.policy != "online" and case.plan_name != "full":
             entry["predicted_cost"] = predicted_cost(plan, self.profile)
-        return plan
-
-    def _open(self, measure: str, plans: Mapping[str, CachePlan], scale: float) -> None:
-        """Refuse folders of other settings before hours of drawing, not after."""
-        if measure == "fidelity":
-            fidelity.open_folders(self.pipe, plans, self._folder(measure, scale), prompts=self.texts,
-                                  guidance_scale=scale, batch_size=self.batch_size, pictures=False)
-            return
-        for name, plan in plans.items():
-            quality.open_folder(self.pipe, plan, self._folder(measure, scale) / name, prompts=self.prompts,
-                                guidance_scale=scale, batch_size=self.batch_size)
+        return plan, entry
 
     def _folder(self, measure: str, scale: float) -> Path:
         return self.out / measure / f"guidance-{scale:g}"
 
-    def _fidelity(self, plans: Mapping[str, CachePlan], scale: float,
-                  progress: ProgressCallback) -> Mapping[str, fidelity.Fidelity]:
-        return fidelity.evaluate(self.pipe, plans, self._folder("fidelity", scale), prompts=self.texts,
-                                 guidance_scale=scale, batch_size=self.batch_size, pictures=False, progress=progress)
+    def _fidelity(self, part: str, plans: Mapping[str, CachePlan], scale: float,
+                  add: Callable[[Mapping[str, fidelity.Fidelity]], None]) -> _Job:
+        common: dict[str, Any] = {"prompts": self.texts, "guidance_scale": scale, "pictures": False}
+        folders = fidelity.open_folders(self.pipe, plans, self._folder("fidelity", scale), batch_size=self.batch_size,
+                                        **common)
+        return _Job(part, len(self.texts) * (len(plans) + 1) * self.pipe.shape.num_visual_tokens,
+                    sum(len(folder.batches(1)) for folder in folders.values()),
+                    lambda progress, ranks, before: fidelity.draw(self.pipe, plans, folders, progress=progress,
+                                                                  ranks=ranks, before=before, **common),
+                    lambda: [file for folder in folders.values() for file in folder.missing(1)],
+                    lambda: add(fidelity.results(self.pipe, plans, folders)))
 
-    def _quality(self, plans: Mapping[str, CachePlan], scale: float,
-                 progress: ProgressCallback) -> Mapping[str, quality.Quality]:
-        return {name: quality.evaluate(self.pipe, plan, self._folder("quality", scale) / name, prompts=self.prompts,
-                                       seeds=self.seeds, guidance_scale=scale, batch_size=self.batch_size,
-                                       progress=progress)
-                for name, plan in plans.items()}
+    def _quality(self, part: str, plans: Mapping[str, CachePlan], scale: float,
+                 add: Callable[[Mapping[str, quality.Quality]], None]) -> _Job:
+        ((name, plan),) = plans.items()
+        common: dict[str, Any] = {"prompts": self.prompts, "guidance_scale": scale}
+        folder: RunFolder[list[dict[str, Any]]] = quality.open_folder(
+            self.pipe, plan, self._folder("quality", scale) / name, batch_size=self.batch_size, **common)
+        return _Job(part, len(self.prompts) * self.seeds * self.pipe.shape.num_visual_tokens,
+                    len(folder.batches(self.seeds)),
+                    lambda progress, ranks, before: quality.draw(
+                        self.pipe, plan, folder, seeds=self.seeds, progress=progress, ranks=ranks, before=before,
+                        **common),
+                    lambda: folder.missing(self.seeds),
+                    lambda: add({name: quality.result(self.pipe, plan, folder, self.seeds)}))
 
 
 def _digest(profile: HeadProfile) -> str:

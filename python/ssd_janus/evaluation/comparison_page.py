@@ -68,7 +68,8 @@ def _runs(parts: Mapping[str, Sequence[Mapping[str, Any]]], names: Iterable[str]
 
 def _profile(facts: Mapping[str, Any]) -> str:
     shared = f"{facts['shared']} of them" if facts["shared"] else "none of them"
-    return f"- profile: {facts['prompts']} prompts in {facts['seconds']} s, {shared} also measured here\n"
+    time = "" if facts["seconds"] is None else f" in {facts['seconds']} s"  # as profiles of earlier releases know it
+    return f"- profile: {facts['prompts']} prompts{time}, {shared} also measured here\n"
 
 
 def _fidelity(entries: Sequence[Entry]) -> str:

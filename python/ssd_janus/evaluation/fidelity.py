@@ -30,6 +30,7 @@ from ..files import write_atomically
 from ..images import file_names, save_picture
 from ..pipeline import Pipeline
 from ..progress import ProgressCallback
+from ..ranks import ALONE, Ranks
 from .folder import Batch, RunFolder, check_pictures, settings
 from .statistics import Interval, mean_interval
 
@@ -191,14 +192,37 @@ def evaluate(pipe: Pipeline, plans: Mapping[str, CachePlan], out: Path, *, promp
     """
     if not prompts:
         raise ValueError("prompts must hold at least one text, got none")
-    with needs("evaluate", "skimage"):
-        import skimage.metrics  # noqa: F401  # before hours of drawing, not after
     folders = open_folders(pipe, plans, out, prompts=prompts, guidance_scale=guidance_scale, batch_size=batch_size,
                            pictures=pictures)
+    draw(pipe, plans, folders, prompts=prompts, guidance_scale=guidance_scale, pictures=pictures, progress=progress)
+    return results(pipe, plans, folders)
+
+
+Folders = Mapping[str, RunFolder[dict[str, np.ndarray]]]
+
+
+def draw(pipe: Pipeline, plans: Mapping[str, CachePlan], folders: Folders, *, prompts: Sequence[str],
+         guidance_scale: float | None, pictures: bool, progress: ProgressCallback = lambda done, total: None,
+         ranks: Ranks = ALONE, before: int = 0) -> None:
+    """Measure the batches of all plans that are still to do. Args: as of `evaluate`, and
+
+        folders: of `open_folders` with the same arguments.
+        ranks: which of several processes this is; each measures batches of plans of its own.
+        before: batches of plans of the same work that were dealt out before, see `Ranks.own`.
+
+    Raises:
+        ValueError: a batch does not fit into memory.
+        ImportError: scikit-image is missing; the message names the extra.
+    """
+    with needs("evaluate", "skimage"):
+        import skimage.metrics  # noqa: F401  # before hours of drawing, not after
     steps, texts = pipe.shape.num_visual_tokens, file_names(list(prompts), 1)
+    # Plan by plan: where the number of batches divides that of ranks, or is divided by it, no batch's full-cache
+    # pictures are drawn by more ranks than must.
+    own = ranks.own([(name, batch) for name, folder in folders.items() for batch in folder.batches(1)], before)
     todo: dict[Batch, list[str]] = {}
     for name, folder in folders.items():
-        for batch in folder.open_batches(1):
+        for batch in folder.to_do(batch for other, batch in own if other == name):
             todo.setdefault(batch, []).append(name)
     total = steps * sum(1 + len(names) * (1 + pictures) for names in todo.values())
     done = 0
@@ -224,13 +248,17 @@ def evaluate(pipe: Pipeline, plans: Mapping[str, CachePlan], out: Path, *, promp
             if pictures:
                 drawn["plan"] = pipe.decode(draw(plans[name]))
             for kind, images in drawn.items():
-                target = out / name / "pictures" / kind
+                target = folders[name].path / "pictures" / kind
                 target.mkdir(parents=True, exist_ok=True)
                 for index, picture in enumerate(images, batch.first):
                     save_picture(picture, target / texts[index])
             buffer = io.BytesIO()
             np.savez(buffer, allow_pickle=False, **_figures(full, forced, errors, drawn))
             write_atomically(folders[name].file(batch), lambda file: file.write(buffer.getvalue()))  # noqa: B023
+
+
+def results(pipe: Pipeline, plans: Mapping[str, CachePlan], folders: Folders) -> dict[str, Fidelity]:
+    """The figures of folders whose batches are all done, by plan."""
     return {name: _summarise(list(folder.contents(1)), pipe, plans[name]) for name, folder in folders.items()}
 
 

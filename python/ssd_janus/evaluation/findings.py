@@ -219,6 +219,21 @@ def _without(missing: Sequence[str]) -> str:
     return f"; no figure for {', '.join(missing)}" if missing else ""
 
 
+def conclusions(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """ "prediction", "goals" and "int8_goals" of the entries of a comparison's grid, as its record has them."""
+
+    def figures(measure: str, name: str) -> dict[Key, Any]:
+        return {key(entry): entry[measure][name] for entry in entries if measure in entry}
+
+    kl, right = figures("fidelity", "kl_by_picture"), figures("quality", "by_prompt")
+    impossible = {key(entry) for entry in entries if "reason" in entry}
+    close = {plan: {"": values} for plan, values in kl.items()}
+    pairs = {key(entry): (entry["predicted_cost"], entry["fidelity"]["kl_mean"]) for entry in entries
+             if "predicted_cost" in entry and "fidelity" in entry}
+    return {"prediction": prediction(pairs), "goals": [goal.as_json() for goal in goals(right, close, impossible)],
+            "int8_goals": [goal.as_json() for goal in int8_goals(right, close, impossible)]}
+
+
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
     """Spearman's rank correlation, ties by their mean rank; None for fewer than 3 pairs or where one side is constant.
 

@@ -79,9 +79,17 @@ class RunFolder(Generic[Content]):
     def file(self, batch: Batch) -> Path:
         return self.path / "batches" / f"{batch.name}{self.suffix}"
 
-    def open_batches(self, seeds: int) -> list[Batch]:
-        """The batches still to do; a warning names what is damaged and so has to be done again."""
-        return [batch for batch in self.batches(seeds) if not self._done(batch)]
+    def to_do(self, batches: Iterable[Batch]) -> list[Batch]:
+        """Those of the batches that are not done; a warning names what is damaged and so has to be done again."""
+
+        def say(problem: str, batch: Batch) -> None:
+            warnings.warn(f"ssd_kernels: {problem}; drawing batch {batch.name} again", stacklevel=4)
+
+        return [batch for batch in batches if not self._done(batch, say)]
+
+    def missing(self, seeds: int) -> list[Path]:
+        """The files of the batches of these seeds that are not done, or damaged."""
+        return [self.file(batch) for batch in self.batches(seeds) if not self._done(batch)]
 
     def contents(self, seeds: int) -> Iterator[Content]:
         """What the files of all batches of these seeds hold, in order; all must be done."""
@@ -91,14 +99,14 @@ class RunFolder(Generic[Content]):
         """A different seed for every batch of every seed."""
         return batch.seed * len(self.prompts) + batch.first
 
-    def _done(self, batch: Batch) -> bool:
+    def _done(self, batch: Batch, say: Callable[[str, Batch], Any] = lambda problem, batch: None) -> bool:
         file = self.file(batch)
         if not _is_there(file):
             return False
         try:
             self.read(file, batch)
         except ValueError as error:
-            warnings.warn(f"ssd_kernels: {error}; drawing batch {batch.name} again", stacklevel=3)
+            say(str(error), batch)
             return False
         return True
 
@@ -117,8 +125,7 @@ def keep_settings(path: Path, wanted: Mapping[str, Any]) -> None:
     file = path / SETTINGS
     if not file.exists():
         write_text(file, json.dumps(wanted, indent=1) + "\n")
-        return
-    found = read_json(file, LARGEST)
+    found = read_json(file, LARGEST)  # another process may have written it, too
     with naming(file):
         Field(found).members(optional=None)
     for name in sorted({*found, *wanted}):

@@ -16,6 +16,7 @@ from ..files import write_text
 from ..images import file_names, save_picture
 from ..pipeline import Pipeline
 from ..progress import ProgressCallback
+from ..ranks import ALONE, Ranks
 from .folder import LARGEST, Batch, RunFolder, check_pictures, settings
 from .statistics import Interval, family_scores
 
@@ -65,12 +66,28 @@ def evaluate(pipe: Pipeline, plan: CachePlan, out: Path, *, prompts: Sequence[Ma
         ValueError: ``out`` holds results made with other settings.
         ImportError: scipy is missing; the message names the extra.
     """
+    folder = open_folder(pipe, plan, out, prompts=prompts, guidance_scale=guidance_scale, batch_size=batch_size)
+    draw(pipe, plan, folder, prompts=prompts, seeds=seeds, guidance_scale=guidance_scale, progress=progress)
+    return result(pipe, plan, folder, seeds)
+
+
+def draw(pipe: Pipeline, plan: CachePlan, folder: RunFolder[list[dict[str, Any]]], *,
+         prompts: Sequence[Mapping[str, Any]], seeds: int, guidance_scale: float | None,
+         progress: ProgressCallback = lambda done, total: None, ranks: Ranks = ALONE, before: int = 0) -> None:
+    """Draw and judge the batches of a folder that are still to do. Args: as of `evaluate`, and
+
+        folder: of `open_folder` with the same arguments.
+        ranks: which of several processes this is; each draws its own batches.
+        before: batches of the same work that were dealt out before, see `Ranks.own`.
+
+    Raises:
+        ImportError: scipy is missing, which `result` needs; the message names the extra.
+    """
     with needs("evaluate", "scipy"):
         from ssd_shapes import detector
     texts = [prompt["prompt"] for prompt in prompts]
-    names = file_names(texts, 1)
-    folder = open_folder(pipe, plan, out, prompts=prompts, guidance_scale=guidance_scale, batch_size=batch_size)
-    remaining, steps = folder.open_batches(seeds), pipe.shape.num_visual_tokens
+    names, out = file_names(texts, 1), folder.path
+    remaining, steps = folder.to_do(ranks.own(folder.batches(seeds), before)), pipe.shape.num_visual_tokens
     for number, batch in enumerate(remaining):
         pictures = pipe(list(batch.prompts), guidance_scale=guidance_scale, seed=folder.sampling_seed(batch), plan=plan,
                         progress=lambda done, _: progress(number * steps + done, len(remaining) * steps))  # noqa: B023
@@ -84,7 +101,12 @@ def evaluate(pipe: Pipeline, plan: CachePlan, out: Path, *, prompts: Sequence[Ma
                             "file": str((target / names[index]).relative_to(out)), "correct": verdict.correct,
                             "reason": verdict.reason})
         write_text(folder.file(batch), json.dumps(records, indent=1) + "\n")
-    return summarise([record for records in folder.contents(seeds) for record in records], plan.budget(steps))
+
+
+def result(pipe: Pipeline, plan: CachePlan, folder: RunFolder[list[dict[str, Any]]], seeds: int) -> Quality:
+    """The scores of a folder whose batches are all done."""
+    return summarise([record for records in folder.contents(seeds) for record in records],
+                     plan.budget(pipe.shape.num_visual_tokens))
 
 
 def open_folder(pipe: Pipeline, plan: CachePlan, out: Path, *, prompts: Sequence[Mapping[str, Any]],

@@ -16,14 +16,18 @@ from fastapi.exceptions import StarletteHTTPException
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.sse import format_sse_event
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from ..engine import PictureRequest, Ticket
 from .kept import KeptPictures
 from .metrics import CLIENT_GONE, CountRequests
+from .page import page_routes
 from .schema import ImageRequest, Refused, parse, usage
-from .service import Service
+from .service import Drawn, Service
 
+# Of bodies that have not come wholly no more is read.
+ANSWER_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 413: {"Connection": "close"}}
 DISCARDED = 32  # times the largest body: so much of a larger one is read, that the client may read the answer
 
 _logger = logging.getLogger("ssd_janus")
@@ -57,6 +61,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
         api_key: without which nobody draws, as ``Authorization: Bearer KEY``; None lets everybody.
     """
     kept = KeptPictures(service.limits.kept_bytes, service.limits.kept_seconds)
+    service.metrics.gauge("kept", "kept under a URL", lambda: len(kept))
     began = int(time.time())
     model = {"id": service.name, "object": "model", "created": began, "owned_by": "ssd_janus"}
 
@@ -72,7 +77,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> JSONResponse:
-        headers = {**error.headers, **({"WWW-Authenticate": "Bearer"} if error.status == 401 else {})}
+        headers = {**error.headers, **ANSWER_HEADERS.get(error.status, {})}
         return JSONResponse(error.body, error.status, headers)
 
     @app.exception_handler(StarletteHTTPException)
@@ -93,7 +98,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     async def generate(request: Request) -> Response:
         """Draw pictures of a prompt."""
         asked = parse(await _body(request, service))
-        requests = service.requests(asked)
+        requests = service.requests(asked, await service.plan(asked.policy, asked.budget))
         if asked.stream:
             ticket, pictures = service.draw_rows(requests[0], asked.partial_images or 0)
             return Events(ticket, _events(service, requests[0], asked.partial_images or 0, pictures))
@@ -104,7 +109,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
                 fields["url"] = str(request.url_for("picture", name=kept.keep(picture)))
             else:
                 fields["b64_json"] = base64.b64encode(picture).decode()
-        return JSONResponse({"created": int(time.time()), "data": data, **_facts(service),
+        return JSONResponse({"created": int(time.time()), "data": data, **_facts(service, requests[0]),
                              "usage": _usage(service, requests)})
 
     @v1.get("/models")
@@ -116,6 +121,20 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
         if name != service.name:
             raise Refused(404, f"the model {name[:60]!r} does not exist", "model", "model_not_found")
         return model
+
+    @v1.get("/plans")
+    async def plans() -> dict[str, Any]:
+        """What requests may name as policy and budget, and what a page has to know of the model."""
+        return {"object": "list", **await service.offers(), "model": service.name, "size": service.size,
+                "rows": service.rows}
+
+    @v1.get("/plans/{policy}")
+    async def one_plan(policy: str, budget: str | None = None) -> Response:
+        """A plan as ``ssd-janus generate --plan`` reads it."""
+        share = _budget(budget)
+        plan = await service.plan(policy, share)
+        name = policy if share is None else f"{policy}-{share:g}"
+        return JSONResponse(plan.to_dict(), headers={"Content-Disposition": f'inline; filename="{name}.json"'})
 
     @app.get("/pictures/{name}.png")
     async def picture(name: str) -> Response:
@@ -138,6 +157,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app.include_router(v1)
+    app.include_router(page_routes())
     return app
 
 
@@ -164,6 +184,8 @@ async def _body(request: Request, service: Service) -> bytes:
         return await asyncio.wait_for(read(), limits.body_seconds)
     except asyncio.TimeoutError:
         raise Refused(408, f"the body must arrive within {limits.body_seconds} s") from None
+    except ClientDisconnect:
+        raise ClientGone from None
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
@@ -188,16 +210,16 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> R
         task.cancel()
 
 
-async def _events(service: Service, request: PictureRequest, partial_images: int, pictures: AsyncIterator[bytes]
+async def _events(service: Service, request: PictureRequest, partial_images: int, pictures: AsyncIterator[Drawn]
                   ) -> AsyncIterator[bytes]:
     """Every picture as an event; an error is the last one."""
-    number = 0
+    number, facts = 0, _facts(service, request)
     try:
-        async for picture in pictures:
+        async for picture, seconds in pictures:
             partial = number < partial_images
             kind = f"image_generation.{'partial_image' if partial else 'completed'}"
             fields = {"type": kind, "b64_json": base64.b64encode(picture).decode(), "created_at": int(time.time()),
-                      "quality": "auto", "seed": request.seed, **_facts(service),
+                      "quality": "auto", "seed": request.seed, "seconds": round(seconds, 3), **facts,
                       **({"partial_image_index": number} if partial else {"usage": _usage(service, [request])})}
             yield format_sse_event(event=kind, data_str=json.dumps(fields))
             number += 1
@@ -208,8 +230,18 @@ async def _events(service: Service, request: PictureRequest, partial_images: int
         yield format_sse_event(event="error", data_str=json.dumps(error.body))
 
 
-def _facts(service: Service) -> dict[str, Any]:
-    return {"size": service.size, "output_format": "png", "background": "opaque"}
+def _budget(text: str | None) -> float | None:
+    try:
+        budget = None if text is None else float(text)
+    except ValueError:
+        budget = 0.0
+    if budget is not None and not 0 < budget <= 1:
+        raise Refused(400, f"budget must be within (0, 1], got {str(text)[:60]!r}", "budget", "invalid_value")
+    return budget
+
+
+def _facts(service: Service, request: PictureRequest) -> dict[str, Any]:
+    return {"size": service.size, "output_format": "png", "background": "opaque", **service.cache(request)}
 
 
 def _usage(service: Service, requests: Sequence[PictureRequest]) -> Any:

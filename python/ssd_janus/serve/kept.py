@@ -15,6 +15,10 @@ class KeptPictures:
         self._clock = clock
         self._kept: dict[str, tuple[float, bytes]] = {}  # in the order in which they expire
 
+    def __len__(self) -> int:
+        self._let_go()
+        return len(self._kept)
+
     def keep(self, picture: bytes) -> str:
         """Its name."""
         name = secrets.token_urlsafe(24)

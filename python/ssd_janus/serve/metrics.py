@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +21,8 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self.requests = Counter("ssd_janus_requests", f"Requests by path and answer; {CLIENT_GONE}: the client left.",
                                 ["path", "status"], registry=self.registry)
+        self.accepted = Counter("ssd_janus_pictures_accepted", "Pictures that were asked for, and not refused.",
+                                registry=self.registry)
         self.pictures = Counter("ssd_janus_pictures", "Pictures by what became of them.", ["outcome"],
                                 registry=self.registry)
         self.waited = self._seconds("waiting", "From the request to the first token of a picture.")
@@ -26,8 +30,11 @@ class Metrics:
         self.drawn = self._seconds("drawing", "From the request to the last token of a picture.")
         self.decoded = self._seconds("decoding", "Turning a picture's tokens into a PNG.")
         for name in ("waiting", "joining", "running", "capacity"):
-            gauge = Gauge(f"ssd_janus_pictures_{name}", f"Pictures: {name}.", registry=self.registry)
-            gauge.set_function(lambda name=name: getattr(scheduler.load, name))
+            self.gauge(name, name, lambda name=name: getattr(scheduler.load, name))  # type: ignore[misc]
+
+    def gauge(self, name: str, what: str, value: Callable[[], float]) -> None:
+        """Another number of pictures, which is asked for when Prometheus asks."""
+        Gauge(f"ssd_janus_pictures_{name}", f"Pictures: {what}.", registry=self.registry).set_function(value)
 
     def done(self, ticket: Ticket) -> None:
         """A ticket has a result, an error, or was cancelled."""

@@ -64,6 +64,8 @@ class ImageRequest(BaseModel):
     temperature: float | None = Field(None, ge=0)
     top_k: int | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
+    policy: str | None = None
+    budget: float | None = Field(None, gt=0, le=1)
 
 
 def parse(body: bytes) -> ImageRequest:

@@ -10,6 +10,7 @@ from ipaddress import ip_address
 import uvicorn
 
 from .app import create_app
+from .connections import Connection
 from .service import Service
 
 SENDING = 10.0  # seconds that answers have at least, after the last picture is drawn
@@ -41,8 +42,9 @@ class Server:
         self.loopback = ip_address(address.partition("%")[0]).is_loopback
         self.url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
         self._server = uvicorn.Server(uvicorn.Config(
-            create_app(service, api_key), http="h11", ws="none", lifespan="off", log_level="warning", access_log=False,
-            server_header=False, limit_concurrency=service.limits.batch + service.limits.waiting + SPARE_CONNECTIONS))
+            create_app(service, api_key), http=Connection, ws="none", lifespan="off", log_level="warning",
+            access_log=False, server_header=False,
+            limit_concurrency=service.limits.batch + service.limits.waiting + SPARE_CONNECTIONS))
         self._ended = threading.Event()
         threading.Thread(target=self._run, args=(listening,), name="ssd_janus serving", daemon=True).start()
         while not self._server.started and not self._ended.is_set():

@@ -6,20 +6,24 @@ import asyncio
 import io
 import math
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
 from ssd_kernels import CachePlan
+from ssd_kernels.policies import HeadProfile
 
 from ..checks import check_number, sampling_options
 from ..engine import Closed, Engine, PictureRequest, QueueFull, Sampling, Scheduler, Ticket
 from ..engine.scheduler import RowsDrawn
 from ..pipeline import Pipeline
 from .metrics import Metrics
+from .plans import Plans
 from .schema import ImageRequest, Refused
 
 RANDOM_SEEDS = 2**32
@@ -56,25 +60,36 @@ class Limits:
             raise ValueError(f"images of a request must be at most waiting = {self.waiting}, got {self.images}")
 
 
+class Drawn(NamedTuple):
+    """A picture, or its first rows, as a PNG, and the seconds that it was drawn for until then."""
+
+    png: bytes
+    seconds: float
+
+
 class Service:
     """A model that draws for many. All but `finish` is for the thread of the event loop.
 
     Attributes:
         name: of the model; ``size``: of its pictures, as in ``"384x384"``; ``rows``: of their grids.
         limits: in force.
+        plans: that requests may name.
         metrics: of what was drawn.
         closing: nothing more is taken.
     """
 
     def __init__(self, pipe: Pipeline, plan: CachePlan | None = None, *, name: str = "janus",
-                 limits: Limits | None = None, guidance_scale: float | None = None) -> None:
+                 limits: Limits | None = None, guidance_scale: float | None = None,
+                 profile: HeadProfile | None = None, any_plan: bool = False) -> None:
         """
         Args:
             pipe: the model. Its weights are read as they are now.
-            plan: what caches keep; None keeps everything.
+            plan: what caches keep of requests that name no other; None keeps everything.
             name: that clients call it by.
             limits: None for the defaults.
             guidance_scale: of requests that name none; None for the model's default.
+            profile: of the model's heads, for requests that name policies which need one.
+            any_plan: as of `Engine.slots`; where no step is captured, as on a CPU, requests may always name plans.
 
         Raises:
             TypeError, ValueError: the engine cannot draw this in slots.
@@ -87,19 +102,29 @@ class Service:
         width, height = pipe.decode(torch.zeros(1, self.columns, dtype=torch.long))[0].size
         self.pixels = width, height * self.rows
         self.size = "{}x{}".format(*self.pixels)
-        self._slots = Engine(pipe.model, plan, backend=pipe.backend).slots(self.limits.batch)
+        self._slots = Engine(pipe.model, plan, backend=pipe.backend).slots(self.limits.batch, any_plan=any_plan)
+        self.plans = Plans(pipe.shape, self._slots.engine.plan, profile, self._slots.any_plan)
         self.scheduler = Scheduler(self._slots, max_waiting=self.limits.waiting)
         self.metrics = Metrics(self.scheduler)
         self._seconds = 0.0  # that the last picture was drawn for
         self._decoding = ThreadPoolExecutor(1, "ssd_janus decoding")  # one at a time, as memory is bounded
+        self._planning = ThreadPoolExecutor(1, "ssd_janus planning")
 
     @property
     def healthy(self) -> bool:
         """Whether pictures are taken; False while closing, and for ever after the device failed."""
         return not (self.closing or self.scheduler.closed)
 
-    def requests(self, asked: ImageRequest) -> list[PictureRequest]:
-        """The pictures that a client asks for; their seeds count on.
+    async def plan(self, policy: str | None, budget: float | None) -> CachePlan:
+        """See `Plans.get`; large models' plans take a while."""
+        return await asyncio.get_running_loop().run_in_executor(self._planning, self.plans.get, policy, budget)
+
+    async def offers(self) -> dict[str, Any]:
+        """See `Plans.offers`."""
+        return await asyncio.get_running_loop().run_in_executor(self._planning, lambda: self.plans.offers)
+
+    def requests(self, asked: ImageRequest, plan: CachePlan | None = None) -> list[PictureRequest]:
+        """The pictures that a client asks for, drawn with ``plan`` or the server's own; their seeds count on.
 
         Raises:
             Refused: this model does not draw them; the error names the parameter.
@@ -109,7 +134,7 @@ class Service:
             raise Refused(404, f"the model {asked.model[:60]!r} does not exist; this server draws with {self.name!r}",
                           "model", "model_not_found")
         if n > self.limits.images:
-            raise Refused(400, f"n must be within 1 .. {self.limits.images}, got {n}", "n", "invalid_value")
+            raise Refused(422, f"n must be within 1 .. {self.limits.images}, got {n}", "n", "invalid_value")
         if asked.size not in (None, "auto", self.size):
             raise Refused(400, f"size must be {self.size}, which is all that this model draws, got {asked.size[:60]!r}",
                           "size", "invalid_value")
@@ -128,11 +153,18 @@ class Service:
         guidance = self.guidance if asked.guidance_scale is None else asked.guidance_scale
         try:
             sampling = Sampling.of(self.pipe.model, **sampling_options(asked.temperature, asked.top_k, asked.top_p))
-            found = [PictureRequest(prompt, guidance, seed + number, sampling) for number in range(n)]
+            found = [PictureRequest(prompt, guidance, seed + number, sampling, plan) for number in range(n)]
             self._slots.check(found[0])
         except (TypeError, ValueError) as error:
             raise Refused(400, str(error), code="invalid_value") from None
         return found
+
+    def cache(self, request: PictureRequest) -> dict[str, Any]:
+        """What the cache of such a picture keeps and takes, under the names of ``ssd-janus generate --json``."""
+        plan = self._slots.plan_of(request)
+        return {"plan_budget": round(plan.budget(self.pipe.shape.num_visual_tokens), 4), "kv_format": plan.kv_format,
+                "cache_bytes": self._slots.cache_bytes(request),
+                "full_cache_bytes": self._slots.cache_bytes(request, self.pipe.shape.full_plan())}
 
     def submit(self, requests: Sequence[PictureRequest], rows_drawn: RowsDrawn | None = None) -> list[Ticket]:
         """
@@ -147,42 +179,38 @@ class Service:
             raise Refused(429, str(error), code="queue_full", retry_after=self.retry_after) from None
         except Closed:
             raise self.closed() from None
+        self.metrics.accepted.inc(len(tickets))
         for ticket in tickets:
             ticket.add_done_callback(self._done)
         return tickets
 
     async def draw(self, requests: Sequence[PictureRequest]) -> list[bytes]:
         """PNGs of pictures. If it is cancelled, so are they."""
-        tickets = self.submit(requests)
-        try:
-            ended = await asyncio.gather(*map(asyncio.wrap_future, tickets), return_exceptions=True)
-            return [await self.png(self._tokens(each)) for each in ended]
-        finally:
-            for ticket in tickets:
-                ticket.cancel()
+        ended = await asyncio.gather(*map(asyncio.wrap_future, self.submit(requests)), return_exceptions=True)
+        return [await self.png(self._tokens(each)) for each in ended]
 
-    def draw_rows(self, request: PictureRequest, partial_images: int) -> tuple[Ticket, AsyncIterator[bytes]]:
-        """A picture while it is drawn: its ticket, and PNGs of so many parts of it, evenly spread, and of the whole.
+    def draw_rows(self, request: PictureRequest, partial_images: int) -> tuple[Ticket, AsyncIterator[Drawn]]:
+        """A picture while it is drawn: its ticket, and so many parts of it, evenly spread, and the whole.
 
         Raises:
             Refused: as `submit`.
         """
         loop = asyncio.get_running_loop()
-        drawn = asyncio.Queue[torch.Tensor | None]()
+        drawn = asyncio.Queue[tuple[torch.Tensor, float] | None]()
         wanted = {round(self.rows * part / (partial_images + 1)) for part in range(1, partial_images + 1)}
 
         def row_drawn(tokens: torch.Tensor) -> None:
             if len(tokens) // self.columns in wanted:
-                loop.call_soon_threadsafe(drawn.put_nowait, tokens)
+                loop.call_soon_threadsafe(drawn.put_nowait, (tokens, time.monotonic()))
 
         def done(ticket: Ticket) -> None:
             loop.call_soon_threadsafe(drawn.put_nowait, None)
 
-        async def pictures() -> AsyncIterator[bytes]:
-            while (tokens := await drawn.get()) is not None:
-                yield await self.png(tokens)
-            yield await self.png(self._tokens(CancelledError() if ticket.cancelled()
-                                              else ticket.exception() or ticket.result()))
+        async def pictures() -> AsyncIterator[Drawn]:
+            while (part := await drawn.get()) is not None:
+                yield Drawn(await self.png(part[0]), part[1] - (ticket.joined or part[1]))
+            tokens = self._tokens(CancelledError() if ticket.cancelled() else ticket.exception() or ticket.result())
+            yield Drawn(await self.png(tokens), (ticket.finished or 0.0) - (ticket.joined or 0.0))
 
         ticket = self.submit([request], row_drawn if wanted else None)[0]
         ticket.add_done_callback(done)
@@ -211,20 +239,23 @@ class Service:
         """When nobody waits for pictures any more."""
         self.finish(0)
         self._decoding.shutdown(cancel_futures=True)
+        self._planning.shutdown(cancel_futures=True)
 
     def _prompt(self, text: str) -> list[int]:
         code = "string_above_max_length"
         if len(text) > self.limits.prompt:
-            raise Refused(400, f"prompt must be at most {self.limits.prompt} characters long, got {len(text)}",
+            raise Refused(422, f"prompt must be at most {self.limits.prompt} characters long, got {len(text)}",
                           "prompt", code)
         if not text.strip():
             raise Refused(400, "prompt must not be blank", "prompt", "invalid_value")
+        if (image := self.pipe.processor.image_token) in text:
+            raise Refused(400, f"prompt must not contain {image}, a picture's place", "prompt", "invalid_value")
         try:
             tokens = self.pipe.prompt_tokens([text])[0]
         except ValueError as error:
-            raise Refused(400, str(error), "prompt", code) from None
+            raise Refused(422, str(error), "prompt", code) from None
         if len(tokens) > self._slots.max_prompt:
-            raise Refused(400, f"prompt must be at most {self._slots.max_prompt} tokens long, got {len(tokens)}",
+            raise Refused(422, f"prompt must be at most {self._slots.max_prompt} tokens long, got {len(tokens)}",
                           "prompt", code)
         return tokens
 

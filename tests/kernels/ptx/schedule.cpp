@@ -8,6 +8,7 @@ namespace ptx {
 namespace {
 
 constexpr uint32_t kNowhere = UINT32_MAX;
+constexpr uint64_t kEnough = 1 << 18;  // instructions of warps, of a launch that has an issue: it may well never end
 
 bool is_collective(Op op) {
   return op == Op::kShuffle || op == Op::kVote || op == Op::kReduce || op == Op::kWarpBarrier || op == Op::kMma ||
@@ -36,6 +37,7 @@ class Grid {
         for (auto& block : alive_) hang(*block);
         break;
       }
+      if (result_.warp_instructions > kEnough && !context_.issues().empty()) break;
       if (alive_[index]->live == 0) retire(index);
     }
     for (auto& block : retired_) memory_.flush(*block);

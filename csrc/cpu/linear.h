@@ -1,0 +1,64 @@
+// Products of a few rows with a matrix of weights (ssd_kernels/linear.py): what a decoder step waits for most.
+#pragma once
+
+#include <cstdint>
+
+#include "common/layer.h"
+
+namespace ssd {
+
+// Rows that go through a matrix together; more are taken in turns, so that buffers stay small.
+constexpr int32_t kLinearRows = 64;
+// Outputs that a thread takes at once: of a gated product so many of each half.
+constexpr int32_t kLinearOutputs = 32;
+
+// out = f(normed(x) weight^T + bias) + plus, in float32 until it is stored, but for x, which is rounded to its
+// dtype once it is normed.
+struct Linear {
+  DType dtype;
+  const void* x;       // [rows, in]
+  const void* weight;  // [outputs, in], or [2 * outputs, in]: gates above what they multiply
+  const void* bias;    // a number for each row of weight, or null
+  const void* norm;    // [in] of RMSNorm (arXiv 1910.07467) on x, or null
+  const void* plus;    // [rows, outputs], or null
+  void* out;           // [rows, outputs]
+  int64_t x_stride;    // between rows, elements
+  int64_t plus_stride;
+  float epsilon;  // of the norm
+  int32_t rows, in, outputs;
+  bool silu;   // f: SiLU
+  bool gated;  // f: SiLU of the gates, times the others
+};
+
+// How far staged rows lie apart: whole steps of the widest instruction set.
+SSD_INLINE int64_t staged_stride(int32_t in) { return (in + 31) / 32 * 32; }
+
+// Per instruction set: rows [first, first + rows) of x, normed and as the kernel reads them; and the outputs of the
+// pieces [begin, end), kLinearOutputs each, of these rows.
+struct LinearKernel {
+  void (*stage)(const Linear&, int32_t first, int32_t rows, float* staged, float* row);
+  void (*pieces)(const Linear&, int32_t first, int32_t rows, const float* staged, int64_t begin, int64_t end,
+                 float* sums);
+};
+namespace portable {
+extern const LinearKernel linear_kernel;
+}
+namespace avx2 {
+extern const LinearKernel linear_kernel;
+}
+namespace avx512 {
+extern const LinearKernel linear_kernel;
+}
+namespace avx512_bf16 {
+extern const LinearKernel linear_kernel;
+}
+
+// How many of `threads` threads a product of so many bytes of weights and multiplications is worth. Waking one takes
+// some 30 us where threads sleep between calls, so each gets 50 us of work, at rates that many processors reach.
+int linear_threads(int64_t bytes, int64_t multiplications, int threads);
+
+// On up to `threads` threads: by a kernel, or by that of the instruction set in use.
+void linear(const Linear& product, const LinearKernel& kernel, int threads);
+void linear(const Linear& product, int threads);
+
+}  // namespace ssd

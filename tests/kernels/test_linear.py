@@ -1,0 +1,214 @@
+"""Products with weights: each instruction set this machine has, against float64 and by batch invariance."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from ssd_kernels import info, native
+from ssd_kernels.linear import Product, reference, unsupported
+from ssd_kernels.pages import in_huge_pages
+
+from .cases import BF16, F16, F32, short
+
+SETS = info()["extension"].get("instruction_sets", [])
+pytestmark = pytest.mark.skipif(not SETS, reason="the extension is not built")
+# Odd sizes first: rows, inputs, outputs. The last one is worth several threads.
+SHAPES = [(1, 1, 1), (3, 7, 2), (5, 33, 35), (13, 100, 37), (65, 40, 70), (2, 96, 64), (16, 256, 100), (7, 2048, 9),
+          (2, 1024, 1500)]
+every_dtype = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=short)
+
+
+@pytest.fixture(params=SETS or ["none"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set in turn; the best one again afterwards."""
+    extension = native.extension()
+    best = extension.instruction_set()
+    try:
+        extension.set_instruction_set(request.param)
+    except ValueError:
+        pytest.skip(f"this machine lacks {request.param}")
+    yield request.param
+    extension.set_instruction_set(best)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def poisoned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with NaN before and behind them in memory, and behind every row of two dimensions."""
+    rows = tensor if tensor.dim() == 2 else tensor[None]
+    memory = torch.full((rows.shape[0] + 2, rows.shape[1] + 5), torch.nan, dtype=tensor.dtype)
+    view = memory[1:-1, :rows.shape[1]]
+    view.copy_(rows)
+    return view if tensor.dim() == 2 else view[0]
+
+
+def in_nan(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, contiguous, with NaN right before and behind them."""
+    memory = torch.full((tensor.numel() + 64,), torch.nan, dtype=tensor.dtype)
+    view = memory[32:32 + tensor.numel()].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+def arguments(rows: int, inputs: int, outputs: int, dtype: torch.dtype, activation: str,
+              everything: bool) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(rows + inputs + outputs)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    height = outputs * (1 + (activation == "swiglu"))
+    given = {"x": poisoned(randn(rows, inputs)), "weight": in_nan(randn(height, inputs) * inputs ** -0.5),
+             "activation": activation}
+    if everything:
+        given |= {"bias": in_nan(randn(height)), "norm": in_nan(1 + 0.1 * randn(inputs)),
+                  "plus": poisoned(randn(rows, outputs)), "epsilon": 1e-5}
+    return given
+
+
+def computed(x: torch.Tensor, weight: torch.Tensor, activation: str, bias: torch.Tensor | None = None,
+             norm: torch.Tensor | None = None, epsilon: float = 1e-6, plus: torch.Tensor | None = None) -> torch.Tensor:
+    return Product(weight, bias, norm=norm, epsilon=epsilon, activation=activation)(x, plus)
+
+
+@every_dtype
+@pytest.mark.parametrize("activation", ["none", "silu", "swiglu"])
+@pytest.mark.parametrize("everything", [False, True], ids=["alone", "everything"])
+def test_against_float64(instruction_set: str, threads: int, dtype: torch.dtype, activation: str,
+                         everything: bool) -> None:
+    for shape in SHAPES:
+        given = arguments(*shape, dtype, activation, everything)
+        exact = reference(**{name: value.double() if isinstance(value, torch.Tensor) else value
+                             for name, value in given.items()})
+        same_dtype = reference(**given)
+        got = computed(**given)
+        assert got.shape == exact.shape and got.dtype == dtype and got.is_contiguous()
+        assert (got - exact).abs().max() <= 2 * (same_dtype - exact).abs().max() + 1e-5, shape
+
+
+@every_dtype
+def test_a_row_has_the_same_bits_in_any_company(instruction_set: str, dtype: torch.dtype) -> None:
+    for inputs, outputs in ((100, 37), (256, 96), (2048, 40)):
+        given = arguments(131, inputs, outputs, dtype, "swiglu", True)
+        together = computed(**given)
+        for first, count in ((0, 1), (5, 2), (1, 3), (7, 8), (64, 17), (2, 64), (3, 70)):
+            some = slice(first, first + count)
+            few = computed(**given | {"x": given["x"][some], "plus": given["plus"][some]})
+            assert torch.equal(few, together[some]), (inputs, outputs, first, count)
+
+
+@every_dtype
+def test_a_row_has_the_same_bits_by_any_number_of_threads(instruction_set: str, dtype: torch.dtype) -> None:
+    before, given = torch.get_num_threads(), arguments(9, 2040, 1100, dtype, "none", True)
+    together = computed(**given)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for rows in (1, 2, 7, 9):
+                few = computed(**given | {"x": given["x"][:rows], "plus": given["plus"][:rows]})
+                assert torch.equal(few, together[:rows]), (threads, rows)
+    finally:
+        torch.set_num_threads(before)
+
+
+@every_dtype
+def test_what_is_not_finite_stays_in_its_row_and_its_output(instruction_set: str, dtype: torch.dtype) -> None:
+    given = arguments(9, 70, 50, dtype, "none", False)
+    clean = computed(**given)
+    given["x"][4, 69], given["weight"][31, 0] = torch.inf, torch.nan
+    got = computed(**given)
+    assert got[:, 31].isnan().all() and not got[4].isfinite().any()
+    clean[4], clean[:, 31], got[4], got[:, 31] = 0, 0, 0, 0
+    assert torch.equal(got, clean)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-3, -30.0, 30.0, -80.0, -100.0, 100.0, 3e4])
+def test_silu_of_every_magnitude(instruction_set: str, value: float) -> None:
+    x, weight = torch.tensor([[value, 0.0]]), torch.tensor([[1.0, 0.0]])
+    expected = functional.silu(torch.tensor(value).double())
+    assert (computed(x, weight, "silu").double() - expected).abs() <= 3e-7 * expected.abs() + 1e-35
+
+
+def test_changes_in_place_are_seen() -> None:
+    weight = torch.randn(8, 16)
+    product, x = Product(weight), torch.randn(2, 16)
+    weight.mul_(2)
+    torch.testing.assert_close(product(x), functional.linear(x, weight))
+    assert product(x[:0]).shape == (0, 8)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"weight": torch.zeros(6, 4).T}, "weight must be contiguous"),
+    ({"weight": torch.zeros(0, 6)}, "weight must be contiguous"),
+    ({"weight": torch.zeros(4, 6, dtype=torch.float64)}, "weight cannot be multiplied with: it needs dtype"),
+    ({"activation": "relu"}, "activation must be one of none, silu, swiglu, got 'relu'"),
+    ({"weight": torch.zeros(3, 6), "activation": "swiglu"}, "an even number of rows for swiglu, got 3"),
+    ({"bias": torch.zeros(3)}, r"bias must be contiguous \[4\]"),
+    ({"bias": torch.zeros(4, dtype=BF16)}, r"bias must be contiguous \[4\] of torch.float32"),
+    ({"norm": torch.zeros(12)[::2]}, r"norm must be contiguous \[6\]"),
+    ({"x": torch.zeros(2, 5)}, r"x must be \[rows, 6\]"),
+    ({"x": torch.zeros(2, 6, dtype=BF16)}, r"x must be \[rows, 6\] of torch.float32"),
+    ({"x": torch.zeros(6, 2).T}, "unit last stride"),
+    ({"plus": torch.zeros(3, 4)}, "plus must have as many rows as x, 2, got 3"),
+    ({"plus": torch.zeros(2, 3)}, r"plus must be \[rows, 4\]"),
+])
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        torch.ops.ssd_kernels.linear(**{"x": torch.zeros(2, 6), "weight": torch.zeros(4, 6)} | change)
+
+
+def test_unsupported_says_why() -> None:
+    assert unsupported(torch.device("cpu"), F32) is None
+    assert "it needs device cpu" in str(unsupported(torch.device("meta"), F32))
+    assert "it needs dtype" in str(unsupported(torch.device("cpu"), torch.float64))
+
+
+@pytest.mark.parametrize("activation", ["none", "swiglu"])
+def test_opcheck(activation: str) -> None:
+    given = arguments(3, 20, 6, F32, activation, True)
+    result = torch.library.opcheck(torch.ops.ssd_kernels.linear.default, (given.pop("x"), given.pop("weight")), given)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_threads_are_woken_for_work_that_pays() -> None:
+    threads = native.extension().linear_threads
+    assert threads(10**5, 10**6, 8) == 1
+    assert threads(10**7, 10**6, 2) == 2  # reading takes long
+    assert threads(10**6, 6 * 10**7, 64) == 24  # multiplying does
+    assert threads(0, 0, 1) == threads(10**9, 10**9, 1) == 1
+    worth = [threads(size, 3 * size, 16) for size in range(0, 10**8, 10**6)]
+    assert worth == sorted(worth) and worth[-1] == 16
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's pages")
+def test_weights_move_into_huge_pages_and_stay_as_they_are() -> None:
+    weight = torch.randn(1500, 1024)  # of at least one whole huge page
+    before, address = weight.clone(), weight.data_ptr()
+    moved = in_huge_pages(weight)
+    assert torch.equal(weight, before) and weight.data_ptr() == address
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    assert not (moved and (not enabled.exists() or "[never]" in enabled.read_text()))
+    if moved:
+        held = Path("/proc/self/smaps").read_text()
+        middle, found = address + weight.nbytes // 2, 0
+        for line in held.splitlines():
+            if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(match[1], 16) <= middle < int(match[2], 16)
+            elif inside and line.startswith("AnonHugePages:"):
+                found = int(line.split()[1])
+        assert found >= 2048
+    assert not in_huge_pages(torch.zeros(1000)) and not in_huge_pages(torch.zeros(0))
