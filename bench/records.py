@@ -37,7 +37,8 @@ OURS = object_of({"backend": TEXT, "row_buffer": count}, others=True)
 CONTENDERS = {"kernel": object_of({"name": TEXT}, {"does": TEXT, "scored": Field.boolean}, others=True),
               "step": object_of({"name": TEXT, "backend": maybe(TEXT)}, {"budget": number}, others=True)}
 CONTENDERS["image"] = CONTENDERS["serve"] = CONTENDERS["step"]
-SECONDS = object_of({"median": positive, "best": positive, "spread": number, "trials": list_of(positive, 1)})
+SECONDS = object_of({"median": positive, "best": positive, "spread": number, "trials": list_of(positive, 1)},
+                    {"bests": list_of(positive, 1)})
 CEILING = object_of({"read": positive, "copy": positive}, {"loop": positive})
 KERNEL_FIGURES = object_of({"seconds": SECONDS, "ceiling": CEILING,
                             "bytes": object_of(dict.fromkeys(("useful", "read", "allocated"), positive)),

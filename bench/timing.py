@@ -62,19 +62,21 @@ class Timing:
         median: of the trials' medians.
         best: the fastest repetition.
         spread: the slowest trial's median less the fastest's; half of it, relative, is the noise of a comparison.
-        trials: median of each trial.
+        trials: median of each trial. bests: the fastest repetition of each.
     """
 
     median: float
     best: float
     spread: float
     trials: list[float]
+    bests: list[float]
 
     @classmethod
     def of(cls, trials: Sequence[Sequence[float]]) -> Timing:
         """From the seconds of every repetition of every trial."""
         medians = [statistics.median(seconds) for seconds in trials]
-        return cls(statistics.median(medians), min(map(min, trials)), max(medians) - min(medians), medians)
+        bests = [min(seconds) for seconds in trials]
+        return cls(statistics.median(medians), min(bests), max(medians) - min(medians), medians, bests)
 
 
 Stopwatch = Callable[[int], list[float]]  # repetitions -> seconds per call of each

@@ -104,7 +104,7 @@ def test_parts_are_those_of_the_fastest_step():
     steps = [{"total": 6.0, "linear": 3.0, "attention": 2.0, "rest": 1.0},
              {"total": 5.0, "linear": 1.0, "attention": 3.0, "rest": 1.0},
              {"total": 9.0, "linear": 5.0, "attention": 2.0, "rest": 2.0}]
-    timing = Timing(median=6.5, best=5.5, spread=0.0, trials=[6.5])
+    timing = Timing(median=6.5, best=5.5, spread=0.0, trials=[6.5], bests=[5.5])
     assert decoder.parts_of(steps, timing, "step") == ({"linear": 1.0, "attention": 3.0, "rest": 1.0}, 5.5)
     assert decoder.parts_of(steps, timing, "image") == ({"linear": 3.0, "attention": 2.0, "rest": 1.0}, 6.5)
 

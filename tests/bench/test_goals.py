@@ -9,7 +9,7 @@ import pytest
 from ssd_bench.ceiling import LOOP
 from ssd_bench.goals import floor_share, goals, rows, sentences
 from ssd_bench.kernel import share
-from ssd_bench.records import record
+from ssd_bench.records import left_out, record
 from ssd_bench.report import page
 from ssd_bench.tables import describe, machine_line
 
@@ -53,6 +53,12 @@ def test_goals_are_met_or_missed_in_the_open(kernel, best: float, moved: float, 
     assert ("TOO MUCH FOR A VERDICT" in machine_line(lines[0])) == (verdict == "no verdict")
 
 
+@pytest.mark.parametrize(("bests", "verdict"), [([1.6, 1.7, 1.9], "met"), ([1.6, 1.7, 1.95], "no verdict")])
+def test_no_verdict_where_ours_never_came_through_twice(kernel, bests: list[float], verdict: str):
+    [line] = kernel(160)
+    assert goals([line | {"seconds": line["seconds"] | {"bests": bests}}])[0][2] == verdict
+
+
 def test_8_bits_have_a_goal_of_their_own(kernel):
     [line] = kernel(160)
     eighth = {**line, "contender": line["contender"] | {"name": f"{OURS}, int8", "kv_format": "int8"}}
@@ -61,9 +67,21 @@ def test_8_bits_have_a_goal_of_their_own(kernel):
     assert len(goals([line])) == 1
 
 
+def test_what_was_left_out_is_not_measured(kernel):
+    lines = [kernel(160)[0], *steps("included", "float32", 8, 2, 5), *steps("1b", "bfloat16", 1, 2, 5),
+             *steps("included", "float32", 32, 2, 5)]
+    found = [goals([left_out(line["kind"], line["machine"], line["point"], "no time")]) for line in lines]
+    assert [one[0][:3] for one in (found[0], found[1], found[5])] == [
+        ("bfloat16 at 95% of the ceiling", "", "not measured"),
+        ("3 times as fast as transformers' best loop", "", "not measured"), ("80% of the floor", "", "not measured")]
+    assert found[-1] == []
+    line = left_out("kernel", lines[0]["machine"], lines[0]["point"], "no time")
+    assert sentences([line]) == ["bfloat16 at 95% of the ceiling: not measured"]
+
+
 def test_other_points_and_kinds_have_no_goals(kernel, make):
     assert goals(kernel(160, batch=64)) and goals(kernel(160, spread="uniform"))
-    assert goals(kernel(160, mean=60)) == goals(kernel(160, heads=8)) == []
+    assert goals(kernel(160, mean=60)) == goals(kernel(160, heads=8)) == goals(kernel(160, batch=1)) == []
     assert goals([{**make(), "kind": "serve"}]) == goals([{**make(), "kind": "image"}]) == []
 
 

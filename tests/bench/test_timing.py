@@ -59,6 +59,7 @@ def test_works_that_share_their_copies_are_apart():
 def test_timing_of_trials():
     timing = Timing.of([[3, 9, 4], [5, 5, 50], [2, 8, 8]])
     assert (timing.median, timing.best, timing.spread, timing.trials) == (5, 2, 4, [4, 5, 8])
+    assert timing.bests == [3, 5, 2]
 
 
 @pytest.mark.parametrize(("burst", "timed"), [(1, "spppppspppppsppppp"), (2, "ssppppppppppsppppp"),

@@ -26,14 +26,16 @@ import numpy as np
 import openai
 import pytest
 import tiny
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 import ssd_janus.cli
 from ssd_janus import Pipeline
-from ssd_janus.engine import Engine, Sampling, Slots
+from ssd_janus.engine import Engine, PictureRequest, Sampling, Slots, Ticket
 from ssd_janus.serve import connections
 from ssd_janus.serve.kept import KeptPictures
+from ssd_janus.serve.metrics import Metrics
 from ssd_janus.serve.server import Server
 from ssd_janus.serve.service import Limits, Service
 
@@ -187,7 +189,8 @@ def test_openais_client(serve: Serve, pipe: Pipeline) -> None:
     parts = [pixels(base64.b64decode(event.b64_json)) for event in events]
     assert (parts[-1] == expected(pipe, "a heart", 5)).all()
     for part, rows in zip(parts, (2, 4), strict=False):
-        assert part.shape == parts[-1].shape and (part[4 * rows:] == 127).all() and not (part[:4 * rows] == 127).all()
+        assert part.shape == parts[-1].shape and (part[4 * rows:] == 127).all()
+        assert not (part[4 * rows - 4:4 * rows] == 127).all()
     assert [event.partial_image_index for event in events[:2]] == [0, 1]
 
     for header in ("", "Bearer", "secret", "Basic secret", "Bearer Secret", "Bearer secret2", "Bearer sécret"):
@@ -225,6 +228,7 @@ def test_malformed_requests(refusing: Server, body: Any, status: int, param: str
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert (answer.headers.get("connection") == "close") == (status == 413)
     assert message in error["message"] and len(error["message"]) < 300
     if param is not None:
         assert error["param"] == param
@@ -370,6 +374,17 @@ def test_kept_pictures_are_bounded_and_expire() -> None:
     assert kept.get(first) is None and kept.get(second) == b"1234" and kept.nbytes == 6
     now[0] = 5.0
     assert kept.get(third) is None and kept.nbytes == 0 and kept.get(kept.keep(b"1" * 11)) is None
+
+
+def test_times_are_from_the_request_on(serve: Serve) -> None:
+    scheduler = serve().service.scheduler
+    metrics, ticket = Metrics(scheduler), Ticket(scheduler, PictureRequest([3]), None, 1.0)
+    ticket.joined, ticket.first_row, ticket.finished = 3.0, 4.0, 9.0
+    ticket.set_result(torch.zeros(1))
+    metrics.done(ticket)
+    text = metrics.text().decode()
+    for name, seconds in (("waiting", 2.0), ("first_row", 3.0), ("drawing", 8.0)):
+        assert f"ssd_janus_{name}_seconds_sum {seconds}" in text
 
 
 def test_limits_are_checked() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
 from dataclasses import replace
@@ -143,11 +144,13 @@ def test_pictures_are_drawn_in_their_order(drawer: Callable[..., Scheduler]) -> 
     """Never more at once than there are slots; and everyone gets what is his."""
     expected, most = tiny_engine()[1], 0
     rows: dict[int, list[torch.Tensor]] = {index: [] for index in expected}
+    times_of_rows: dict[int, list[float]] = {index: [] for index in expected}
 
     def seen(index: int, tokens: torch.Tensor) -> None:
         nonlocal most
         most = max(most, made.load.running)
         rows[index].append(tokens)
+        times_of_rows[index].append(time.monotonic())
 
     made = drawer(2)
     tickets = [made.submit(request, lambda tokens, index=index: seen(index, tokens))
@@ -157,7 +160,7 @@ def test_pictures_are_drawn_in_their_order(drawer: Callable[..., Scheduler]) -> 
         assert torch.equal(ticket.result(WAIT), tokens) and ticket.drawn == STEPS
         assert [len(part) for part in rows[index]] == [6, 12, 18]
         assert all(torch.equal(part, tokens[:len(part)]) for part in rows[index])
-        times = [ticket.submitted, ticket.joined, ticket.first_row, ticket.finished]
+        times = [ticket.submitted, ticket.joined, ticket.first_row, *times_of_rows[index], ticket.finished]
         assert None not in times and times == sorted(times)
     joined = [ticket.joined for ticket in tickets]
     assert joined == sorted(joined) and most == 2
@@ -181,18 +184,47 @@ def test_cancelled_pictures_make_way(drawer: Callable[..., Scheduler]) -> None:
     assert drawn.drawn == 6 and waiting.joined is None and not next_one.cancel()
 
 
-def test_cancelling_pictures_whose_prompts_are_run(drawer: Callable[..., Scheduler]) -> None:
-    made, pause = drawer(3, prompt_tokens=1), Pause()
+@pytest.mark.parametrize("close", [False, True])
+def test_cancelling_pictures_whose_prompts_are_run(drawer: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch,
+                                                   close: bool) -> None:
+    """No more of them is run; alone, or with all others."""
+    made, pause, advance, within = drawer(3, prompt_tokens=1), Pause(), scheduler.Joining.advance, Pause()
+
+    def advanced(self: Any, tokens: float | None) -> bool:
+        if self.pictures[0].request is REQUESTS[5] and not within.go_on.is_set():
+            within(self)
+        return advance(self, tokens)
+
+    monkeypatch.setattr(scheduler.Joining, "advance", advanced)
     others = made.submit_all([REQUESTS[0], REQUESTS[2]], [pause, None])
     assert pause.reached.wait(WAIT)
     joining = made.submit(REQUESTS[5])
     pause.go_on.set()
-    while not made.load.joining and joining.joined is None:
-        pass
-    assert joining.cancel()
-    for index, ticket in zip((0, 2), others, strict=True):
-        assert torch.equal(ticket.result(WAIT), tiny_engine()[1][index])
-    assert torch.equal(made.submit(REQUESTS[5]).result(WAIT), tiny_engine()[1][5])
+    assert within.reached.wait(WAIT) and made.load.joining == 1
+    if close:
+        made.close(cancel=True, timeout=0)
+    else:
+        assert joining.cancel()
+    within.go_on.set()
+    if close:
+        assert made.close(timeout=WAIT) and all(ticket.cancelled() for ticket in (joining, *others))
+    else:
+        for index, ticket in zip((0, 2), others, strict=True):
+            assert torch.equal(ticket.result(WAIT), tiny_engine()[1][index])
+        assert torch.equal(made.submit(REQUESTS[5]).result(WAIT), tiny_engine()[1][5])
+    assert joining.joined is None and made.load.joining == made.load.running == 0
+
+
+def test_no_rows_of_cancelled_pictures(drawer: Callable[..., Scheduler]) -> None:
+    """Not even of the step in which they are cancelled."""
+    made, asked, seen = drawer(2), threading.Event(), []
+
+    def first_row(tokens: torch.Tensor) -> None:
+        assert asked.wait(WAIT) and tickets[1].cancel()
+
+    tickets = made.submit_all([REQUESTS[0], REQUESTS[4]], [first_row, seen.append])
+    asked.set()
+    assert torch.equal(tickets[0].result(WAIT), tiny_engine()[1][0]) and tickets[1].cancelled() and not seen
 
 
 def test_the_queue_is_bounded(drawer: Callable[..., Scheduler]) -> None:
@@ -371,7 +403,7 @@ def test_many_threads_ask_and_cancel(drawer: Callable[..., Scheduler]) -> None:
 
 def test_long_prompts_do_not_stall_others(drawer: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two steps no more of them is run than was said, or a layer; and not before the steps are over."""
-    made, pause, log = drawer(2, prompt_tokens=30), Pause(), []
+    made, pause, log, groups = drawer(3, prompt_tokens=30), Pause(), [], set()
     step, advance = Slots.step, scheduler.Joining.advance
 
     def stepped(self: Slots) -> None:
@@ -380,6 +412,7 @@ def test_long_prompts_do_not_stall_others(drawer: Callable[..., Scheduler], monk
 
     def advanced(self: Any, tokens: float | None) -> bool:
         log.append(tokens)
+        groups.add(len(self.pictures))
         return advance(self, tokens)
 
     monkeypatch.setattr(Slots, "step", stepped)
@@ -387,11 +420,12 @@ def test_long_prompts_do_not_stall_others(drawer: Callable[..., Scheduler], monk
     first = made.submit(REQUESTS[1], pause)
     assert pause.reached.wait(WAIT)
     log.clear()
-    second = made.submit(REQUESTS[5])
+    others = made.submit_all([REQUESTS[5]] * 2, [None] * 2)
     pause.go_on.set()
-    assert torch.equal(second.result(WAIT), tiny_engine()[1][5]) and first.result(WAIT) is not None
+    assert first.result(WAIT) is not None
+    assert all(torch.equal(other.result(WAIT), tiny_engine()[1][5]) for other in others)
     # Two rows of 52 tokens in 3 layers are 35 tokens' way each.
-    assert log[:6] == [30, "step", 30, "step", 30, "step"] and set(log) == {30, "step"}
+    assert log[:6] == [30, "step", 30, "step", 30, "step"] and set(log) == {30, "step"} and groups == {1}
     joining = tiny_engine()[0].slots(1, steps=STEPS).join([REQUESTS[5]])
     assert [joining.advance(34), joining.advance(36), joining.advance(1)] == [False, False, True]
 

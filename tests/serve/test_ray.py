@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "janus"))
 
 import tiny  # noqa: E402
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(3600)]
 
 PROMPTS = ("a red circle", "two blue squares", "a heart", "three pink rings", "a green star", "a cross", "one", "two")
-LIMIT = 300.0  # seconds; only for what hangs
+LIMIT = 1200.0  # seconds; only for what hangs
 
 # A cluster of three workers' size, whatever the machine has; ends when its standard input does.
 HOLDER = """
@@ -197,7 +198,8 @@ def test_a_killed_worker_loses_and_doubles_nothing(address: str, folder: Path, t
                                    for image in range(2))
     assert contents(out) == contents(alone("geneval"))
     assert len(said) == 1 and "a worker died at unit" in said[0]
-    assert len(watch()) == 9 and len({process for _, process in watch()}) == 3, "one unit twice, by another"
+    numbers = [number for number, _ in watch()]
+    assert sorted(set(numbers)) == list(range(8)) and len(numbers) == 9, "one unit twice, by two workers"
 
 
 @pytest.mark.parametrize("text, message", [
@@ -259,7 +261,7 @@ def test_a_cluster_of_its_own(environment: None, folder: Path, tmp_path: Path, a
         there = processes(sign)
         assert any("raylet" in line for line in there.values())
         heard = {line for process in there for line in listening(process)}
-        assert heard and heard <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        assert heard and all(address.is_loopback for address in heard), heard
         asks.send_signal(signal.SIGINT)
         said = asks.communicate(timeout=LIMIT)[1]
     finally:
@@ -271,24 +273,23 @@ def test_a_cluster_of_its_own(environment: None, folder: Path, tmp_path: Path, a
     assert contents(out).items() <= contents(alone("geneval")).items()
 
 
-def listening(process: int) -> set[str]:
+def listening(process: int) -> set[IPv4Address | IPv6Address]:
     """Addresses on which a process waits for connections."""
-    import ipaddress
-
     sockets = set()
     for handle in Path(f"/proc/{process}/fd").glob("*"):
         try:
             sockets.add(os.readlink(handle))
         except OSError:
             continue
-    found = set()
+    found: set[IPv4Address | IPv6Address] = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
                 words = bytes.fromhex(fields[1].split(":")[0])
                 packed = b"".join(words[first:first + 4][::-1] for first in range(0, len(words), 4))
-                found.add(str(ipaddress.ip_address(packed)))
+                address = ip_address(packed)
+                found.add(getattr(address, "ipv4_mapped", None) or address)
     return found
 
 
