@@ -39,15 +39,15 @@ def test_contenders_run_and_are_counted(machine: pretend.Machine) -> None:
     assert not [event for event in machine.of_kind("to_host") if event.captured]
 
 
-def test_the_extension_is_looked_for(machine: pretend.Machine, monkeypatch: pytest.MonkeyPatch,
-                                     capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_extension_is_looked_for(machine: pretend.Machine, capsys: pytest.CaptureFixture[str]) -> None:
     """The first step of `make gpu`: whether one has to be built."""
-    monkeypatch.setattr(type(backends.get("cuda")), "unavailable", lambda self: None)
-    gpu.extension()
-    assert capsys.readouterr().out == "the extension loads, and the cuda backend can run\n"
-    monkeypatch.setattr(type(backends.get("cuda")), "unavailable", lambda self: "no CUDALayer")
-    with pytest.raises(SystemExit, match="the cuda backend cannot run here: no CUDALayer"):
+    with pytest.MonkeyPatch.context() as patch:  # undone before the machine puts back what it replaced
+        patch.setattr(type(backends.get("cuda")), "unavailable", lambda self: None)
         gpu.extension()
+        assert capsys.readouterr().out == "the extension loads, and the cuda backend can run\n"
+        patch.setattr(type(backends.get("cuda")), "unavailable", lambda self: "no CUDALayer")
+        with pytest.raises(SystemExit, match="the cuda backend cannot run here: no CUDALayer"):
+            gpu.extension()
 
 
 def test_a_device_that_is_not_the_current_one_is_timed() -> None:

@@ -432,6 +432,7 @@ def test_what_the_command_refuses(monkeypatch: pytest.MonkeyPatch, folder: Path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "ddress already in use" in run("--port", str(taken.getsockname()[1]))
     assert "host must be a name or address of this machine" in run("--host", "no.such.host.invalid")
+    monkeypatch.setattr(ssd_janus, "serve", ssd_janus.serve)  # which the import below replaces
     for module in [name for name in sys.modules if name.startswith(("ssd_janus.serve", "uvicorn"))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
