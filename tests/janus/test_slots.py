@@ -400,6 +400,36 @@ def test_a_step_that_fails_tells_everyone(drawer: Callable[..., Scheduler], monk
     assert str(raised.value.__cause__) == "the device is gone"
 
 
+def test_a_step_that_fails_tells_those_that_join(drawer: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+                                                 ) -> None:
+    """One whose prompt is run, and one that is to join after it, as they failed together."""
+    made, pause, joining = drawer(3), Pause(), []
+    step, advance = Slots.step, scheduler.Joining.advance
+
+    def advanced(self: Any, tokens: float | None) -> bool:
+        if len(self.pictures) > 1:
+            self.abandon()
+            raise MemoryError("no room for so many")
+        joining.append(self.pictures[0].request)
+        return advance(self, 1)
+
+    def stepped(self: Slots) -> None:
+        if REQUESTS[0] in joining:
+            raise RuntimeError("the device is gone")
+        step(self)
+
+    monkeypatch.setattr(scheduler.Joining, "advance", advanced)
+    monkeypatch.setattr(Slots, "step", stepped)
+    tickets = [made.submit(REQUESTS[1], pause)]
+    assert pause.reached.wait(WAIT)
+    tickets += made.submit_all([REQUESTS[0], REQUESTS[2]], [None, None])
+    pause.go_on.set()
+    for ticket in tickets:
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            ticket.result(WAIT)
+    assert REQUESTS[2] not in joining
+
+
 @pytest.mark.parametrize("cancel", [False, True])
 def test_closing(drawer: Callable[..., Scheduler], cancel: bool) -> None:
     """Draws what was asked for, or lets go of it; either way nothing is taken any more, and every ticket is done."""
