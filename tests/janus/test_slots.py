@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError, wait
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pretend
 import pytest
@@ -76,6 +76,8 @@ def drawer() -> Iterator[Callable[..., Scheduler]]:
         return made[-1]
 
     yield make
+    while Pause.made:  # a test that has failed does not let go of them
+        Pause.made.pop().go_on.set()
     for each in made:
         assert each.close(cancel=True, timeout=WAIT)
 
@@ -83,8 +85,11 @@ def drawer() -> Iterator[Callable[..., Scheduler]]:
 class Pause:
     """A callback for rows in which the drawing thread waits."""
 
+    made: ClassVar[list[Pause]] = []
+
     def __init__(self) -> None:
         self.reached, self.go_on = threading.Event(), threading.Event()
+        self.made.append(self)
 
     def __call__(self, tokens: torch.Tensor) -> None:
         self.reached.set()
@@ -227,6 +232,35 @@ def test_no_rows_of_cancelled_pictures(drawer: Callable[..., Scheduler]) -> None
     assert torch.equal(tickets[0].result(WAIT), tiny_engine()[1][0]) and tickets[1].cancelled() and not seen
 
 
+@pytest.mark.parametrize("fail", [False, True])
+def test_who_joins_together_leaves_alone(drawer: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch, fail: bool
+                                         ) -> None:
+    """One that is cancelled takes none with it; after a group failed, those that are to join again are let go, too."""
+    made, within, advance = drawer(3), Pause(), scheduler.Joining.advance
+
+    def advanced(self: Any, tokens: float | None) -> bool:
+        if fail and len(self.pictures) > 1:
+            self.abandon()
+            raise MemoryError("no room for so many")
+        within(self)
+        return advance(self, 1)  # a part, so that there is a moment at which they may be let go
+
+    monkeypatch.setattr(scheduler.Joining, "advance", advanced)
+    numbers = (0, 2, 4)
+    tickets = made.submit_all([REQUESTS[index] for index in numbers], [None] * 3)
+    assert within.reached.wait(WAIT) and made.load.joining == 3
+    if fail:
+        made.close(cancel=True, timeout=0)
+    else:
+        assert tickets[1].cancel()
+    assert [ticket.cancelled() for ticket in tickets] == [fail, True, fail]
+    within.go_on.set()
+    if not fail:
+        for index, ticket in zip(numbers, tickets, strict=True):
+            assert ticket.cancelled() or torch.equal(ticket.result(WAIT), tiny_engine()[1][index])
+    assert made.close(timeout=WAIT) and made.load == scheduler.Load(0, 0, 0, 3, 0 if fail else 2)
+
+
 def test_the_queue_is_bounded(drawer: Callable[..., Scheduler]) -> None:
     made, pause = drawer(1, max_waiting=2), Pause()
     first = made.submit(REQUESTS[1], pause)
@@ -340,6 +374,10 @@ def test_a_picture_that_fails_harms_no_other(drawer: Callable[..., Scheduler], m
     for ticket, index in zip(tickets, numbers, strict=True):
         if index not in (5, 1):
             assert torch.equal(ticket.result(WAIT), expected[index])
+    single = drawer(1)
+    with pytest.raises(OSError, match="nobody listens"):
+        single.submit(REQUESTS[1], raising).result(WAIT)
+    assert torch.equal(single.submit(REQUESTS[1]).result(WAIT), expected[1]), "the slot is free again"
 
 
 def test_a_step_that_fails_tells_everyone(drawer: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,6 +398,36 @@ def test_a_step_that_fails_tells_everyone(drawer: Callable[..., Scheduler], monk
     with pytest.raises(Closed) as raised:
         made.submit(REQUESTS[0])
     assert str(raised.value.__cause__) == "the device is gone"
+
+
+def test_a_step_that_fails_tells_those_that_join(drawer: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+                                                 ) -> None:
+    """One whose prompt is run, and one that is to join after it, as they failed together."""
+    made, pause, joining = drawer(3), Pause(), []
+    step, advance = Slots.step, scheduler.Joining.advance
+
+    def advanced(self: Any, tokens: float | None) -> bool:
+        if len(self.pictures) > 1:
+            self.abandon()
+            raise MemoryError("no room for so many")
+        joining.append(self.pictures[0].request)
+        return advance(self, 1)
+
+    def stepped(self: Slots) -> None:
+        if REQUESTS[0] in joining:
+            raise RuntimeError("the device is gone")
+        step(self)
+
+    monkeypatch.setattr(scheduler.Joining, "advance", advanced)
+    monkeypatch.setattr(Slots, "step", stepped)
+    tickets = [made.submit(REQUESTS[1], pause)]
+    assert pause.reached.wait(WAIT)
+    tickets += made.submit_all([REQUESTS[0], REQUESTS[2]], [None, None])
+    pause.go_on.set()
+    for ticket in tickets:
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            ticket.result(WAIT)
+    assert REQUESTS[2] not in joining
 
 
 @pytest.mark.parametrize("cancel", [False, True])

@@ -171,8 +171,6 @@ class Service:
         Raises:
             Refused: too many wait, or nothing more is drawn.
         """
-        if self.closing:
-            raise self.closed()
         try:
             tickets = self.scheduler.submit_all(requests, [rows_drawn] * len(requests))
         except QueueFull as error:
