@@ -181,7 +181,7 @@ def test_opcheck(activation: str) -> None:
 
 
 def test_threads_are_woken_for_work_that_pays() -> None:
-    threads = native.extension().linear_threads
+    threads = native.extension().worthwhile_threads
     assert threads(10**5, 10**6, 8) == 1
     assert threads(10**7, 10**6, 2) == 2  # reading takes long
     assert threads(10**6, 6 * 10**7, 64) == 24  # multiplying does
