@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 
 from ssd_kernels import native
+from ssd_kernels.pages import zeros_in_huge_pages
 
 from .contender import copies_of, fill, part_of
 from .timing import Timing, Work
@@ -29,8 +30,8 @@ def works(nbytes: int, device: torch.device) -> dict[str, Work]:
 
 
 def cold(nbytes: int, device: torch.device) -> list[torch.Tensor]:
-    """float32 tensors of ``nbytes``, so many that each is cold when its turn comes."""
-    buffers = [torch.empty(max(nbytes // 4, 1), device=device) for _ in range(copies_of(nbytes))]
+    """float32 tensors of ``nbytes``, in huge pages as slabs are, so many that each is cold when its turn comes."""
+    buffers = [zeros_in_huge_pages((max(nbytes // 4, 1),), torch.float32, device) for _ in range(copies_of(nbytes))]
     for one in buffers:
         fill(one)
     return buffers

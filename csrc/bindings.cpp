@@ -12,6 +12,7 @@
 #include "cpu/decode.h"
 #include "cpu/instruction_sets.h"
 #include "cpu/linear.h"
+#include "cpu/threads.h"
 #if SSD_KERNELS_HAVE_CUDA
 #include "bindings_cuda.h"
 #endif
@@ -64,6 +65,10 @@ class Layer : public ssd::BoundLayer {
       error = ssd::decode(layer_, step, threads);
     }
     raise_if_refused(error, layer_.shape);
+  }
+
+  int decode_threads(int32_t query_heads, int threads) const {
+    return ssd::decode_threads(layer_, query_heads, threads);
   }
 
   void prefill(uintptr_t k, uintptr_t v, uintptr_t scores, int32_t prompt_stride,
@@ -132,7 +137,10 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  ssd::bind_layer<Layer>(module, "Layer").def("decode", &Layer::decode).def("prefill", &Layer::prefill);
+  ssd::bind_layer<Layer>(module, "Layer")
+      .def("decode", &Layer::decode)
+      .def("decode_threads", &Layer::decode_threads)
+      .def("prefill", &Layer::prefill);
   py::class_<Linear>(module, "Linear", py::module_local())
       .def(py::init<int32_t, uintptr_t, uintptr_t, uintptr_t, float, bool, bool, int32_t, int32_t>(), py::arg("dtype"),
            py::arg("weight"), py::arg("bias"), py::arg("norm"), py::arg("epsilon"), py::arg("silu"), py::arg("gated"),
@@ -142,7 +150,8 @@ PYBIND11_MODULE(_C, module) {
   ssd::bind_cuda(module);
 #endif
   module.def("build_info", &build_info);
-  module.def("linear_threads", &ssd::linear_threads, py::arg("bytes"), py::arg("multiplications"), py::arg("threads"));
+  module.def("worthwhile_threads", &ssd::worthwhile_threads, py::arg("bytes"), py::arg("multiplications"),
+             py::arg("threads"));
   module.def("instruction_set", &ssd::instruction_set);
   module.def("set_instruction_set", [](const std::string& name) {
     if (!ssd::set_instruction_set(name.c_str()))

@@ -12,6 +12,7 @@ import torch
 
 from .heads import HeadSpec
 from .layout import LayerLayout
+from .pages import zeros_in_huge_pages
 
 # cos and sin, float32 [N, D / 2] contiguous: how far a token at each position is turned; N covers every position.
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -77,7 +78,7 @@ class LayerState:
         prompts = (layout.shared_prompts, len(layout.heads) * layout.max_prompt)
 
         def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+            return zeros_in_huge_pages(shape, dtype, device)
 
         def vectors(slots: tuple[int, int]) -> list[torch.Tensor]:
             return [zeros((*slots, head_dim), stored) for _ in range(2)]

@@ -59,6 +59,9 @@ struct Error {
 // Whether every range of the head table lies inside the slab and can hold what its head may keep.
 Error check_table(const CacheLayer& layer);
 
+// How many of `threads` threads the next decode step is worth, by what its rows keep.
+int decode_threads(const CacheLayer& layer, int32_t query_heads, int threads);
+
 // One decode step of every row on at most `threads` threads.
 Error decode(const CacheLayer& layer, const DecodeStep& step, int threads);
 

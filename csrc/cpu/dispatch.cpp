@@ -135,6 +135,19 @@ Error check_table(const CacheLayer& layer) {
   return {Error::kNone, 0, 0};
 }
 
+int decode_threads(const CacheLayer& layer, int32_t query_heads, int threads) {
+  const LayerShape& shape = layer.shape;
+  int64_t slots = 0;
+  for (int32_t row = 0; row < shape.batch && threads > 1; ++row) {
+    for (int32_t head = 0; head < shape.heads; ++head) {
+      const RowView view = row_view(shape, layer.heads[head], layer.cursors[row]);
+      slots += view.base + view.evictable + 1;
+    }
+  }
+  const int64_t elements = 2 * slots * shape.head_dim;  // of keys and values
+  return worthwhile_threads(elements * stored_size(layer), elements * (query_heads / shape.heads), threads);
+}
+
 Error decode(const CacheLayer& layer, const DecodeStep& step, int threads) {
   const LayerShape& shape = layer.shape;
   for (int32_t row = 0; row < shape.batch; ++row) {
@@ -145,6 +158,7 @@ Error decode(const CacheLayer& layer, const DecodeStep& step, int threads) {
       return {Error::kPromptLen, row, cursor.prompt_len};
     return {Error::kStep, row, cursor.step};
   }
+  threads = decode_threads(layer, step.query_heads, threads);
   int64_t longest = 0;
   for (int32_t head = 0; head < shape.heads; ++head) longest = std::max<int64_t>(longest, layer.heads[head].capacity);
   const int64_t items = int64_t{shape.batch} * shape.heads;

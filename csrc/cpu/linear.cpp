@@ -27,17 +27,11 @@ thread_local Buffer rows_buffer, sums_buffer;
 
 }  // namespace
 
-int linear_threads(int64_t bytes, int64_t multiplications, int threads) {
-  constexpr int64_t kBytes = 50 * 20000, kMultiplications = 50 * 50000;  // in 50 us
-  const int64_t worth = std::max(bytes / kBytes, multiplications / kMultiplications);
-  return static_cast<int>(std::clamp<int64_t>(worth, 1, threads));
-}
-
 void linear(const Linear& product, const LinearKernel& kernel, int threads) {
   const int64_t stride = staged_stride(product.in);
   const int64_t weights = int64_t{product.in} * product.outputs * (product.gated ? 2 : 1);
-  threads = linear_threads(weights * (product.dtype == kFloat32 ? 4 : 2), weights * std::min(product.rows, kLinearRows),
-                           threads);
+  threads =
+      worthwhile_threads(weights * item_size(product.dtype), weights * std::min(product.rows, kLinearRows), threads);
   const int64_t pieces = (product.outputs + kLinearOutputs - 1) / kLinearOutputs;
   for (int32_t first = 0; first < product.rows; first += kLinearRows) {
     const int32_t rows = std::min(kLinearRows, product.rows - first);

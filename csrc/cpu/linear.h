@@ -53,10 +53,6 @@ namespace avx512_bf16 {
 extern const LinearKernel linear_kernel;
 }
 
-// How many of `threads` threads a product of so many bytes of weights and multiplications is worth. Waking one takes
-// some 30 us where threads sleep between calls, so each gets 50 us of work, at rates that many processors reach.
-int linear_threads(int64_t bytes, int64_t multiplications, int threads);
-
 // On up to `threads` threads: by a kernel, or by that of the instruction set in use.
 void linear(const Linear& product, const LinearKernel& kernel, int threads);
 void linear(const Linear& product, int threads);

@@ -14,6 +14,14 @@ extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned thre
 
 namespace ssd {
 
+// How many of `threads` threads it pays to share reading so many bytes and so many multiplications out to. Waking one
+// takes some 30 us where threads sleep between calls, so each gets 50 us of work, at rates that many processors reach.
+inline int worthwhile_threads(int64_t bytes, int64_t multiplications, int threads) {
+  constexpr int64_t kBytes = 50 * 20000, kMultiplications = 50 * 50000;  // in 50 us
+  const int64_t worth = std::max(bytes / kBytes, multiplications / kMultiplications);
+  return static_cast<int>(std::clamp<int64_t>(worth, 1, threads));
+}
+
 // Calls f(begin, end) for the pieces of [0, count), in up to `threads` threads that take them in order. No two pieces
 // are the same thread's for sure. f must not throw.
 template <class F>

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ssd_kernels import CompressedCache, HeadSpec, backends, info, native
+from ssd_kernels import CachePlan, CompressedCache, HeadSpec, backends, info, native
 from ssd_kernels.kv_format import decoded
 
 from . import test_kv_format
@@ -85,15 +85,33 @@ def test_every_head_dim(instruction_set: str, case: Case) -> None:
 @each_format
 @pytest.mark.parametrize("threads", [2, 3], ids=["row-by-row", "head-by-head"])
 def test_both_orders_of_items(instruction_set: str, case: Case, threads: int) -> None:
-    """From 4 rows per thread on, threads go through the slabs row by row; fewer rows are shared out by heads."""
+    """From 4 rows per thread on, threads go through the slabs row by row; fewer rows are shared out by heads. Prompts
+    are so long that as many threads pay.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        pair = Pair(mixed(8), case, head_dim=64, max_prompt=3, steps=8, dtype=BF16, batch=9)
-        pair.prefill([row % 4 for row in range(9)])
+        pair = Pair(mixed(8), case, head_dim=256, max_prompt=100, steps=8, dtype=BF16, batch=9)
+        pair.prefill([97 + row % 4 for row in range(9)])
+        assert pair.cache._layers[0].native.decode_threads(8, threads) == threads
         pair.run(8)
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_are_woken_for_steps_that_pay() -> None:
+    """By what rows keep: bytes in float32, a fourth of them in 8 bits, and products where many queries share them."""
+    def threads(rows: int, prompt: int, queries: int = 8, kv_format: str = "auto") -> int:
+        plan = CachePlan([[HeadSpec.full()] * 8], kv_format=kv_format)
+        cache = CompressedCache(plan, rows, queries, 128, 200, 4, F32, "cpu", "cpu")
+        cache.prefill(0, *torch.zeros(2, rows, 8, prompt, 128), [prompt] * rows)
+        return cache._layers[0].native.decode_threads(queries, 16)
+
+    assert threads(1, 0) == threads(1, 199) == 1
+    assert threads(3, 199) == 4 and threads(6, 199) == 9  # 8 KB a token
+    assert threads(6, 99) == 4
+    assert threads(6, 199, kv_format="int8") == 2
+    assert threads(6, 199, queries=128, kv_format="int8") == 15  # 32768 products a token
 
 
 def attention_in_bytes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +11,6 @@ from torch.nn import functional
 
 from ssd_kernels import info, native
 from ssd_kernels.linear import Product, reference, unsupported
-from ssd_kernels.pages import in_huge_pages
 
 from .cases import BF16, F16, F32, short
 
@@ -185,30 +181,10 @@ def test_opcheck(activation: str) -> None:
 
 
 def test_threads_are_woken_for_work_that_pays() -> None:
-    threads = native.extension().linear_threads
+    threads = native.extension().worthwhile_threads
     assert threads(10**5, 10**6, 8) == 1
     assert threads(10**7, 10**6, 2) == 2  # reading takes long
     assert threads(10**6, 6 * 10**7, 64) == 24  # multiplying does
     assert threads(0, 0, 1) == threads(10**9, 10**9, 1) == 1
     worth = [threads(size, 3 * size, 16) for size in range(0, 10**8, 10**6)]
     assert worth == sorted(worth) and worth[-1] == 16
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's pages")
-def test_weights_move_into_huge_pages_and_stay_as_they_are() -> None:
-    weight = torch.randn(1500, 1024)  # of at least one whole huge page
-    before, address = weight.clone(), weight.data_ptr()
-    moved = in_huge_pages(weight)
-    assert torch.equal(weight, before) and weight.data_ptr() == address
-    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    assert not (moved and (not enabled.exists() or "[never]" in enabled.read_text()))
-    if moved:
-        held = Path("/proc/self/smaps").read_text()
-        middle, found = address + weight.nbytes // 2, 0
-        for line in held.splitlines():
-            if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-                inside = int(match[1], 16) <= middle < int(match[2], 16)
-            elif inside and line.startswith("AnonHugePages:"):
-                found = int(line.split()[1])
-        assert found >= 2048
-    assert not in_huge_pages(torch.zeros(1000)) and not in_huge_pages(torch.zeros(0))
