@@ -297,7 +297,8 @@ def connected(address: str | None, *, device: str = "cpu", verbose: bool = False
             ray.init(address or "local", **quiet, **({} if address else own))
         except ConnectionError as error:
             raise ConnectionError(f"--on {PREFIX}{address} must be a cluster that this machine is a node of, where "
-                                  f"`ray start` has run ({_last_line(error)})") from error
+                                  f"`ray start` has run ({_last_line(error)}); if it said that token authentication is "
+                                  "on, set RAY_AUTH_MODE=token here") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray has put its own in the place
     try:
