@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssd_kernels import CachePlan, CompressedCache, HeadSpec, backends
+from ssd_kernels import CachePlan, CompressedCache, HeadSpec, backends, state
 
 from .cases import Case, each_backend, each_on_the_host, mixed
 from .pair import assert_untouched, on_device, snapshot
@@ -205,7 +205,7 @@ def test_caches_for_which_there_is_no_memory(monkeypatch: pytest.MonkeyPatch, er
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(torch, "zeros", fail)
+    monkeypatch.setattr(state, "zeros_in_huge_pages", fail)
     with pytest.raises(MemoryError, match=r"a cache of \d+ bytes .*lower batch_size = 3,") as caught:
         _cache(Case("reference"))
     assert "\n" not in str(caught.value) and caught.value.__cause__ is error
