@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import re
@@ -13,11 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +25,19 @@ import openai
 import pytest
 import tiny
 import torch
-from PIL import Image
+from servers import LIMITS, PATH, Serve, client, expected, held_steps, pixels, post, started, until
 from typer.testing import CliRunner
 
 import ssd_janus.cli
 from ssd_janus import Pipeline
-from ssd_janus.engine import Engine, PictureRequest, Sampling, Slots, Ticket
+from ssd_janus.engine import PictureRequest, Slots, Ticket
 from ssd_janus.serve import connections
 from ssd_janus.serve.kept import KeptPictures
 from ssd_janus.serve.metrics import Metrics
 from ssd_janus.serve.server import Server
 from ssd_janus.serve.service import Limits, Service
 
-LIMITS = Limits(batch=2, waiting=3, images=3, prompt=80, body=1000, body_seconds=1)
-PATH = "/v1/images/generations"
 HEAD = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n".encode()
-Serve = Callable[..., Server]
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +47,8 @@ def pipe() -> Pipeline:
 
 @pytest.fixture
 def serve(pipe: Pipeline) -> Iterator[Serve]:
-    """Starts servers in this process."""
-    made = []
-
-    def start(limits: Limits = LIMITS, api_key: str | None = None) -> Server:
-        made.append(Server(Service(pipe, name="tiny/janus", limits=limits), port=0, api_key=api_key))
-        return made[-1]
-
-    yield start
-    for server in made:
-        server.stop(0)
+    with started(pipe) as start:
+        yield start
 
 
 def connection(server: Server) -> socket.socket:
@@ -78,60 +65,10 @@ def read(client: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-class Gate:
-    """Holds the drawing threads before every step."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.open, step = threading.Event(), Slots.step
-
-        def held(slots: Slots) -> None:
-            assert self.open.wait(60)
-            step(slots)
-
-        monkeypatch.setattr(Slots, "step", held)
-
-
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    made = Gate(monkeypatch)
-    yield made
-    made.open.set()
-
-
-def client(server: Server | str, key: str = "none", **options: Any) -> openai.OpenAI:
-    url = server if isinstance(server, str) else server.url
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, **{"max_retries": 0, "timeout": 60, **options})
-
-
-def post(server: Server, body: Any, **options: Any) -> httpx2.Response:
-    data = {"json": body} if isinstance(body, dict) else {"content": body}
-    headers = {"Content-Type": "application/json", **options.pop("headers", {})}
-    return httpx2.post(server.url + PATH, headers=headers, timeout=60, **data, **options)
-
-
-def pixels(png: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(png), formats=["PNG"]) as picture:
-        return np.asarray(picture)
-
-
-@cache
-def engine(pipe: Pipeline) -> Engine:
-    return Engine(pipe.model)
-
-
-@cache
-def expected(pipe: Pipeline, prompt: str, seed: int, guidance: float = 2.0, **settings: Any) -> np.ndarray:
-    """What the engine draws alone."""
-    tokens = engine(pipe).generate(pipe.prompt_tokens([prompt]), guidance=guidance, seeds=[seed],
-                                   sampling=Sampling.of(pipe.model, do_sample=True, **settings))
-    return np.asarray(pipe.decode(tokens)[0])
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+def gate() -> Iterator[threading.Event]:
+    with held_steps() as let_go:
+        yield let_go
 
 
 def load(server: Server) -> dict[str, Any]:
@@ -274,7 +211,7 @@ def test_bodies_of_unknown_length(refusing: Server) -> None:
                 endless.sendall(b"100\r\n" + b" " * 256 + b"\r\n")
 
 
-def test_nothing_moves(serve: Serve, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_moves(serve: Serve, gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who does not send, or does not read, is let go; who waits for a picture is not."""
     monkeypatch.setattr(connections, "STALLED", 1.0)
     server = serve(api_key="secret")
@@ -293,12 +230,12 @@ def test_nothing_moves(serve: Serve, gate: Gate, monkeypatch: pytest.MonkeyPatch
                 deaf.sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 100)
         assert read(silent) == read(slow) == b"" and read(late).startswith(b"HTTP/1.1 401 ")
         until(lambda: len(server._server.server_state.connections) == 1)
-        gate.open.set()
+        gate.set()
         assert read(waiting).startswith(b"HTTP/1.1 200 ")
     assert server.service.scheduler.load.finished == 1
 
 
-def test_vanished_clients_free_their_slots_and_a_full_queue_refuses(serve: Serve, gate: Gate) -> None:
+def test_vanished_clients_free_their_slots_and_a_full_queue_refuses(serve: Serve, gate: threading.Event) -> None:
     server = serve(replace(LIMITS, batch=1, waiting=4))
     body = [json.dumps({"prompt": "a heart", **more}).encode() for more in ({}, {"stream": True, "partial_images": 5})]
     sockets = []
@@ -314,16 +251,16 @@ def test_vanished_clients_free_their_slots_and_a_full_queue_refuses(serve: Serve
         time.sleep(0.05)
         each.close()
     until(lambda: 'outcome="cancelled"} 5.0' in httpx2.get(f"{server.url}/metrics").text)
-    gate.open.set()
+    gate.set()
     until(lambda: not any(busy(server)))
     assert server.service.scheduler.load.finished == 0
     assert post(server, {"prompt": "a heart", "n": 2}).status_code == 200
 
 
-def test_ending_draws_what_was_asked_for(serve: Serve, gate: Gate) -> None:
+def test_ending_draws_what_was_asked_for(serve: Serve, gate: threading.Event) -> None:
     """New ones are refused meanwhile, and after the grace period the others, too."""
     for grace, status in ((60, 200), (0, 503)):
-        gate.open.clear()
+        gate.clear()
         server = serve()
         with ThreadPoolExecutor(2) as threads:
             answers = [threads.submit(post, server, {"prompt": "a heart", "n": 3})]
@@ -334,7 +271,7 @@ def test_ending_draws_what_was_asked_for(serve: Serve, gate: Gate) -> None:
                 answer = post(server, {"prompt": "a heart"})
                 assert answer.status_code == 503 and "retry-after" in answer.headers
                 assert httpx2.get(f"{server.url}/health").status_code == 503
-            gate.open.set()
+            gate.set()
             assert answers[0].result(60).status_code == status
             ending.result(60)
         with pytest.raises(httpx2.ConnectError):

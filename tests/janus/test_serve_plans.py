@@ -16,8 +16,8 @@ import httpx2
 import numpy as np
 import pytest
 import tiny
+from servers import PATH, client, pixels, post
 from test_hooks import some_profile
-from test_serve import PATH, client, pixels, post
 from typer.testing import CliRunner
 
 import ssd_janus.cli

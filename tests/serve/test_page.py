@@ -6,119 +6,46 @@ import base64
 import io
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
 import pytest
+from browsing import OpenTab, chromium, tabs
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
 from ssd_janus import Pipeline
-from ssd_janus.serve.server import Server
 from ssd_janus.serve.service import Limits, Service
 from ssd_kernels import CachePlan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "janus"))
 import tiny  # noqa: E402
-from test_serve import LIMITS, PATH, Gate, expected, pixels, until  # noqa: E402
+from servers import PATH, Serve, expected, held_steps, pixels, started, until  # noqa: E402
 
 pytestmark = pytest.mark.serve
 
 PROMPT = "two blue squares"
 ROWS, CELL = 24, 4  # of the included model's pictures: rows, and pixels of each
-ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-CANVASES = """() => [...document.querySelectorAll("figure")].map(figure =>
-  [figure.querySelector(".state").textContent, figure.querySelector("canvas").toDataURL()])"""
-expect.set_options(timeout=600_000)  # on a machine with much other work
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """With an empty folder of its own for what it remembers."""
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    assert path, "no Chromium: apt install chromium"
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield started
-        started.close()
-
-
-@dataclass
-class Tab:
-    """A page that a test looks at, and all that it asked for and complained about."""
-
-    page: Page
-    url: str
-    context: BrowserContext
-    requests: list[str] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
-
-    def draw(self, prompt: str, seed: int | None = None) -> None:
-        if seed is not None:
-            self.page.fill("#seed", str(seed))
-        self.page.fill("#prompt", prompt)
-        self.page.press("#prompt", "Enter")
-
-    def states(self, *wanted: str | re.Pattern[str]) -> None:
-        """Wait for these of the pictures."""
-        expect(self.page.locator(".state")).to_have_text(list(wanted))
-
-    def canvases(self) -> list[tuple[str, np.ndarray]]:
-        """State and pixels [height, width, 4] of every picture."""
-        return [(state, pixels(base64.b64decode(url.partition(",")[2]))) for state, url in self.page.evaluate(CANVASES)]
-
-    def pictures(self) -> list[np.ndarray]:
-        """Pixels of finished ones, [height, width, 3]."""
-        found = self.canvases()
-        assert all(state == "done" and (picture[..., 3] == 255).all() for state, picture in found)
-        return [picture[..., :3] for _, picture in found]
-
-    def alert(self, text: str) -> None:
-        """Wait until it says this, visibly."""
-        expect(self.page.get_by_role("alert")).to_contain_text(text)
-        expect(self.page.get_by_role("alert")).to_be_visible()
-
-    def refused(self, status: int) -> None:
-        """The browser has said so by itself, and nothing else is wrong."""
-        assert self.complaints and all(f"status of {status}" in text for text in self.complaints), self.complaints
-        self.complaints.clear()
-
-
-OpenTab = Callable[..., Tab]
+    with chromium() as started_:
+        yield started_
 
 
 @pytest.fixture
 def open_tab(browser: Browser) -> Iterator[OpenTab]:
-    """Every one in a context of its own; in the end nothing has been asked of others than the server."""
-    made: list[Tab] = []
-
-    def opened(url: str, **options: Any) -> Tab:
-        context = browser.new_context(**options)
-        tab = Tab(context.new_page(), url, context)
-        made.append(tab)
-        context.on("request", lambda request: tab.requests.append(request.url))
-        tab.page.on("console", lambda message: message.type in ("error", "warning")
-                    and tab.complaints.append(message.text))
-        tab.page.on("pageerror", lambda error: tab.complaints.append(str(error)))
-        tab.page.goto(url)
-        return tab
-
-    yield opened
-    for tab in made:
-        tab.context.close()
-    for tab in made:
-        assert tab.requests and not [each for each in tab.requests if not each.startswith((f"{tab.url}/", "blob:"))]
-        assert tab.complaints == []
+    with tabs(browser) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -160,24 +87,15 @@ def pipe() -> Pipeline:
 
 
 @pytest.fixture
-def serve(pipe: Pipeline) -> Iterator[Callable[..., Server]]:
-    """Starts servers of a tiny model in this process."""
-    made = []
-
-    def start(limits: Limits = LIMITS, api_key: str | None = None) -> Server:
-        made.append(Server(Service(pipe, name="tiny", limits=limits), port=0, api_key=api_key))
-        return made[-1]
-
-    yield start
-    for server in made:
-        server.stop(0)
+def serve(pipe: Pipeline) -> Iterator[Serve]:
+    with started(pipe) as start:
+        yield start
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    made = Gate(monkeypatch)
-    yield made
-    made.open.set()
+def gate() -> Iterator[threading.Event]:
+    with held_steps() as let_go:
+        yield let_go
 
 
 def busy(url: str) -> int:
@@ -293,7 +211,7 @@ def test_a_server_that_is_gone(open_tab: OpenTab) -> None:
         tab.complaints.clear()
 
 
-def test_errors_while_a_picture_is_drawn(serve: Callable[..., Server], open_tab: OpenTab,
+def test_errors_while_a_picture_is_drawn(serve: Serve, open_tab: OpenTab,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> bytes:
         raise MemoryError("no room")
@@ -306,7 +224,7 @@ def test_errors_while_a_picture_is_drawn(serve: Callable[..., Server], open_tab:
     until(lambda: busy(server.url) == 0)
 
 
-def test_a_full_queue_is_said(serve: Callable[..., Server], open_tab: OpenTab, gate: Gate) -> None:
+def test_a_full_queue_is_said(serve: Serve, open_tab: OpenTab, gate: threading.Event) -> None:
     """With the time after which it may help to ask again; what had a place is let go with the other."""
     server = serve(Limits(batch=1, waiting=1, images=1))
     with ThreadPoolExecutor(1) as threads:
@@ -317,7 +235,7 @@ def test_a_full_queue_is_said(serve: Callable[..., Server], open_tab: OpenTab, g
         tab.alert("1 more were asked for. Try again in 1 s.")
         tab.refused(429)
         until(lambda: cancelled(server.url) == 1)
-        gate.open.set()
+        gate.set()
         assert other.result().status_code == 200
         tab.page.uncheck("#beside")
         tab.draw("a heart", 3)
@@ -325,7 +243,7 @@ def test_a_full_queue_is_said(serve: Callable[..., Server], open_tab: OpenTab, g
         expect(tab.page.get_by_role("alert")).to_be_hidden()
 
 
-def test_the_keyboard_alone(serve: Callable[..., Server], open_tab: OpenTab, gate: Gate, pipe: Pipeline) -> None:
+def test_the_keyboard_alone(serve: Serve, open_tab: OpenTab, gate: threading.Event, pipe: Pipeline) -> None:
     """Every control is reached in order and seen to be; Enter draws, Escape cancels."""
     server = serve()
     tab = open_tab(server.url)
@@ -357,7 +275,7 @@ def test_the_keyboard_alone(serve: Callable[..., Server], open_tab: OpenTab, gat
     keys.press("Escape")
     expect(page.get_by_role("status")).to_have_text("Cancelled.")
     expect(page.locator("#prompt")).to_be_focused()
-    gate.open.set()
+    gate.set()
     until(lambda: busy(server.url) == 0)
     keys.press("Enter")
     tab.states("done")
@@ -365,7 +283,7 @@ def test_the_keyboard_alone(serve: Callable[..., Server], open_tab: OpenTab, gat
     assert (tab.pictures()[0] == pixels(base64.b64decode(answer.json()["data"][0]["b64_json"]))).all()
 
 
-def test_a_phone(serve: Callable[..., Server], open_tab: OpenTab) -> None:
+def test_a_phone(serve: Serve, open_tab: OpenTab) -> None:
     """360 pixels wide: nothing is cut off or to be scrolled sideways, in any state, and fingers find the controls."""
     server = serve(api_key="secret")
     tab = open_tab(server.url, viewport={"width": 360, "height": 740}, device_scale_factor=2, is_mobile=True,
@@ -406,7 +324,7 @@ def test_a_phone(serve: Callable[..., Server], open_tab: OpenTab) -> None:
     tab.complaints.clear()
 
 
-def test_a_key(serve: Callable[..., Server], open_tab: OpenTab, pipe: Pipeline) -> None:
+def test_a_key(serve: Serve, open_tab: OpenTab, pipe: Pipeline) -> None:
     """Is asked for, sent, and remembered by this tab; a wrong one is said."""
     server = serve(api_key="sécret 鍵")
     tab = open_tab(server.url)
@@ -439,20 +357,20 @@ def test_a_key(serve: Callable[..., Server], open_tab: OpenTab, pipe: Pipeline) 
     other.refused(401)
 
 
-def test_two_tabs_at_once(serve: Callable[..., Server], open_tab: OpenTab, pipe: Pipeline, gate: Gate) -> None:
+def test_two_tabs_at_once(serve: Serve, open_tab: OpenTab, pipe: Pipeline, gate: threading.Event) -> None:
     """Everyone has his own picture."""
     server = serve(Limits(batch=4))
     tabs = [open_tab(server.url) for _ in range(2)]
     for tab, prompt, seed in zip(tabs, tiny.PROMPTS, (1, 2), strict=False):
         tab.draw(prompt, seed)
     until(lambda: busy(server.url) == 4)
-    gate.open.set()
+    gate.set()
     for tab, prompt, seed in zip(tabs, tiny.PROMPTS, (1, 2), strict=False):
         tab.states("done", "done")
         assert (tab.pictures()[1] == expected(pipe, prompt, seed)).all()
 
 
-def test_one_after_the_other(serve: Callable[..., Server], open_tab: OpenTab, gate: Gate) -> None:
+def test_one_after_the_other(serve: Serve, open_tab: OpenTab, gate: threading.Event) -> None:
     """The second waits until the first is done, though there is a place for it; a new drawing ends the last one."""
     server = serve()
     tab = open_tab(server.url)
@@ -463,13 +381,13 @@ def test_one_after_the_other(serve: Callable[..., Server], open_tab: OpenTab, ga
     until(lambda: cancelled(server.url) == 1)
     assert sum(each.endswith(PATH) for each in tab.requests) == 2
     tab.states("waits", "waits")
-    gate.open.set()
+    gate.set()
     tab.states("done", "done")
     expect(tab.page.get_by_role("status")).to_have_text(re.compile("^Drawn one after the other with seed 2: "))
     assert sum(each.endswith(PATH) for each in tab.requests) == 3
 
 
-def test_light_and_dark(serve: Callable[..., Server], open_tab: OpenTab) -> None:
+def test_light_and_dark(serve: Serve, open_tab: OpenTab) -> None:
     """As the reader's system has it."""
     server, shots = serve(), []
     for scheme in ("light", "dark"):
