@@ -20,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import ssd_janus.cli
-from ssd_janus import Pipeline, cluster, drawing, remote
+from ssd_janus import Pipeline, cluster, drawing, ray_workers, remote
 from ssd_janus.layouts import GenEval
 from ssd_janus.prompts import gather
 
@@ -164,7 +164,7 @@ def watch(environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     place = tmp_path / "watch"
     place.mkdir()
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
-    monkeypatch.setattr(cluster, "WORKERS", {**cluster.WORKERS, "SSD_TEST_WATCH": str(place)})
+    monkeypatch.setattr(ray_workers, "WORKERS", {**ray_workers.WORKERS, "SSD_TEST_WATCH": str(place)})
     monkeypatch.setattr(remote, "PaintJob", Watched)
     return lambda: [tuple(map(int, file.name.split("-"))) for file in place.iterdir()]  # type: ignore[misc]
 
@@ -184,7 +184,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(address: str, folder: Path, t
     """And who takes nothing for a while is not flooded."""
     pipe, said, taken = Pipeline.from_pretrained(folder), [], 0  # type: ignore[var-annotated]
     out, drawn = tmp_path / "out", []
-    painters = remote.OnRay(address, cluster.Source(str(folder), "cpu", None, "auto"), workers=2, say=said.append)
+    painters = remote.OnRay(address, ray_workers.Source(str(folder), "cpu", None, "auto"), workers=2, say=said.append)
     for each in drawing.draw(pipe, GenEval(out, 2), out, gather(PROMPTS, None), 2, None, 5, pipe.shape.full_plan(), 2,
                              painters=painters):
         drawn.append((each.prompt, each.image, each.seed))
@@ -204,11 +204,11 @@ def test_a_killed_worker_loses_and_doubles_nothing(address: str, folder: Path, t
 
 @pytest.mark.parametrize("text, message", [
     ("fails", "error: prompts[0] must be drawable, got 'fails'\n"),
-    ("dies", "error: workers died 2 times at unit 1 of 1, the last one so: The actor is dead because its worker"),
+    ("dies", "error: workers died 2 times at unit 1 of 1, the last one was worker "),
 ])
 def test_what_goes_wrong_in_a_worker_is_told_plainly(address: str, folder: Path, tmp_path: Path, text: str,
                                                      message: str, watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "RETRIES", 1)
+    monkeypatch.setattr(ray_workers, "RETRIES", 1)
     result = generate(folder, tmp_path / "out", "parquet", "--on", f"ray://{address}", prompts=(text,))
     assert result.exit_code == 2 and "Traceback" not in result.output
     assert result.stderr.splitlines()[-1].startswith(message.strip())
