@@ -14,7 +14,7 @@ import secrets
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -97,6 +97,7 @@ class Ledger:
         self.ahead, self.retries = ahead, retries
         self.begun: dict[int | str, list[str]] = {}  # names of workers, by the unit or the actor that loads
         self.out: set[int] = set()
+        self.done: set[int] = set()
         self.news: list[Deaths] = []
         self.room = asyncio.Condition()
 
@@ -119,20 +120,19 @@ class Ledger:
         """
         return self._begin(actor, worker)
 
-    async def loaded(self, actor: str) -> None:
-        """An actor has loaded the model."""
-        self.begun.pop(actor, None)
-
-    async def begin(self, unit: int, worker: str) -> Deaths | None:
-        """A worker is to do a unit: returns when there is room for its result.
+    async def begin(self, unit: int, actor: str, worker: str) -> Deaths | None:
+        """A worker that has loaded the model is to do a unit: returns when there is room for its result.
 
         Returns:
             Why it is not to, or None.
         """
+        self.begun.pop(actor, None)
         if (deaths := self._begin(unit, worker)) is None:
             async with self.room:
-                await self.room.wait_for(lambda: unit in self.out or len(self.out) < self.ahead)
-                self.out.add(unit)
+                # Ray does a unit that was taken again if the machine that had its result is lost.
+                await self.room.wait_for(lambda: unit in self.out or unit in self.done or len(self.out) < self.ahead)
+                if unit not in self.done:
+                    self.out.add(unit)
         return deaths
 
     async def taken(self, unit: int) -> list[Deaths]:
@@ -143,6 +143,7 @@ class Ledger:
         """
         async with self.room:
             self.out.discard(unit)
+            self.done.add(unit)
             self.room.notify_all()
         news, self.news = self.news, []
         return news
@@ -165,9 +166,10 @@ class Worker:
         import ray
 
         context = ray.get_runtime_context()
-        actor, self.name = context.get_actor_id(), f"worker {context.get_worker_id()} on {socket.gethostname()}"
+        self.actor = context.get_actor_id()  # the same when Ray begins it again
+        self.name = f"worker {context.get_worker_id()} on {socket.gethostname()}"
         self.ledger = ledger
-        self.error: Exception | Deaths | None = ray.get(ledger.load.remote(actor, self.name))
+        self.error: Exception | Deaths | None = ray.get(ledger.load.remote(self.actor, self.name))
         if self.error is not None:
             return
         try:
@@ -178,7 +180,6 @@ class Worker:
             self.work = job(source.load())
         except Exception as error:
             self.error = _portable(error)
-        ray.get(ledger.loaded.remote(actor))
 
     def __call__(self, batch: Any) -> Any:
         """
@@ -186,19 +187,18 @@ class Worker:
             batch: Arrow table of one row: ``number`` and ``unit``, pickled.
 
         Returns:
-            Arrow table of one row: ``number``, and ``result``, the pickled pair of a result and what went wrong.
+            Arrow table of one row: ``result``, the pickled number, result and what went wrong.
         """
         import pyarrow as pa
         from ray import cloudpickle
 
         (row,) = batch.to_pylist()
-        result = cloudpickle.dumps(self._do(row["number"], row["unit"]))
-        return pa.table({"number": pa.array([row["number"]], pa.int64()), "result": pa.array([result],
-                                                                                              pa.large_binary())})
+        done = cloudpickle.dumps((row["number"], *self._do(row["number"], row["unit"])))
+        return pa.table({"result": pa.array([done], pa.large_binary())})
 
     def _do(self, number: int, unit: bytes) -> tuple[Any, Exception | Deaths | None]:
         # Not `ray.get`, which lends the cores of a worker that waits to somebody else.
-        error = self.error or self.ledger.begin.remote(number, self.name).future().result()
+        error = self.error or self.ledger.begin.remote(number, self.actor, self.name).future().result()
         if error is not None:
             return None, error
         try:
@@ -246,28 +246,24 @@ def results(address: str | None, source: Source, job: Job[Unit, Result], units: 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         need = needed(source.device, nodes)
         size = pool_size(nodes, need, len(units), workers)
-        ledger = _ledger(ray, size, verbose)
-        name = f"ssd_janus_{secrets.token_hex(4)}"
         left = set(range(len(units)))
-        try:
-            with quiet_about_dataset(name, verbose):
-                data = _dataset(ray, name, units, size, need, verbose,
-                                {"source": source, "job": job, "threads": need.get("CPU"), "ledger": ledger})
-                for number, result, error in _rows(ray, data):
-                    for deaths in ray.get(ledger.taken.remote(number)):
-                        say(f"a worker died {_at(deaths, len(units))}: doing it again")
-                    if isinstance(error, Deaths):
-                        raise RuntimeError(f"workers died {error.count} times {_at(error, len(units))}, the last one "
-                                           f"was {error.last}: Ray's logs of that machine tell how")
-                    if error is not None:
-                        raise error
-                    if number in left:
-                        left.remove(number)
-                        yield result
-        finally:
-            ray.kill(ledger)
-        if left:
-            raise RuntimeError(f"Ray lost unit {min(left) + 1} of {len(units)} and {len(left) - 1} others")
+        with (_ledger(ray, size, verbose) as ledger,
+              _rows(ray, units, size, need, verbose, source=source, job=job, threads=need.get("CPU"),
+                    ledger=ledger) as rows):
+            for number, result, error in rows:
+                for deaths in ray.get(ledger.taken.remote(number)):
+                    say(f"a worker died {_at(deaths, len(units))}: doing it again")
+                if isinstance(error, Deaths):
+                    raise RuntimeError(f"workers died {error.count} times {_at(error, len(units))}, the last one was "
+                                       f"{error.last}: Ray's logs of that machine tell how")
+                if error is not None:
+                    raise error
+                if number in left:
+                    left.remove(number)
+                    yield result
+                if not left:  # Ray may be doing some again, where the machine that had their results was lost
+                    return
+        raise RuntimeError(f"Ray lost unit {min(left) + 1} of {len(units)} and {len(left) - 1} others")
 
 
 def import_data() -> None:
@@ -280,51 +276,60 @@ def _at(deaths: Deaths, units: int) -> str:
     return "at beginning" if deaths.unit is None else f"at unit {deaths.unit + 1} of {units}"
 
 
-def _ledger(ray: Any, size: int, verbose: bool) -> Any:
+@contextmanager
+def _ledger(ray: Any, size: int, verbose: bool) -> Iterator[Any]:
     """A `Ledger` for workers of a number, beside this process: they end together."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    kind = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=2 * size + 8,
+    kind = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=2 * size + 1000,
                       scheduling_strategy=here)(Ledger)
     with quiet_about_restarts(verbose):  # the object is what makes Ray say it here, rather than of Ray Data's actors
-        return kind.remote(ray.put(size), RETRIES)
+        ledger = kind.remote(ray.put(size), RETRIES)
+    try:
+        yield ledger
+    finally:
+        ray.kill(ledger)
 
 
-def _dataset(ray: Any, name: str, units: Sequence[Any], size: int, need: Mapping[str, int], verbose: bool,
-             arguments: Mapping[str, Any]) -> Any:
-    """A lazy dataset with a block of one row for every unit, which `Worker` makes with these arguments."""
+@contextmanager
+def _rows(ray: Any, units: Sequence[Any], size: int, need: Mapping[str, int], verbose: bool,
+          **arguments: Any) -> Iterator[Iterator[tuple[int, Any, Exception | Deaths | None]]]:
+    """Number, result and what went wrong of every unit, as they come; the workers end with the block.
+
+    Args:
+        size: how many workers.
+        need: as `needed` returns it.
+        arguments: of `Worker`.
+    """
     rows = [{"number": number, "unit": ray.cloudpickle.dumps(unit)} for number, unit in enumerate(units)]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    dataset.context.execution_options.preserve_order = False
-    for option, value in {"enable_progress_bars": verbose, "print_on_execution_start": verbose,
+    data = ray.data.from_items(rows, override_num_blocks=len(rows))  # a block is what Ray Data gives to an actor
+    data.context.execution_options.preserve_order = False  # the context is a copy that is the dataset's own
+    for option, value in {"enable_progress_bars": False, "print_on_execution_start": verbose,
                           "execution_no_progress_timeout_s": -1}.items():
-        if hasattr(dataset.context, option):  # a copy that is the dataset's own
-            setattr(dataset.context, option, value)
-    dataset = dataset.map_batches(
-        Worker, fn_constructor_kwargs=dict(arguments), batch_size=1, batch_format="pyarrow",
+        if hasattr(data.context, option):
+            setattr(data.context, option, value)
+    data = data.map_batches(
+        Worker, fn_constructor_kwargs=arguments, batch_size=1, batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
-        runtime_env={"env_vars": WORKERS},
-        **{f"num_{resource.lower()}s": amount for resource, amount in need.items()})
-    dataset.set_name(name)
-    return dataset
+        runtime_env={"env_vars": WORKERS}, **{f"num_{name.lower()}s": amount for name, amount in need.items()})
+    data.set_name(name := f"ssd_janus_{secrets.token_hex(4)}")
+    batches = iter(data.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0))
+    with quiet_about_dataset(name, verbose), closing(batches):
+        yield map(ray.cloudpickle.loads, _column(batches))
 
 
-def _rows(ray: Any, data: Any) -> Iterator[tuple[int, Any, Any]]:
-    """Number, result and what went wrong of every row, as they come.
+def _column(batches: Iterator[Any]) -> Iterator[bytes]:
+    """What workers returned.
 
     Raises:
         RuntimeError: Ray could not go on.
     """
-    batches = iter(data.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0))
-    try:
-        while True:
-            try:
-                (row,) = next(batches).to_pylist()
-            except StopIteration:
-                return
-            except Exception as error:
-                raise RuntimeError(f"a worker failed: {last_line(error)}") from error
-            yield row["number"], *ray.cloudpickle.loads(row["result"])
-    finally:
-        batches.close()
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise RuntimeError(f"a worker failed: {last_line(error)}") from error
+        yield from batch.column("result").to_pylist()

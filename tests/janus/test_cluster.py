@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,7 +141,7 @@ def test_errors_cross_processes_as_what_they_are(capsys: pytest.CaptureFixture[s
 
 async def begun(ledger: Ledger, *units: int, worker: str = "one") -> list[Deaths | None | str]:
     """What every unit's `begin` returns if all are asked for at once, in this order, or "waits"."""
-    asked = [asyncio.ensure_future(ledger.begin(unit, worker)) for unit in units]
+    asked = [asyncio.ensure_future(ledger.begin(unit, "actor", worker)) for unit in units]
     await asyncio.sleep(0.01)
     answers = [each.result() if each.done() else "waits" for each in asked]
     for each in asked:
@@ -157,7 +157,11 @@ def test_no_more_are_begun_than_have_room() -> None:
         for _ in range(2):  # asked again, as Ray may
             await ledger.taken(1)
         assert await begun(ledger, 2, 3) == [None, "waits"]
-        assert await begun(ledger, 0, 3) == [None, "waits"], "who begins again needs no more room"
+        assert await begun(ledger, 0, 3) == [None, "waits"], "what is begun again needs no more room"
+        assert await begun(ledger, 1, worker="two") == [None], "and what was taken none at all"
+        for unit in (0, 2):
+            await ledger.taken(unit)
+        assert await begun(ledger, 4, 5, 6) == [None, None, "waits"]
 
     asyncio.run(go())
 
@@ -166,8 +170,8 @@ def test_who_waits_is_told_of_room() -> None:
     ledger = Ledger(1, 3)
 
     async def go() -> None:
-        await ledger.begin(0, "one")
-        waits = asyncio.ensure_future(ledger.begin(1, "two"))
+        await ledger.begin(0, "a", "one")
+        waits = asyncio.ensure_future(ledger.begin(1, "b", "two"))
         await asyncio.sleep(0.01)
         assert not waits.done()
         await ledger.taken(0)
@@ -189,23 +193,22 @@ def test_a_unit_that_always_ends_its_worker_is_given_up() -> None:
 
 
 def test_an_actor_that_cannot_load_is_given_up() -> None:
-    ledger = Ledger(1, 1)
+    async def go() -> None:
+        ledger = Ledger(9, 1)
+        assert [await ledger.load(*each) for each in (("a", "1"), ("b", "2"), ("a", "3"))] == [None] * 3
+        await ledger.begin(0, "a", "3")
+        assert [await ledger.load(*each) for each in (("a", "4"), ("a", "5"))] == [None] * 2, "anew after a unit"
+        assert await ledger.load("a", "6") == Deaths(None, 2, "5") and await ledger.load("b", "7") is None
+        assert [deaths.unit for deaths in await ledger.taken(0)] == [None] * 3
 
-    def load(actor: str, worker: str) -> Deaths | None:
-        return asyncio.run(ledger.load(actor, worker))
-
-    assert [load("a", "1"), load("b", "2"), load("a", "3")] == [None] * 3
-    asyncio.run(ledger.loaded("a"))
-    assert [load("a", "4"), load("a", "5")] == [None] * 2, "deaths of one that has loaded are others"
-    assert load("a", "6") == Deaths(None, 2, "5") and load("b", "7") is None
-    assert [deaths.unit for deaths in asyncio.run(ledger.taken(0))] == [None] * 3
+    asyncio.run(go())
 
 
 class Cluster:
     """Stands in for Ray and Ray Data where `results` looks at what came.
 
     Attributes:
-        rows: number, result and error, as `ray_workers._rows` returns them.
+        rows: number, result and error, as `ray_workers._rows` has them.
         deaths: what the ledger tells when a unit is taken.
         taken: units, in order.
         alive: whether the ledger is.
@@ -223,20 +226,20 @@ class Cluster:
         self.taken.append(unit)
         return self.deaths.get(unit, [])
 
-    def kill(self, ledger: object) -> None:
-        self.alive = False
-
-    def ledger(self, ray: object, size: int, verbose: bool) -> Any:
+    @contextmanager
+    def ledger(self, ray: object, size: int, verbose: bool) -> Iterator[Any]:
         assert size == 3
-        return SimpleNamespace(taken=SimpleNamespace(remote=lambda unit: unit))
+        try:
+            yield SimpleNamespace(taken=SimpleNamespace(remote=lambda unit: unit))
+        finally:
+            self.alive = False
 
 
 def results(monkeypatch: pytest.MonkeyPatch, ray: Cluster, units: int, **options: Any) -> Iterator[Any]:
     monkeypatch.setattr(ray_workers, "connected", lambda *_, **__: nullcontext(ray))
     monkeypatch.setattr(ray_workers, "import_data", lambda: None)
     monkeypatch.setattr(ray_workers, "_ledger", ray.ledger)
-    monkeypatch.setattr(ray_workers, "_dataset", lambda *_: None)
-    monkeypatch.setattr(ray_workers, "_rows", lambda *_: iter(ray.rows))
+    monkeypatch.setattr(ray_workers, "_rows", lambda *_, **__: nullcontext(iter(ray.rows)))
     source: Any = SimpleNamespace(device="cpu")
     return ray_workers.results(None, source, lambda pipe: lambda unit: unit, range(units), **options)
 
