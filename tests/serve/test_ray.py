@@ -220,12 +220,12 @@ def test_a_unit_that_ends_its_worker_once_is_done_once(address: str, watch: Begu
 
 def test_a_unit_that_always_ends_its_worker_ends_the_run(address: str, monkeypatch: pytest.MonkeyPatch,
                                                          watch: Begun) -> None:
-    monkeypatch.setattr(ray_workers, "RETRIES", 2)
+    monkeypatch.setattr(ray_workers, "RETRIES", 1)
     found, said = [], []  # type: ignore[var-annotated]
-    with pytest.raises(RuntimeError, match="workers died 3 times at unit 4 of 8, the last one was worker "):
+    with pytest.raises(RuntimeError, match="workers died 2 times at unit 4 of 8, the last one was worker "):
         found += played(address, {3: "dies"}, say=said.append)
-    assert [number for number, _ in watch()].count(3) == 3
-    assert len(said) <= 2 and set(said) <= {"a worker died at unit 4 of 8: doing it again"}
+    assert [number for number, _ in watch()].count(3) == 2
+    assert len(said) <= 1 and set(said) <= {"a worker died at unit 4 of 8: doing it again"}
 
 
 def test_results_that_nobody_takes_hold_the_workers_up(address: str, watch: Begun) -> None:
