@@ -103,13 +103,15 @@ class Ledger:
 
     def _begin(self, work: int | str, worker: str) -> Deaths | None:
         names = self.begun.setdefault(work, [])
-        if worker not in names:
+        if new := worker not in names:
             names.append(worker)
-            if len(names) > 1:
-                deaths = Deaths(work if isinstance(work, int) else None, len(names) - 1, names[-2])
-                if deaths.count > self.retries:
-                    return deaths
-                self.news.append(deaths)
+        if len(names) == 1:
+            return None
+        deaths = Deaths(work if isinstance(work, int) else None, len(names) - 1, names[-2])
+        if deaths.count > self.retries:
+            return deaths
+        if new:
+            self.news.append(deaths)
         return None
 
     async def load(self, actor: str, worker: str) -> Deaths | None:
@@ -144,6 +146,7 @@ class Ledger:
         async with self.room:
             self.out.discard(unit)
             self.done.add(unit)
+            self.begun.pop(unit, None)
             self.room.notify_all()
         news, self.news = self.news, []
         return news
@@ -197,8 +200,9 @@ class Worker:
         return pa.table({"result": pa.array([done], pa.large_binary())})
 
     def _do(self, number: int, unit: bytes) -> tuple[Any, Exception | Deaths | None]:
-        # Not `ray.get`, which lends the cores of a worker that waits to somebody else.
-        error = self.error or self.ledger.begin.remote(number, self.actor, self.name).future().result()
+        import ray
+
+        error = self.error or ray.get(self.ledger.begin.remote(number, self.actor, self.name))
         if error is not None:
             return None, error
         try:
