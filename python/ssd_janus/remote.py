@@ -11,10 +11,11 @@ from ssd_kernels import backends
 from ssd_kernels.reading import shown
 
 from .checks import check_number
-from .cluster import Source, check_installed, cluster_address, needed, results
+from .cluster import check_installed, cluster_address, needed
 from .drawing import Drawing, Files, Unit
 from .layouts import Facts
 from .progress import ProgressCallback
+from .ray_workers import Source, results
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -26,7 +27,7 @@ __all__ = ["OnRay", "Source"]
 class OnRay:
     """`drawing.Painters` that are workers on a cluster; files are written where `draw` runs.
 
-    Attributes: as the arguments of `cluster.results`.
+    Attributes: as the arguments of `ray_workers.results`.
     """
 
     address: str | None
@@ -59,7 +60,7 @@ class OnRay:
         """
         Raises:
             ValueError: an argument is wrong; most are found before a cluster is started.
-            As `cluster.results`.
+            As `ray_workers.results`.
         """
         pipe = work.pipe
         check_number("seed", work.seed, int, 0)

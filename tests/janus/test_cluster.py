@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import random
+import asyncio
+import logging
+import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +18,13 @@ import pytest
 from test_cli import run
 from test_drawing import Painter
 
-from ssd_janus import Pipeline, cluster
+from ssd_janus import Pipeline, ray_workers
 from ssd_janus.cluster import cluster_address, needed, pool_size, room
 from ssd_janus.drawing import Drawing
 from ssd_janus.layouts import GenEval
 from ssd_janus.prompts import gather
+from ssd_janus.ray_quiet import RESTARTS, quiet_about_dataset, quiet_about_restarts
+from ssd_janus.ray_workers import Deaths, Ledger
 from ssd_janus.remote import PaintJob
 
 GPUS: list[Mapping[str, float]] = [{"CPU": 64, "GPU": 8, "memory": 1e12}, {"CPU": 64, "GPU": 8}, {"CPU": 16}]
@@ -81,7 +85,7 @@ def test_no_room_is_told_unless_the_cluster_may_grow() -> None:
 def test_arguments_are_checked_before_anything_is_started(folder: Path, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...],
                                                           message: str) -> None:
-    monkeypatch.setattr(cluster, "results", None)
+    monkeypatch.setattr("ssd_janus.remote.results", None)
     result = run("generate", "a heart", "--out", tmp_path / "out", "--model", folder, *options)
     assert result.exit_code == 2 and result.stderr.startswith(message) and not (tmp_path / "out").exists()
 
@@ -130,123 +134,180 @@ def test_errors_cross_processes_as_what_they_are(capsys: pytest.CaptureFixture[s
         pass
 
     full = OSError(28, "No space left on device", "/a/b")
-    assert cluster._portable(full) is full
-    assert repr(cluster._portable(Odd("so"))) == repr(RuntimeError("Odd: so"))
+    assert ray_workers._portable(full) is full
+    assert repr(ray_workers._portable(Odd("so"))) == repr(RuntimeError("Odd: so"))
     assert "No space left on device" in capsys.readouterr().err, "and into the worker's log"
 
 
-class Gone(Exception):
-    """What `Cluster` raises for a worker that died."""
+async def begun(ledger: Ledger, *units: int, worker: str = "one") -> list[Deaths | None | str]:
+    """What every unit's `begin` returns if all are asked for at once, in this order, or "waits"."""
+    asked = [asyncio.ensure_future(ledger.begin(unit, "actor", worker)) for unit in units]
+    await asyncio.sleep(0.01)
+    answers = [each.result() if each.done() else "waits" for each in asked]
+    for each in asked:
+        each.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
+    return answers
+
+
+def test_no_more_are_begun_than_have_room() -> None:
+    async def go() -> None:
+        ledger = Ledger(2, 3)
+        assert await begun(ledger, 0, 1, 2, 3) == [None, None, "waits", "waits"]
+        for _ in range(2):  # asked again, as Ray may
+            await ledger.taken(1)
+        assert await begun(ledger, 2, 3) == [None, "waits"]
+        assert await begun(ledger, 0, 3) == [None, "waits"], "what is begun again needs no more room"
+        assert await begun(ledger, 1, worker="two") == [None], "and what was taken none at all"
+        for unit in (0, 2):
+            await ledger.taken(unit)
+        assert await begun(ledger, 4, 5, 6) == [None, None, "waits"]
+
+    asyncio.run(go())
+
+
+def test_who_waits_is_told_of_room() -> None:
+    ledger = Ledger(1, 3)
+
+    async def go() -> None:
+        await ledger.begin(0, "a", "one")
+        waits = asyncio.ensure_future(ledger.begin(1, "b", "two"))
+        await asyncio.sleep(0.01)
+        assert not waits.done()
+        await ledger.taken(0)
+        assert await asyncio.wait_for(waits, 60) is None
+
+    asyncio.run(go())
+
+
+def test_a_unit_that_always_ends_its_worker_is_given_up() -> None:
+    async def go() -> None:
+        ledger = Ledger(1, 2)
+        for worker in ("one", "one", "two", "two", "three"):  # an answer may be lost, and the question come again
+            assert await begun(ledger, 4, worker=worker) == [None]
+        for _ in range(2):
+            assert await begun(ledger, 4, worker="four") == [Deaths(4, 3, "three")]
+        assert await ledger.taken(4) == [Deaths(4, 1, "one"), Deaths(4, 2, "two")]
+        assert await ledger.taken(4) == []
+
+    asyncio.run(go())
+
+
+def test_an_actor_that_cannot_load_is_given_up() -> None:
+    async def go() -> None:
+        ledger = Ledger(9, 1)
+        assert [await ledger.load(*each) for each in (("a", "1"), ("b", "2"), ("a", "3"))] == [None] * 3
+        await ledger.begin(0, "a", "3")
+        assert [await ledger.load(*each) for each in (("a", "4"), ("a", "5"))] == [None] * 2, "anew after a unit"
+        assert await ledger.load("a", "6") == Deaths(None, 2, "5") and await ledger.load("b", "7") is None
+        assert [deaths.unit for deaths in await ledger.taken(0)] == [None] * 3
+
+    asyncio.run(go())
 
 
 class Cluster:
-    """Stands in for Ray: workers that do what they are asked when their answer is fetched, in any order.
+    """Stands in for Ray and Ray Data where `results` looks at what came.
 
     Attributes:
-        deaths: how often the worker dies that does a unit, or that begins where the unit is None.
-        begun: units in the order in which they were given out.
-        alive: workers that were started, and not killed.
+        rows: number, result and error, as `ray_workers._rows` has them.
+        deaths: what the ledger tells when a unit is taken.
+        taken: units, in order.
+        alive: whether the ledger is.
     """
 
-    exceptions = SimpleNamespace(RayError=Gone, RayTaskError=type("RayTaskError", (Gone,), {}))
-
-    def __init__(self, seed: int = 0, cores: int = 6, deaths: dict[int | None, int] | None = None) -> None:
-        self.random, self.cores, self.deaths = random.Random(seed), cores, deaths or {}
-        self.begun: list[int] = []
-        self.alive: list[object] = []
+    def __init__(self, rows: Sequence[tuple[int, Any, Any]], deaths: dict[int, list[Deaths]] | None = None) -> None:
+        self.rows, self.deaths = rows, deaths or {}
+        self.taken: list[int] = []
+        self.alive = True
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": True, "Resources": {"CPU": self.cores}}, {"Alive": False, "Resources": {"CPU": 99}}]
+        return [{"Alive": True, "Resources": {"CPU": 6}}, {"Alive": False, "Resources": {"CPU": 99}}]
 
-    def remote(self, **options: Any) -> Callable[[type], Any]:
-        assert options["num_cpus"] == 2 and options["max_restarts"] == 0
-        return lambda kind: SimpleNamespace(remote=lambda *given: self._worker(kind, *given))
+    def get(self, unit: int) -> list[Deaths]:
+        self.taken.append(unit)
+        return self.deaths.get(unit, [])
 
-    def _worker(self, kind: type, *given: Any) -> Any:
-        def do(unit: int) -> Any:
-            self.begun.append(unit)
-            return self._answer(unit, lambda: made.do(unit))
-
-        made = kind(*given)
-        worker = SimpleNamespace(ready=SimpleNamespace(remote=lambda: self._answer(None, made.ready)),
-                                 do=SimpleNamespace(remote=do))
-        self.alive.append(worker)
-        return worker
-
-    def _answer(self, unit: int | None, call: Callable[[], Any]) -> Callable[[], Any]:
-        def answer() -> Any:
-            if self.deaths.get(unit, 0) > 0:
-                self.deaths[unit] -= 1
-                raise Gone("The worker died.\nIts node was gone.")
-            return call()
-
-        return answer
-
-    def put(self, value: Any) -> Any:
-        return value
-
-    def wait(self, answers: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
-        assert num_returns == 1
-        chosen = self.random.choice(answers)
-        return [chosen], [answer for answer in answers if answer is not chosen]
-
-    def get(self, answer: Callable[[], Any]) -> Any:
-        return answer()
-
-    def kill(self, worker: object) -> None:
-        self.alive.remove(worker)
+    @contextmanager
+    def ledger(self, ray: object, size: int, verbose: bool) -> Iterator[Any]:
+        assert size == 3
+        try:
+            yield SimpleNamespace(taken=SimpleNamespace(remote=lambda unit: unit))
+        finally:
+            self.alive = False
 
 
-def results(monkeypatch: pytest.MonkeyPatch, ray: Cluster, work: Callable[[int], Any], units: Sequence[int],
-            **options: Any) -> Iterator[Any]:
-    source: Any = SimpleNamespace(device="cpu", load=lambda: None)
-    monkeypatch.setattr(cluster, "connected", lambda *_, **__: nullcontext(ray))
-    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
-    return cluster.results(None, source, lambda pipe: work, units, **options)
+def results(monkeypatch: pytest.MonkeyPatch, ray: Cluster, units: int, **options: Any) -> Iterator[Any]:
+    monkeypatch.setattr(ray_workers, "connected", lambda *_, **__: nullcontext(ray))
+    monkeypatch.setattr(ray_workers, "import_data", lambda: None)
+    monkeypatch.setattr(ray_workers, "_ledger", ray.ledger)
+    monkeypatch.setattr(ray_workers, "_rows", lambda *_, **__: nullcontext(iter(ray.rows)))
+    source: Any = SimpleNamespace(device="cpu")
+    return ray_workers.results(None, source, lambda pipe: lambda unit: unit, range(units), **options)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_deaths_lose_and_double_nothing(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    ray = Cluster(seed, deaths={3: 1, 7: cluster.RETRIES, None: 2})
+def test_results_come_once_and_are_taken_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    deaths = [Deaths(2, 1, "one"), Deaths(None, 2, "two")]
+    ray = Cluster([(2, "c", None), (0, "a", None), (2, "again", None), (1, "b", None)], {0: deaths})
     said: list[str] = []
-    found = list(results(monkeypatch, ray, lambda unit: 10 * unit, range(12), say=said.append))
-    assert sorted(found) == [10 * unit for unit in range(12)]
-    assert sorted(ray.begun) == sorted([*range(12), 3, *[7] * cluster.RETRIES])
-    assert len([line for line in said if "unit 8 of 12" in line]) == cluster.RETRIES and len(said) <= 6
+    found = results(monkeypatch, ray, 3, say=said.append)
+    assert next(found) == "c" and ray.taken == [2] and not said and ray.alive
+    assert list(found) == ["a", "b"] and not ray.alive
+    assert said == ["a worker died at unit 3 of 3: doing it again", "a worker died at beginning: doing it again"]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_who_takes_slowly_is_not_flooded(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    ray = Cluster(seed)
-    for taken, _ in enumerate(results(monkeypatch, ray, lambda unit: unit, range(20)), 1):
-        assert len(ray.begun) <= taken + 3, "one for each of three workers beyond what was taken"
-    assert len(ray.begun) == 20
+def test_what_is_lost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Cluster([(2, None, None), (0, None, None)])
+    with pytest.raises(RuntimeError, match="Ray lost unit 2 of 5 and 2 others"):
+        list(results(monkeypatch, ray, 5))
+    assert not ray.alive
 
 
-def test_a_unit_that_always_ends_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = Cluster(deaths={1: 99})
-    with pytest.raises(RuntimeError, match="workers died 4 times at unit 2 of 3, the last one so: Its node was gone."):
-        list(results(monkeypatch, ray, lambda unit: unit, range(3)))
-    assert ray.begun.count(1) == 4
-
-
-def test_workers_that_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match="workers died 4 times at beginning, the last one so: Its node was gone."):
-        list(results(monkeypatch, Cluster(deaths={None: 99}), lambda unit: unit, range(3)))
-
-
-def test_an_error_of_a_unit_is_raised_as_it_is_and_ends_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def work(unit: int) -> int:
-        if unit == 5:
-            raise OSError(28, "No space left on device", "/a/b")
-        time.sleep(0)
-        return unit
-
-    ray = Cluster()
-    with pytest.raises(OSError, match="No space left on device: '/a/b'"):
-        list(results(monkeypatch, ray, work, range(50)))
-    assert len(ray.begun) < 20 and len(ray.alive) <= 1, "the one that failed has nothing to do"
+@pytest.mark.parametrize("error, kind, message", [
+    (OSError(28, "No space left on device", "/a/b"), OSError, "No space left on device: '/a/b'"),
+    (Deaths(1, 4, "worker f0 on head"), RuntimeError,
+     "workers died 4 times at unit 2 of 3, the last one was worker f0 on head: Ray's logs of that machine tell how"),
+    (Deaths(None, 4, "worker f0 on head"), RuntimeError, "workers died 4 times at beginning, the last"),
+])
+def test_an_error_of_a_unit_is_raised_as_it_is(monkeypatch: pytest.MonkeyPatch, error: Any, kind: type[Exception],
+                                               message: str) -> None:
+    ray = Cluster([(0, "a", None), (1, None, error), (2, "c", None)])
+    found = results(monkeypatch, ray, 3)
+    assert next(found) == "a"
+    with pytest.raises(kind, match=message):
+        next(found)
+    assert not ray.alive
 
 
 def test_no_units_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(results(monkeypatch, None, lambda unit: unit, [])) == []  # type: ignore[arg-type]
+    ray = Cluster([])
+    assert list(results(monkeypatch, ray, 0)) == [] and ray.alive, "nothing was asked of it"
+
+
+def test_ray_data_is_quiet_about_one_dataset_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("ray.data")
+    console, other = logging.StreamHandler(sys.stderr), logging.getLogger("ray.data.somewhere")
+    logger.addHandler(console)
+    try:
+        with quiet_about_dataset("ours", verbose=False):
+            other.error("said here")
+            for name, text in [("Executor-ours_1", "by its thread"), ("Executor-1", "about ours_1"),
+                               ("Executor-2", "about theirs")]:
+                thread = threading.Thread(target=other.error, args=(text,), name=name)
+                thread.start()
+                thread.join()
+        other.error("afterwards")
+        with quiet_about_dataset("ours", verbose=True):
+            other.error("if asked for")
+    finally:
+        logger.removeHandler(console)
+    assert capsys.readouterr().err.splitlines() == ["about theirs", "afterwards", "if asked for"]
+
+
+def test_one_line_alone_is_kept_from_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    line = b"E core_worker.cc: Actor X " + RESTARTS + b" and so on\n"
+    with quiet_about_restarts(verbose=False):
+        os.write(2, b"one\n" + line + b"two\n")
+    os.write(2, b"three\n")
+    with quiet_about_restarts(verbose=True):
+        os.write(2, line)
+    assert capfd.readouterr().err.encode() == b"one\ntwo\nthree\n" + line

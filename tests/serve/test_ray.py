@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import ssd_janus.cli
-from ssd_janus import Pipeline, cluster, drawing, remote
+from ssd_janus import Pipeline, cluster, drawing, ray_workers, remote
 from ssd_janus.layouts import GenEval
+from ssd_janus.parquet import Parquet
 from ssd_janus.prompts import gather
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "janus"))
@@ -30,6 +33,7 @@ import tiny  # noqa: E402
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(3600)]
 
+Begun = Callable[[], list[tuple[int, int]]]  # number and process of the units that were begun
 PROMPTS = ("a red circle", "two blue squares", "a heart", "three pink rings", "a green star", "a cross", "one", "two")
 LIMIT = 1200.0  # seconds; only for what hangs
 
@@ -157,16 +161,127 @@ class Watched(remote.PaintJob):
 
 
 @pytest.fixture
-def watch(environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[int, int]]]:
+def watch(environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begun:
     """Makes workers `Watched`; the value returns (number, process) of the units that were begun."""
     from ray import cloudpickle
 
     place = tmp_path / "watch"
     place.mkdir()
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers have no tests
-    monkeypatch.setattr(cluster, "WORKERS", {**cluster.WORKERS, "SSD_TEST_WATCH": str(place)})
+    monkeypatch.setattr(ray_workers, "WORKERS", {**ray_workers.WORKERS, "SSD_TEST_WATCH": str(place)})
     monkeypatch.setattr(remote, "PaintJob", Watched)
     return lambda: [tuple(map(int, file.name.split("-"))) for file in place.iterdir()]  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class NoModel(ray_workers.Source):
+    """Of workers that need none."""
+
+    def load(self) -> Any:
+        return None
+
+
+def play(pipe: None) -> Callable[[tuple[int, str]], int]:
+    """A job whose units, a number and what happens, leave the files of `Watched`."""
+    def work(unit: tuple[int, str]) -> int:
+        number, what = unit
+        place = Path(os.environ["SSD_TEST_WATCH"])
+        begun = len(list(place.glob(f"{number}-*")))
+        (place / f"{number}-{os.getpid()}").touch()
+        if what == "dies" or what == "dies once" and not begun:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600 if what == "lasts" else 0)
+        return 10 * number
+
+    return work
+
+
+def played(address: str, units: dict[int, str], **options: Any) -> Iterator[int]:
+    """Results of units that only return, but for these."""
+    return ray_workers.results(address, NoModel(None, "cpu", None, "auto"), play,
+                               [(number, units.get(number, "")) for number in range(8)], **options)
+
+
+def settings() -> str:
+    """Of Ray Data in this process."""
+    import ray.data
+
+    handlers = logging.getLogger("ray.data").handlers
+    return f"{ray.data.DataContext.get_current()} {[(handler.level, handler.filters) for handler in handlers]}"
+
+
+def test_a_unit_that_ends_its_worker_once_is_done_once(address: str, watch: Begun) -> None:
+    """Also if fewer workers fit than were asked for."""
+    said: list[str] = []
+    assert sorted(played(address, {3: "dies once"}, workers=5, say=said.append)) == list(range(0, 80, 10))
+    assert sorted(number for number, _ in watch()) == [0, 1, 2, 3, 3, 4, 5, 6, 7]
+    assert said == ["a worker died at unit 4 of 8: doing it again"]
+
+
+def test_a_unit_that_always_ends_its_worker_ends_the_run(address: str, monkeypatch: pytest.MonkeyPatch,
+                                                         watch: Begun) -> None:
+    monkeypatch.setattr(ray_workers, "RETRIES", 1)
+    found, said = [], []  # type: ignore[var-annotated]
+    with pytest.raises(RuntimeError, match="workers died 2 times at unit 4 of 8, the last one was worker "):
+        found += played(address, {3: "dies"}, say=said.append)
+    assert [number for number, _ in watch()].count(3) == 2
+    assert len(said) <= 1 and set(said) <= {"a worker died at unit 4 of 8: doing it again"}
+
+
+def test_results_that_nobody_takes_hold_the_workers_up(address: str, watch: Begun) -> None:
+    for taken, _ in enumerate(played(address, {}, workers=2), 1):
+        if taken < 4:
+            time.sleep(2)
+        assert len(watch()) <= taken + 2, "one for each worker beyond what was taken"
+
+
+def test_who_stops_early_leaves_no_worker_and_no_setting(address: str, environment: None,
+                                                         watch: Begun) -> None:
+    """And a process that is connected to Ray already stays so."""
+    import ray.data
+
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        before = settings()
+        found = played(address, dict.fromkeys(range(1, 8), "lasts"))
+        assert next(found) == 0 and eventually(lambda: len(watch()) > 3)
+        found.close()  # type: ignore[attr-defined]
+        assert gone(lambda: [process for _, process in watch() if Path(f"/proc/{process}").exists()])
+        assert ray.is_initialized() and settings() == before
+    finally:
+        ray.shutdown()
+
+
+QUIET = """
+import os, signal, sys
+import ssd_janus.ray_workers as workers
+assert "ray" not in sys.modules
+from pathlib import Path
+
+class NoModel(workers.Source):
+    def load(self):
+        return None
+
+MARK = Path(sys.argv[2])
+
+def play(pipe):
+    def work(unit):
+        if unit == 3 and not MARK.exists():
+            MARK.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return unit
+    return work
+
+assert sorted(workers.results(sys.argv[1], NoModel(None, "cpu", None, "auto"), play, range(8))) == list(range(8))
+"""
+
+
+def test_nothing_is_printed(address: str, tmp_path: Path) -> None:
+    """Neither by Ray's core, which passes Python by, nor of the worker that died."""
+    result = subprocess.run([sys.executable, "-c", QUIET, address, tmp_path / "mark"], capture_output=True, text=True,
+                            timeout=LIMIT)
+    assert (tmp_path / "mark").exists()
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_the_files_are_those_of_one_process(address: str, folder: Path, tmp_path: Path,
@@ -178,14 +293,15 @@ def test_the_files_are_those_of_one_process(address: str, folder: Path, tmp_path
     assert "16 pictures drawn in" in result.stderr and "drawing: 288/288 steps" in result.stderr
 
 
-def test_a_killed_worker_loses_and_doubles_nothing(address: str, folder: Path, tmp_path: Path,
-                                                   watch: Callable[[], list[tuple[int, int]]],
+@pytest.mark.parametrize("layout", [GenEval, Parquet])
+def test_a_killed_worker_loses_and_doubles_nothing(address: str, folder: Path, tmp_path: Path, layout: Any,
+                                                   watch: Begun,
                                                    alone: Callable[[str], Path]) -> None:
     """And who takes nothing for a while is not flooded."""
     pipe, said, taken = Pipeline.from_pretrained(folder), [], 0  # type: ignore[var-annotated]
     out, drawn = tmp_path / "out", []
-    painters = remote.OnRay(address, cluster.Source(str(folder), "cpu", None, "auto"), workers=2, say=said.append)
-    for each in drawing.draw(pipe, GenEval(out, 2), out, gather(PROMPTS, None), 2, None, 5, pipe.shape.full_plan(), 2,
+    painters = remote.OnRay(address, ray_workers.Source(str(folder), "cpu", None, "auto"), workers=2, say=said.append)
+    for each in drawing.draw(pipe, layout(out, 2), out, gather(PROMPTS, None), 2, None, 5, pipe.shape.full_plan(), 2,
                              painters=painters):
         drawn.append((each.prompt, each.image, each.seed))
         done = {PROMPTS.index(prompt) for prompt, _, _ in drawn}
@@ -196,7 +312,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(address: str, folder: Path, t
             assert len(watch()) <= 3 + 2 + 1, "three are taken, two wait at most, one was begun twice"
     assert sorted(drawn) == sorted((prompt, image, 5 + 2 * number + image) for number, prompt in enumerate(PROMPTS)
                                    for image in range(2))
-    assert contents(out) == contents(alone("geneval"))
+    assert contents(out) == contents(alone(layout.__name__.lower()))
     assert len(said) == 1 and "a worker died at unit" in said[0]
     numbers = [number for number, _ in watch()]
     assert sorted(set(numbers)) == list(range(8)) and len(numbers) == 9, "one unit twice, by two workers"
@@ -204,11 +320,11 @@ def test_a_killed_worker_loses_and_doubles_nothing(address: str, folder: Path, t
 
 @pytest.mark.parametrize("text, message", [
     ("fails", "error: prompts[0] must be drawable, got 'fails'\n"),
-    ("dies", "error: workers died 2 times at unit 1 of 1, the last one so: The actor is dead because its worker"),
+    ("dies", "error: workers died 2 times at unit 1 of 1, the last one was worker "),
 ])
 def test_what_goes_wrong_in_a_worker_is_told_plainly(address: str, folder: Path, tmp_path: Path, text: str,
                                                      message: str, watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "RETRIES", 1)
+    monkeypatch.setattr(ray_workers, "RETRIES", 1)
     result = generate(folder, tmp_path / "out", "parquet", "--on", f"ray://{address}", prompts=(text,))
     assert result.exit_code == 2 and "Traceback" not in result.output
     assert result.stderr.splitlines()[-1].startswith(message.strip())
