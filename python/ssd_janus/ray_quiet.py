@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-# Ray's core says this of the first actor of a process that restarts and has an argument in the object store, as all of
-# Ray Data have: https://github.com/ray-project/ray/issues/57733
-RESTARTS = b"has constructor arguments in the object store"
 
 
 @contextmanager
@@ -55,26 +49,3 @@ def quiet_about_dataset(name: str, verbose: bool) -> Iterator[None]:
     finally:
         for handler in consoles:
             handler.removeFilter(others)
-
-
-@contextmanager
-def quiet_about_restarts(verbose: bool) -> Iterator[None]:
-    """Inside the block, which should be short, lines with `RESTARTS` do not reach the process's stderr.
-
-    They come from C++, past Python's. Others are written when the block ends.
-    """
-    if verbose:
-        yield
-        return
-    with tempfile.TemporaryFile() as held:
-        stderr = os.dup(2)
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            held.seek(0)
-            for line in held:
-                if RESTARTS not in line:
-                    os.write(stderr, line)
-            os.close(stderr)

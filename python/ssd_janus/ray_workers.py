@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .cluster import connected, last_line, needed, pool_size
 from .extras import needs
-from .ray_quiet import quiet_about_dataset, quiet_about_restarts
+from .ray_quiet import quiet_about_dataset
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -251,7 +251,7 @@ def results(address: str | None, source: Source, job: Job[Unit, Result], units: 
         need = needed(source.device, nodes)
         size = pool_size(nodes, need, len(units), workers)
         left = set(range(len(units)))
-        with (_ledger(ray, size, verbose) as ledger,
+        with (_ledger(ray, size) as ledger,
               _rows(ray, units, size, need, verbose, source=source, job=job, threads=need.get("CPU"),
                     ledger=ledger) as rows):
             for number, result, error in rows:
@@ -281,15 +281,14 @@ def _at(deaths: Deaths, units: int) -> str:
 
 
 @contextmanager
-def _ledger(ray: Any, size: int, verbose: bool) -> Iterator[Any]:
+def _ledger(ray: Any, size: int) -> Iterator[Any]:
     """A `Ledger` for workers of a number, beside this process: they end together."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     kind = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=2 * size + 1000,
                       scheduling_strategy=here)(Ledger)
-    with quiet_about_restarts(verbose):  # the object is what makes Ray say it here, rather than of Ray Data's actors
-        ledger = kind.remote(ray.put(size), RETRIES)
+    ledger = kind.remote(size, RETRIES)
     try:
         yield ledger
     finally:

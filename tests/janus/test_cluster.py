@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from ssd_janus.cluster import cluster_address, needed, pool_size, room
 from ssd_janus.drawing import Drawing
 from ssd_janus.layouts import GenEval
 from ssd_janus.prompts import gather
-from ssd_janus.ray_quiet import RESTARTS, quiet_about_dataset, quiet_about_restarts
+from ssd_janus.ray_quiet import quiet_about_dataset
 from ssd_janus.ray_workers import Deaths, Ledger
 from ssd_janus.remote import PaintJob
 
@@ -228,7 +227,7 @@ class Cluster:
         return self.deaths.get(unit, [])
 
     @contextmanager
-    def ledger(self, ray: object, size: int, verbose: bool) -> Iterator[Any]:
+    def ledger(self, ray: object, size: int) -> Iterator[Any]:
         assert size == 3
         try:
             yield SimpleNamespace(taken=SimpleNamespace(remote=lambda unit: unit))
@@ -301,13 +300,3 @@ def test_ray_data_is_quiet_about_one_dataset_alone(capsys: pytest.CaptureFixture
     finally:
         logger.removeHandler(console)
     assert capsys.readouterr().err.splitlines() == ["about theirs", "afterwards", "if asked for"]
-
-
-def test_one_line_alone_is_kept_from_stderr(capfd: pytest.CaptureFixture[str]) -> None:
-    line = b"E core_worker.cc: Actor X " + RESTARTS + b" and so on\n"
-    with quiet_about_restarts(verbose=False):
-        os.write(2, b"one\n" + line + b"two\n")
-    os.write(2, b"three\n")
-    with quiet_about_restarts(verbose=True):
-        os.write(2, line)
-    assert capfd.readouterr().err.encode() == b"one\ntwo\nthree\n" + line

@@ -277,11 +277,13 @@ assert sorted(workers.results(sys.argv[1], NoModel(None, "cpu", None, "auto"), p
 
 
 def test_nothing_is_printed(address: str, tmp_path: Path) -> None:
-    """Neither by Ray's core, which passes Python by, nor of the worker that died."""
+    """Nothing of the worker that died, either; but for a line of Ray's core, which passes Python by, on actors that
+    restart, as all of Ray Data may (https://github.com/ray-project/ray/issues/57733)."""
     result = subprocess.run([sys.executable, "-c", QUIET, address, tmp_path / "mark"], capture_output=True, text=True,
                             timeout=LIMIT)
     assert (tmp_path / "mark").exists()
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    lines = [line for line in result.stderr.splitlines() if "has constructor arguments in the object store" not in line]
+    assert (result.returncode, result.stdout, lines) == (0, "", [])
 
 
 def test_the_files_are_those_of_one_process(address: str, folder: Path, tmp_path: Path,
