@@ -19,6 +19,7 @@ from torch.nn import functional
 from ssd_janus.checkpoints import fingerprint
 from ssd_janus.engine import Engine, Sampling, memory, unfuse, unsupported
 from ssd_janus.engine.linear import KernelLinear
+from ssd_janus.engine.weights import Weights
 from ssd_janus.quantization import dense, has_quantized_weights, in_bytes, is_quantized, quantize, stored_bytes
 
 TORCHAO = Path(__file__).resolve().parents[2] / "build/torchao"
@@ -132,6 +133,19 @@ def test_bytes_draw_the_same_tokens_in_any_batch(fresh: Any) -> None:
     together = engine.generate(prompts, guidance=2.0, seeds=5)
     for size in (1, 3):
         assert torch.equal(engine.generate(prompts, guidance=2.0, seeds=5, batch_size=size), together)
+
+
+def test_bytes_are_never_left_to_torch(fresh: Any) -> None:
+    """Also where it multiplies plain weights with many rows faster."""
+    quantized, plain = quantized_copy(fresh)
+    product, expected = (Weights.of(model, 9).prepared(kernel, 2).layers[0].gated
+                         for model, kernel in ((quantized, True), (plain, False)))
+    rows, asked_before = torch.randn(5, plain.model.language_model.config.hidden_size), Bytes.products
+    torch.testing.assert_close(product(rows), expected(rows))
+    assert Bytes.products == asked_before
+    other, _ = quantized_copy(fresh, OTHER_FORMATS["one scale"])
+    with pytest.raises(ValueError, match="linear must hold plain weights or bytes, got others of torchao's"):
+        Weights.of(other, 9).prepared(True)
 
 
 OTHER_FORMATS: dict[str, Callable[[Bytes], Bytes]] = {
