@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ssd_janus.loading import PictureJanus
+from ssd_janus.quantization import FORMATS, quantize
 
 from .contender import fill
 
@@ -22,11 +23,18 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, list
     """A model and a prompt for it.
 
     Args:
-        name: ``included``, a name in `SHAPES` for random weights, or a folder or hub id.
+        name: ``included``, a name in `SHAPES` for random weights, or a folder or hub id; with ``:int8`` behind it,
+            weights of the layers are quantized (`ssd_janus.quantization`).
 
     Raises:
         FileNotFoundError, OSError: no such checkpoint.
+        ImportError: the extra of quantized weights is not installed.
     """
+    plain, _, weights = name.rpartition(":")
+    if plain and weights in FORMATS:
+        model, prompt = load(plain, dtype, device)
+        quantize(model, weights)
+        return model, prompt
     if name in SHAPES:
         return random_model(*SHAPES[name], dtype, device), PROMPT
     from ssd_janus import Pipeline

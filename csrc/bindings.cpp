@@ -88,11 +88,12 @@ class Layer : public ssd::BoundLayer {
 // A matrix of weights, with what comes before and after a product with it.
 class Linear {
  public:
-  Linear(int32_t dtype, uintptr_t weight, uintptr_t bias, uintptr_t norm, float epsilon, bool silu, bool gated,
-         int32_t in, int32_t outputs)
+  Linear(int32_t dtype, uintptr_t weight, uintptr_t scale, uintptr_t bias, uintptr_t norm, float epsilon, bool silu,
+         bool gated, int32_t in, int32_t outputs)
       : product_{static_cast<ssd::DType>(dtype),
                  nullptr,
                  pointer<const void>(weight),
+                 pointer<const float>(scale),
                  pointer<const void>(bias),
                  pointer<const void>(norm),
                  nullptr,
@@ -142,9 +143,9 @@ PYBIND11_MODULE(_C, module) {
       .def("decode_threads", &Layer::decode_threads)
       .def("prefill", &Layer::prefill);
   py::class_<Linear>(module, "Linear", py::module_local())
-      .def(py::init<int32_t, uintptr_t, uintptr_t, uintptr_t, float, bool, bool, int32_t, int32_t>(), py::arg("dtype"),
-           py::arg("weight"), py::arg("bias"), py::arg("norm"), py::arg("epsilon"), py::arg("silu"), py::arg("gated"),
-           py::arg("inputs"), py::arg("outputs"))
+      .def(py::init<int32_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, float, bool, bool, int32_t, int32_t>(),
+           py::arg("dtype"), py::arg("weight"), py::arg("scale"), py::arg("bias"), py::arg("norm"), py::arg("epsilon"),
+           py::arg("silu"), py::arg("gated"), py::arg("inputs"), py::arg("outputs"))
       .def("run", &Linear::run);
 #if SSD_KERNELS_HAVE_CUDA
   ssd::bind_cuda(module);

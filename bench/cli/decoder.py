@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from ..records import Record
 
-Model = Annotated[list[str], typer.Option(help="included, 1b or 7b (random weights), or a folder or hub id.")]
+Model = Annotated[list[str], typer.Option(help="included, 1b or 7b (random weights), or a folder or hub id; "
+                                              "NAME:int8: with weights in bytes.")]
 Pictures = Annotated[list[int], typer.Option(help="Pictures at once; two rows each.")]
 DType = Annotated[list[str], typer.Option(help="float32, bfloat16 or float16.")]
 Compiled = Annotated[bool, typer.Option(help="Also transformers with torch.compile; it takes minutes to compile.")]

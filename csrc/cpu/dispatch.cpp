@@ -27,7 +27,10 @@ bool have_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
 }
-bool have_avx512_bf16() { return have_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// Of processors with bfloat16 instructions only Cooper Lake has no look-ups by byte.
+bool have_avx512_bf16() {
+  return have_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
 // Not every compiler knows "f16c", which every processor with AVX2 has.
 bool have_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif

@@ -23,15 +23,15 @@ class Buffer {
   std::vector<float> floats_;
 };
 
-thread_local Buffer rows_buffer, sums_buffer;
+thread_local Buffer rows_buffer, thread_buffer;
 
 }  // namespace
 
 void linear(const Linear& product, const LinearKernel& kernel, int threads) {
   const int64_t stride = staged_stride(product.in);
   const int64_t weights = int64_t{product.in} * product.outputs * (product.gated ? 2 : 1);
-  threads =
-      worthwhile_threads(weights * item_size(product.dtype), weights * std::min(product.rows, kLinearRows), threads);
+  threads = worthwhile_threads(weights * (product.scale ? 1 : item_size(product.dtype)),
+                               weights * std::min(product.rows, kLinearRows), threads);
   const int64_t pieces = (product.outputs + kLinearOutputs - 1) / kLinearOutputs;
   for (int32_t first = 0; first < product.rows; first += kLinearRows) {
     const int32_t rows = std::min(kLinearRows, product.rows - first);
@@ -39,8 +39,7 @@ void linear(const Linear& product, const LinearKernel& kernel, int threads) {
     kernel.stage(product, first, rows, staged, staged + rows * stride);
     const int64_t chunk = std::max<int64_t>(1, pieces / (int64_t{threads} * 8));
     parallel_for(threads, pieces, chunk, [&](int64_t begin, int64_t end) {
-      // Blocks write four sums at a time, also where fewer are left.
-      kernel.pieces(product, first, rows, staged, begin, end, sums_buffer.of(2 * kLinearOutputs * rows + 4));
+      kernel.pieces(product, first, rows, staged, begin, end, thread_buffer.of(pieces_buffer(product.in, rows)));
     });
   }
 }

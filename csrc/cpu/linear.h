@@ -11,13 +11,16 @@ namespace ssd {
 constexpr int32_t kLinearRows = 64;
 // Outputs that a thread takes at once: of a gated product so many of each half.
 constexpr int32_t kLinearOutputs = 32;
+// Rows of the matrix that are multiplied together.
+constexpr int32_t kLinearBlock = 4;
 
-// out = f(normed(x) weight^T + bias) + plus, in float32 until it is stored, but for x, which is rounded to its
+// out = f(normed(x) weight^T * scale + bias) + plus, in float32 until it is stored, but for x, which is rounded to its
 // dtype once it is normed.
 struct Linear {
   DType dtype;
   const void* x;       // [rows, in]
   const void* weight;  // [outputs, in], or [2 * outputs, in]: gates above what they multiply
+  const float* scale;  // a number for each row of weight, which is signed bytes then; null: weight is of the dtype
   const void* bias;    // a number for each row of weight, or null
   const void* norm;    // [in] of RMSNorm (arXiv 1910.07467) on x, or null
   const void* plus;    // [rows, outputs], or null
@@ -30,15 +33,20 @@ struct Linear {
   bool gated;  // f: SiLU of the gates, times the others
 };
 
-// How far staged rows lie apart: whole steps of the widest instruction set.
-SSD_INLINE int64_t staged_stride(int32_t in) { return (in + 31) / 32 * 32; }
+// Elements that a staged row takes: whole steps of the widest instruction set.
+SSD_INLINE int64_t staged_stride(int32_t in) { return (in + 63) / 64 * 64; }
+// Floats that a thread needs for the pieces of so many rows: a block of weights, and sums, of which blocks write four
+// at a time, also where fewer are left.
+SSD_INLINE int64_t pieces_buffer(int32_t in, int32_t rows) {
+  return kLinearBlock * staged_stride(in) + 2 * kLinearOutputs * rows + kLinearBlock;
+}
 
 // Per instruction set: rows [first, first + rows) of x, normed and as the kernel reads them; and the outputs of the
 // pieces [begin, end), kLinearOutputs each, of these rows.
 struct LinearKernel {
   void (*stage)(const Linear&, int32_t first, int32_t rows, float* staged, float* row);
   void (*pieces)(const Linear&, int32_t first, int32_t rows, const float* staged, int64_t begin, int64_t end,
-                 float* sums);
+                 float* buffer);
 };
 namespace portable {
 extern const LinearKernel linear_kernel;

@@ -1,6 +1,7 @@
 """Weights in fewer bits by torchao, the extra ``[quantize]``.
 
-A quantized weight is a tensor of torchao's own, in an ordinary ``nn.Linear``. Its products are torchao's, too.
+A quantized weight is a tensor of torchao's own, in an ordinary ``nn.Linear``. With signed bytes, a scale for each row,
+the engine multiplies by `ssd_kernels.linear` on a CPU; all other products are torchao's.
 """
 
 from __future__ import annotations
@@ -41,6 +42,33 @@ def is_quantized(tensor: torch.Tensor) -> bool:
 
 def has_quantized_weights(module: nn.Module) -> bool:
     return any(map(is_quantized, module.parameters()))
+
+
+# Attributes of torchao's tensor of bytes, with a row for each of the matrix.
+BYTES, SCALE = "qdata", "scale"
+
+
+def in_bytes(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What a matrix ``[out, in]`` holds that is signed bytes, each row times a scale: as Int8WeightOnlyConfig makes it.
+
+    Returns:
+        (int8 ``[out, in]``, float32 ``[out, 1]``), both contiguous; None of all other tensors.
+    """
+    if not is_quantized(tensor):
+        return None
+    names, how = tensor.__tensor_flatten__()
+    held = {name: getattr(tensor, name) for name in names}
+    zero_point = held.pop("zero_point", None)
+    # Whatever else is said of a tensor may change what it stands for, or how rows are multiplied with it.
+    said = {name for name, value in how.items() if value} if isinstance(how, dict) else {None}
+    if held.keys() != {BYTES, SCALE} or said - {"block_size", "dtype", "reduce_range"}:
+        return None
+    digits, scale = held[BYTES], held[SCALE]
+    if (digits.dtype != torch.int8 or digits.shape != tensor.shape or scale.dtype != torch.float32
+            or scale.shape != (len(digits), 1) or not (digits.is_contiguous() and scale.is_contiguous())
+            or zero_point is not None and bool(zero_point.any())):
+        return None
+    return digits, scale
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pretend import guard, pretended
 
+from ssd_bench import models
 from ssd_bench.models import random_model
 
 
@@ -18,3 +19,13 @@ def test_weights_are_made_on_the_device() -> None:
         assert sum(event.nbytes for event in machine.of_kind("to_device", "to_host")) < 1000
         weight = model.model.language_model.layers[1].mlp.down_proj.weight
         assert 0.5 < weight.float().std().item() * weight.shape[1] ** 0.5 < 2
+
+
+def test_int8_behind_a_name_quantizes_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, str]] = []
+    monkeypatch.setattr(models, "quantize", lambda model, weights: asked.append((model, weights)))
+    monkeypatch.setattr(models, "SHAPES", {"small": (32, 48, 2, 2)})
+    model, prompt = models.load("small:int8", torch.float32, torch.device("cpu"))
+    assert prompt == models.PROMPT and asked == [(model, "int8")]
+    models.load("small", torch.float32, torch.device("cpu"))
+    assert len(asked) == 1

@@ -27,6 +27,15 @@ def test_contenders_compute_the_same(dtype: torch.dtype) -> None:
         torch.testing.assert_close(call(x, 1), x @ weights[1].T, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_contenders_with_bytes_compute_the_same(dtype: torch.dtype) -> None:
+    weights, x = [torch.randn(96, 64).to(dtype) for _ in range(3)], torch.randn(2, 64).to(dtype)
+    multiplying = {name: call for name, call in products.int8_contenders(weights).items() if "read" not in name}
+    assert list(multiplying)[:2] == ["ssd_kernels, int8", "ssd_kernels"]
+    for call in multiplying.values():
+        torch.testing.assert_close(call(x, 1), x @ weights[1].T, atol=0.3, rtol=0.05)
+
+
 def test_the_command_prints_shares(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(products, "COLD", 2**14)
     products.main(["--rows", "1", "3", "--shape", "64", "32", "--rounds", "2", "--threads",

@@ -113,9 +113,10 @@ class Engine:
             backend: ``"auto"`` or a backend of `ssd_kernels`.
             exact: give a picture the same tokens in every batch, bit for bit; None does so on a CPU in float32, and in
                 half precision with our kernel's products, but not where the processor has AMX, which many rows gain by;
-                nor with quantized weights.
-            products: with weights, by ``"torch"`` or by our ``"kernel"`` (`ssd_kernels.linear`); ``"auto"`` takes the
-                kernel wherever it can: on a CPU, not with ``compile`` and not with quantized weights.
+                nor where torchao multiplies with its weights.
+            products: with weights, by ``"torch"`` (of quantized ones by torchao) or by our ``"kernel"``
+                (`ssd_kernels.linear`); ``"auto"`` takes the kernel wherever it can: on a CPU, not with ``compile``, and
+                of quantized weights with int8 only.
             compile: run what lies between two attentions through torch.compile (a minute of compilation, once).
             capture: on CUDA, replay the step as a graph.
 
@@ -126,13 +127,15 @@ class Engine:
         self.shape = ModelShape.of(model)
         self.plan = self.shape.full_plan() if plan is None else self.shape.check(plan)
         self.backend, self.compile, self.capture = backend, compile, capture
-        Weights.of(model, 1)
+        weights = Weights.of(model, 1)
         self.device, self.dtype = placement(model)
-        quantized = has_quantized_weights(model.model.language_model)
-        reason = ("torchao multiplies with its weights" if quantized else
+        reason = ("torchao multiplies with weights in its other formats than int8" if weights.torchao_multiplies else
                   "torch.compile compiles torch's products only" if compile else unsupported(self.device, self.dtype))
         self.products = _products(products, reason)
-        certain = self.dtype == torch.float32 and not quantized or self.products == "kernel" and not has_amx()
+        if self.products == "kernel":
+            certain = self.dtype == torch.float32 or not has_amx()
+        else:
+            certain = self.dtype == torch.float32 and not has_quantized_weights(model.model)
         self.exact = self.device.type == "cpu" and certain if exact is None else exact
         self.last_run: EngineRun | None = None
 

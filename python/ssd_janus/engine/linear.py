@@ -75,34 +75,50 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class SeparateLinear(Linear):
-    """A `Linear` of several matrices above one another that are not stored as one, as quantized ones.
+class QuantizedLinear(Linear):
+    """A `Linear` of matrices above one another of which torchao makes the products.
 
     Attributes:
         matrices: weight and bias of each; ``weight`` and ``bias`` are those of the first.
+        digits, scale: what the matrices hold where that is bytes (`quantization.in_bytes`), as one matrix; or None.
+        biases: of all matrices, or None.
     """
 
     matrices: Sequence[tuple[torch.Tensor, torch.Tensor | None]] = ()
+    digits: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    biases: torch.Tensor | None = None
 
     def product(self, inputs: torch.Tensor) -> torch.Tensor:
         return torch.cat([functional.linear(inputs, *matrix) for matrix in self.matrices], -1)
 
 
 class KernelLinear:
-    """A `Linear` by `ssd_kernels.linear`, all but rare activations in one call. It reads the same weights."""
+    """A `Linear` by `ssd_kernels.linear`, all but rare activations in one call. It reads the same weights.
+
+    Attributes:
+        stored: the matrix as it lies in memory.
+    """
 
     def __init__(self, linear: Linear, most_rows: int | None) -> None:
         """
         Args:
-            linear: with weights that `ssd_kernels.linear.unsupported` has nothing against.
-            most_rows: multiply more rows by torch; None: never.
+            linear: with weights that `ssd_kernels.linear.unsupported` has nothing against; quantized ones in bytes.
+            most_rows: multiply more rows by torch; None: never, nor by torchao, which makes floats of bytes first.
         """
-        in_huge_pages(linear.weight)
+        scale, bias = None, linear.bias
+        self.stored = linear.weight
+        if isinstance(linear, QuantizedLinear):
+            if linear.digits is None or linear.scale is None:
+                raise ValueError("linear must hold plain weights or bytes, got others of torchao's")
+            self.stored, scale, bias, most_rows = linear.digits, linear.scale.view(-1), linear.biases, None
+        in_huge_pages(self.stored)
         self._linear, self._most_rows = linear, most_rows
         self._fused = linear.activation is None or isinstance(linear.activation, SILU)
         activation = "none" if linear.activation is None or not self._fused else "swiglu" if linear.gated else "silu"
         norm = {} if linear.norm is None else {"norm": linear.norm.weight, "epsilon": linear.norm.epsilon}
-        self._product = Product(linear.weight, linear.bias, activation=activation, **norm)
+        self._product = Product(self.stored, bias, activation=activation, scale=scale, dtype=linear.weight.dtype,
+                                **norm)
 
     def __call__(self, inputs: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         """As `Linear`."""
@@ -120,12 +136,11 @@ class Chain:
     linears: Sequence[Linear | KernelLinear]
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Linear], activation: Activation, norm: Norm | None = None) -> Chain:
-        """Linear modules with an activation between them, and a norm before the first."""
-        linears = [Linear(module.weight.detach(), None if module.bias is None else module.bias.detach(),
-                          activation=activation) for module in modules]
-        linears[0], linears[-1] = replace(linears[0], norm=norm), replace(linears[-1], activation=None)
-        return cls(linears)
+    def of(cls, linears: Sequence[Linear], activation: Activation, norm: Norm | None = None) -> Chain:
+        """Products with an activation between them, and a norm before the first."""
+        chain = [replace(linear, activation=activation) for linear in linears]
+        chain[0], chain[-1] = replace(chain[0], norm=norm), replace(chain[-1], activation=None)
+        return cls(chain)
 
     def by_kernel(self, most_rows: int | None) -> Chain:
         return Chain([KernelLinear(linear, most_rows) if isinstance(linear, Linear) else linear

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from ssd_attach.internals import STOCK, foreign_hooks
 
-from ..quantization import is_quantized
-from .linear import Chain, KernelLinear, Linear, Norm, SeparateLinear
+from ..quantization import BYTES, SCALE, in_bytes, is_quantized
+from .linear import Chain, KernelLinear, Linear, Norm, QuantizedLinear
 
 # Up to so many image codes the inputs of the next step are kept in a table. With more it would cost more than it saves:
 # a picture needs only as many inputs as it has tokens.
@@ -93,6 +93,13 @@ class Weights:
             return weights
         return replace(weights, table=weights.following(torch.arange(self.codes, device=self.device)))
 
+    @property
+    def torchao_multiplies(self) -> bool:
+        """Whether some weights are quantized in a way that our kernel does not know."""
+        products = [*self.aligner.linears, *self.head.linears,
+                    *(getattr(layer, field.name) for layer in self.layers for field in fields(layer))]
+        return any(isinstance(product, QuantizedLinear) and product.digits is None for product in products)
+
     def timed(self, timed: Callable[[Any], Any]) -> Weights:
         """The same with every product wrapped."""
         return replace(self, layers=tuple(layer.each(timed) for layer in self.layers), aligner=timed(self.aligner),
@@ -121,11 +128,13 @@ class Weights:
                                              torch.arange(positions, device=embed.device)[None])
         with _fusing:
             layers = tuple(_layer(layer) for layer in language_model.layers)
+            to_inputs = [_fused([module]) for module in (aligner.fc1, *aligner.hidden_layers)]
+            to_logits = [_fused([module]) for module in (head.proj_out, head.vision_head)]
         return cls(
             layers=layers, embed=embed,
             image_embed=model.model.generation_embeddings.weight.detach(),
-            aligner=Chain.of([aligner.fc1, *aligner.hidden_layers], aligner.activation_fn),
-            head=Chain.of([head.proj_out, head.vision_head], head.activation_fn, _norm(language_model.norm)),
+            aligner=Chain.of(to_inputs, aligner.activation_fn),
+            head=Chain.of(to_logits, head.activation_fn, _norm(language_model.norm)),
             rotary=(cos[0, :, :head_dim // 2].contiguous(), sin[0, :, :head_dim // 2].contiguous()),
             num_heads=config.num_key_value_heads, num_query_heads=config.num_attention_heads, head_dim=head_dim,
             scale=language_model.layers[0].self_attn.scaling,
@@ -183,26 +192,35 @@ def _norm(module: nn.Module) -> Norm:
 
 def _fused(projections: Sequence[nn.Linear], **around: Any) -> Linear:
     """The projections as one, above one another in the rows of the weight; ``around``: of `Linear`."""
-    if any(is_quantized(projection.weight) for projection in projections):
-        matrices = [(projection.weight.detach(), None if projection.bias is None else projection.bias.detach())
-                    for projection in projections]
-        return SeparateLinear(*matrices[0], **around, matrices=matrices)
-    biases = [projection.bias for projection in projections]
-    return Linear(_stacked([projection.weight for projection in projections]),
-                  None if biases[0] is None else _stacked(biases), **around)
+    weights = [projection.weight for projection in projections]
+    biases = None
+    if projections[0].bias is not None:
+        biases = _stacked([projection.bias for projection in projections], "data")
+    if not any(map(is_quantized, weights)):
+        return Linear(_stacked(weights, "data"), biases, **around)
+    digits = scale = None
+    if all(in_bytes(weight) is not None for weight in weights):
+        digits, scale = _stacked(weights, BYTES), _stacked(weights, SCALE)
+    matrices = [(projection.weight.detach(), None if projection.bias is None else projection.bias.detach())
+                for projection in projections]
+    return QuantizedLinear(*matrices[0], **around, matrices=matrices, digits=digits, scale=scale, biases=biases)
 
 
-def _stacked(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """One tensor of which the parameters are consecutive rows; the parameters become views of it."""
-    rows = [parameter.shape[0] for parameter in parameters]
-    with _kept(parameters[0]):
-        first = parameters[0].detach()
-        if _consecutive(parameters):
+def _stacked(parameters: Sequence[nn.Parameter], attribute: str) -> torch.Tensor:
+    """One tensor of which a tensor that each parameter holds is consecutive rows; those become views of it.
+
+    Args:
+        attribute: its name; ``"data"`` for plain parameters.
+    """
+    before = [getattr(parameter, attribute) for parameter in parameters]
+    rows = [len(tensor) for tensor in before]
+    with _kept(before[0]):
+        first = before[0].detach()
+        if _consecutive(before):
             return first.as_strided((sum(rows), *first.shape[1:]), first.stride(), first.storage_offset())
-        before = [parameter.detach() for parameter in parameters]  # stay alive for who reads them in another thread
-        stacked = torch.cat(before)
+        stacked = torch.cat(before)  # what was there stays alive for who reads it in another thread
         for parameter, view in zip(parameters, stacked.split(rows), strict=True):
-            parameter.data = view
+            setattr(parameter, attribute, view)
         return stacked
 
 
@@ -224,25 +242,28 @@ def unfuse(model: Any) -> None:
     """
     with _fusing:
         for name, parameter in model.model.language_model.named_parameters():
-            if (IN_ONE_MATRIX.search(name) and not is_quantized(parameter)
-                    and parameter.untyped_storage().nbytes() > parameter.nbytes):
-                with _kept(parameter):
-                    parameter.data = parameter.detach().clone()
+            if not IN_ONE_MATRIX.search(name) or is_quantized(parameter) and in_bytes(parameter) is None:
+                continue
+            for attribute in (BYTES, SCALE) if is_quantized(parameter) else ("data",):
+                tensor = getattr(parameter, attribute)
+                if tensor.untyped_storage().nbytes() > tensor.nbytes:
+                    with _kept(tensor):
+                        setattr(parameter, attribute, tensor.clone())
 
 
 @contextmanager
-def _kept(parameter: nn.Parameter) -> Iterator[None]:
+def _kept(tensor: torch.Tensor) -> Iterator[None]:
     """For new contents of a parameter, which outlive the call and stay what it is: trainable, although the caller may
     be in inference mode, or made in inference mode, although the caller may be out of it."""
-    with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         yield
 
 
-def _consecutive(parameters: Sequence[nn.Parameter]) -> bool:
-    storage, offset = parameters[0].untyped_storage().data_ptr(), parameters[0].storage_offset()
-    for parameter in parameters:
-        if (not parameter.is_contiguous() or parameter.untyped_storage().data_ptr() != storage
-                or parameter.storage_offset() != offset):
+def _consecutive(tensors: Sequence[torch.Tensor]) -> bool:
+    storage, offset = tensors[0].untyped_storage().data_ptr(), tensors[0].storage_offset()
+    for tensor in tensors:
+        if (not tensor.is_contiguous() or tensor.untyped_storage().data_ptr() != storage
+                or tensor.storage_offset() != offset):
             return False
-        offset += parameter.numel()
+        offset += tensor.numel()
     return True
