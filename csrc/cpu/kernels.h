@@ -25,10 +25,10 @@ struct Decoder {
   Scratch scratch;
   int32_t group;
 
-  // The new token's vectors as slots hold them, until they are stored.
+  // The new token's vectors as slots hold them. In 8 bits they are in their slots from the beginning: a tile of one
+  // slot takes longer there than a store that misses.
   struct Newest {
     const T *key, *value;
-    T room[2][kMaxHeadDim];
   };
 
   // Calls f(tile, slots in it, slots before it) over an item's kept set. When several query heads share a tile it is
@@ -52,7 +52,7 @@ struct Decoder {
     };
     for (int32_t s = 0; s < item.num_segments; ++s) {
       const Segment segment = item.segments[s];
-      const bool with_newest = item.newest == segment.begin + segment.count - 1;
+      const bool with_newest = !kScaled<T> && item.newest == segment.begin + segment.count - 1;
       const int32_t end = segment.begin + segment.count - with_newest;
       for (int32_t slot = segment.begin; slot < end;) {
         const int32_t border = slot < slots.apart ? smaller(slots.apart, end) : end;
@@ -136,14 +136,15 @@ struct Decoder {
     }
   }
 
-  // A vector of the step as slots hold it, in `room` unless it is so already; its scale in its slot.
+  // A vector of the step as slots hold it: in its slot unless it is so already.
   template <class X>
-  SSD_ALWAYS_INLINE const T* encode(const X* x, const Slots<T>& slots, const Item& item, T* room) {
+  SSD_ALWAYS_INLINE const T* encode(const X* x, const Slots<T>& slots, const Item& item) {
     if constexpr (kScaled<T>) {
       const int dim = layer.shape.head_dim;
+      T* slot = slots.writable(item.newest);
       widen<T>(x, dim, 1.0f, scratch.tile);
-      *slots.writable_scale(item.newest) = quantise(scratch.tile, dim, room);
-      return room;
+      *slots.writable_scale(item.newest) = quantise(scratch.tile, dim, slot);
+      return slot;
     } else {
       return x;
     }
@@ -159,8 +160,8 @@ struct Decoder {
       rotate(k, item, rotated);
       k = rotated;
     }
-    newest.key = encode(k, keys, item, newest.room[0]);
-    newest.value = encode(v, values, item, newest.room[1]);
+    newest.key = encode(k, keys, item);
+    newest.value = encode(v, values, item);
     if (item.range.score_offset >= 0) {
       item_scores(layer, item)[item.newest - item.view.unscored] = 0.0f;
       item_positions(layer, item)[item.newest - item.view.unscored] = item.view.base + item.view.first + item.view.step;
@@ -236,6 +237,7 @@ struct Decoder {
   SSD_ALWAYS_INLINE void store(const Slots<T>& keys, const Slots<T>& values, const Item& item, const Newest& newest) {
     const bool full = item.view.evictable + 1 > item.range.keep;
     if (item.range.kind == kHeavy && refresh_due(item.view) && full) return evict(keys, values, item, newest);
+    if (kScaled<T>) return;
     std::memcpy(keys.writable(item.newest), newest.key, sizeof(T) * keys.head_dim);
     std::memcpy(values.writable(item.newest), newest.value, sizeof(T) * values.head_dim);
   }

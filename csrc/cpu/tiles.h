@@ -68,7 +68,7 @@ SSD_INLINE void score_slots(const float* q, const T* keys, int count, int head_d
   for (; slot + 4 <= count; slot += 4) {
     Vec dot[4];
     for (int u = 0; u < 4; u += kTogether) {
-      touch_ahead(keys + (slot + u) * dim, kTogether * dim);
+      if (!kInDigits<T>) touch_ahead(keys + (slot + u) * dim, kTogether * dim);  // digits do it themselves
       query.template dots<kTogether>(keys + (slot + u) * dim, dot + u);
       keep_order();
     }
@@ -77,7 +77,7 @@ SSD_INLINE void score_slots(const float* q, const T* keys, int count, int head_d
   for (; slot < count; ++slot) {
     Vec dot[4] = {zero(), zero(), zero(), zero()};
     float sums[4];
-    touch_ahead(keys + slot * dim, dim);
+    if (!kInDigits<T>) touch_ahead(keys + slot * dim, dim);
     query.template dots<1>(keys + slot * dim, dot);
     sum_four(dot, sums);
     logits[slot] = sums[0];

@@ -131,6 +131,7 @@ struct DigitQuery {
       __m512i digits[kCount];
       for (int which = 0; which < kCount; ++which) digits[which] = _mm512_loadu_si512(query.digit(which, block));
       for (int u = 0; u < kSlots; ++u) {
+        touch_ahead(keys + u * dim + block * kBlock, 1);
         // The instruction takes one factor without a sign: 128 is added here, and taken away by what sums start from.
         const __m512i key = _mm512_xor_si512(load_block(keys + u * dim, dim, block * kBlock), _mm512_set1_epi8(-128));
         for (int which = 0; which < kCount; ++which)
