@@ -17,15 +17,18 @@ SSD_INLINE int64_t ordered_pair(int32_t key, int32_t position) {
                               static_cast<uint32_t>(position));
 }
 
-// An integer that sorts like rule 4: first the eviction key (NaN below every number), then the position, so that of
-// equal keys the older token is the smaller. Positions are distinct, and so are ranks.
-SSD_INLINE int64_t eviction_rank(float key, int32_t position) {
+// An integer that sorts like an eviction key, NaN below every number.
+SSD_INLINE int32_t ordered_key(float key) {
   key += 0.0f;  // -0 and +0 are equal keys
   int32_t bits;
   memcpy(&bits, &key, sizeof bits);
   const int32_t ordered = bits ^ ((bits >> 31) & INT32_MAX);
-  return ordered_pair(key == key ? ordered : INT32_MIN, position);
+  return key == key ? ordered : INT32_MIN;
 }
+
+// An integer that sorts like rule 4: first the eviction key, then the position, so that of equal keys the older token
+// is the smaller. Positions are distinct, and so are ranks.
+SSD_INLINE int64_t eviction_rank(float key, int32_t position) { return ordered_pair(ordered_key(key), position); }
 
 // The same for a pinned token: above every key, infinity included, and below the protected.
 SSD_INLINE int64_t pinned_rank(int32_t position) { return ordered_pair(INT32_MAX, position); }

@@ -22,7 +22,8 @@ struct Scratch {
   float* unit;     // [group], what dot products with q are multiples of
   float* inverse;  // [group], 1 / softmax denominators
   float* logits;   // [group, padded(longest kept set)]
-  float* tile;     // [8, head_dim]
+  float* tile;     // [16, head_dim]
+  float* rotated;  // [head_dim], a key
   int64_t* ranks;  // [2, longest kept set]
 };
 

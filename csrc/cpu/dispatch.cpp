@@ -67,7 +67,7 @@ class Workspace {
     const int64_t query = group * query_floats(static_cast<int32_t>(head_dim)), acc = group * head_dim;
     const int64_t logits = group * padded(static_cast<int32_t>(longest));
     const int64_t heads = (group + 15) / 16 * 16;
-    const size_t floats = static_cast<size_t>(query + acc + 2 * heads + logits + 8 * head_dim);
+    const size_t floats = static_cast<size_t>(query + acc + 2 * heads + logits + 17 * head_dim);
     if (floats_.size() < floats) floats_.resize(floats);
     if (ranks_.size() < static_cast<size_t>(2 * longest)) ranks_.resize(static_cast<size_t>(2 * longest));
     float* at = floats_.data();
@@ -78,6 +78,7 @@ class Workspace {
     scratch.inverse = at += heads;
     scratch.logits = at += heads;
     scratch.tile = at += logits;
+    scratch.rotated = at += 16 * head_dim;
     scratch.ranks = ranks_.data();
     return scratch;
   }
@@ -168,7 +169,7 @@ Error decode(const CacheLayer& layer, const DecodeStep& step, int threads) {
   const int64_t group = step.query_heads / shape.heads;
   // Chunks long enough for prefetching to run across items, short enough to even out unequal heads.
   const int64_t chunk = std::max<int64_t>(1, items / (int64_t{threads} * 16));
-  const bool row_by_row = shape.batch >= 4 * int64_t{threads};
+  const bool row_by_row = threads == 1 || shape.batch >= 4 * int64_t{threads};
   const auto decode_items = current()->decode_items;
 
   parallel_for(threads, items, chunk, [&](int64_t begin, int64_t end) {

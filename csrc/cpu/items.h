@@ -1,4 +1,5 @@
-// The (row, head) items of a decode step: where each one's kept set lies, and touching it ahead of its use.
+// The (row, head) items of a decode step: where each one's kept set lies, and touching ahead of their use what hardware
+// prefetchers do not guess.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@
 namespace ssd {
 namespace {
 
-constexpr int64_t kLine = 64;
+constexpr int64_t kBeginning = 4096;  // bytes
 
 // An item's place: which row and head, and where its kept set lies.
 struct Item {
@@ -22,6 +23,7 @@ struct Item {
   RowView view;
   Segment segments[3];
   int32_t num_segments;
+  int32_t newest;  // slot of the new token, the last one of a segment
 };
 
 SSD_INLINE Item item_at(const CacheLayer& layer, bool row_by_row, int64_t index) {
@@ -37,6 +39,7 @@ SSD_INLINE Item item_at(const CacheLayer& layer, bool row_by_row, int64_t index)
   item.range = layer.heads[item.head];
   item.view = row_view(layer.shape, item.range, layer.cursors[item.row]);
   item.num_segments = live_segments(item.range, item.view, item.segments);
+  item.newest = next_slot(item.range, item.view);
   return item;
 }
 
@@ -93,101 +96,36 @@ SSD_INLINE int32_t scored_slots(const CacheLayer& layer, const Item& item) {
   return item.range.capacity - (layer.shape.prompt_scores ? 0 : layer.shape.max_prompt);
 }
 
-enum Use { kRead = 0, kWrite = 1 };
-
-template <Use kUse, class E>
+// What is touched before its use goes into the second-level cache.
+template <class E>
 SSD_INLINE void touch(const E* from, int64_t count) {
   const char* at = reinterpret_cast<const char*>(from);
   for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(E)); byte += kLine)
-    __builtin_prefetch(at + byte, kUse, kTouchLevel);
+    __builtin_prefetch(at + byte, 0, 2);
 }
 
-// Touches what an item needs besides the keys and values it reads. The append comes first of all, and a store that
-// misses would hold up every store behind it.
+// Touches the beginnings of what will be read from front to back: hardware prefetchers find the rest, and need a few
+// lines before they do.
+template <class T>
+SSD_INLINE void touch_beginnings(const Slots<T>& slots, const Item& item) {
+  for (int32_t s = 0; s < item.num_segments; ++s) {
+    const Segment segment = item.segments[s];
+    const int64_t elements = segment.count * slots.head_dim, most = kBeginning / static_cast<int64_t>(sizeof(T));
+    touch(slots.at(segment.begin), elements < most ? elements : most);
+  }
+}
+
+// Touches what an item needs besides the keys and values it reads.
 template <class T>
 SSD_INLINE void touch_bookkeeping(const CacheLayer& layer, const Item& item) {
-  const int64_t head_dim = layer.shape.head_dim;
-  const int32_t slot = next_slot(item.range, item.view);
   for (const Slots<T>& slots : {item_keys<T>(layer, item), item_values<T>(layer, item)}) {
-    touch<kWrite>(slots.writable(slot), head_dim);
-    if (kScaled<T>) touch<kWrite>(slots.own_scales, item.view.base + item.view.evictable + 1 - item.view.apart);
+    touch(slots.writable(item.newest), slots.head_dim);
+    if (kScaled<T>) touch(slots.own_scales, item.view.base + item.view.evictable + 1 - item.view.apart);
   }
-  if (item.range.score_offset >= 0) touch<kWrite>(item_scores(layer, item), scored_slots(layer, item));
+  if (item.range.score_offset >= 0) touch(item_scores(layer, item), scored_slots(layer, item));
   if (item.range.kind == kHeavy && refresh_due(item.view))
-    touch<kRead>(item_positions(layer, item), scored_slots(layer, item));
+    touch(item_positions(layer, item), scored_slots(layer, item));
 }
-
-// Touches the keys and values that the items will read, in the order in which they will be read.
-template <class T>
-class Prefetcher {
- public:
-  Prefetcher(const CacheLayer& layer, const Items& items) : layer_(layer), items_(items), next_item_(items.begin) {
-    advance(kTouchDistance);
-  }
-
-  SSD_ALWAYS_INLINE void advance(int64_t bytes) {
-    if (bytes > stop_ - at_) return cross_spans(bytes);
-    touch<kRead>(at_, bytes);
-    at_ += bytes;
-  }
-
- private:
-  // Out of line, so that the loops over tiles stay short.
-  __attribute__((noinline)) void cross_spans(int64_t bytes) {
-    while (bytes > 0) {
-      if (at_ == stop_ && !next_span()) return;
-      const int64_t run = bytes < stop_ - at_ ? bytes : stop_ - at_;
-      touch<kRead>(at_, run);
-      at_ += run;
-      bytes -= run;
-    }
-  }
-
-  bool next_span() {
-    if (span_ == num_spans_ && !next_item()) return false;
-    at_ = spans_[span_].at;
-    stop_ = at_ + spans_[span_].bytes;
-    ++span_;
-    return true;
-  }
-
-  bool next_item() {
-    if (next_item_ == items_.end) return false;
-    const Item item = item_at(layer_, items_.row_by_row, next_item_++);
-    span_ = num_spans_ = 0;
-    add_segments(item_keys<T>(layer_, item), item);
-    add_segments(item_values<T>(layer_, item), item);
-    return true;
-  }
-
-  void add_segments(const Slots<T>& slots, const Item& item) {
-    for (int32_t s = 0; s < item.num_segments; ++s) {
-      const Segment segment = item.segments[s];
-      const int32_t before = smaller(larger(slots.apart - segment.begin, 0), segment.count);
-      if (before > 0) add_span(slots, segment.begin, before);
-      if (before < segment.count) add_span(slots, segment.begin + before, segment.count - before);
-    }
-  }
-
-  void add_span(const Slots<T>& slots, int32_t slot, int32_t count) {
-    spans_[num_spans_++] = {reinterpret_cast<const char*>(slots.at(slot)),
-                            count * slots.head_dim * static_cast<int64_t>(sizeof(T))};
-  }
-
-  struct Span {
-    const char* at;
-    int64_t bytes;
-  };
-
-  const CacheLayer& layer_;
-  const Items& items_;
-  int64_t next_item_;
-  Span spans_[2 * 4];
-  int32_t num_spans_ = 0;
-  int32_t span_ = 0;
-  const char* at_ = nullptr;
-  const char* stop_ = nullptr;
-};
 
 }  // namespace
 }  // namespace ssd

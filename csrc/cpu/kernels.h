@@ -1,11 +1,13 @@
 // The decode step (docs/specification.md, section 3) for a run of (row, head) items, written once and compiled once per
 // instruction set: each kernels_*.cpp defines SSD_ISA and includes this file.
 //
-// An item's kept set is read exactly once, keys and then values. On cold caches the order of reading and what is
-// touched ahead of its use (items.h) decide the speed, not the instruction set.
+// An item's kept set is read exactly once, keys and then values, each from front to back, and what is written is
+// written when all has been read: memory is as fast as hardware prefetchers guess and stores do not wait
+// (docs/benchmarks.md).
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/claims.h"
 #include "cpu/decode.h"
 #include "cpu/evict.h"
 #include "cpu/items.h"
@@ -21,58 +23,73 @@ struct Decoder {
   const DecodeStep& step;
   const Items& items;
   Scratch scratch;
-  Prefetcher<T> ahead;
   int32_t group;
 
-  // Calls f(tile, slots in it, slots before it, pace) over an item's kept set, while memory ahead is touched. When
-  // several query heads share the tile it is widened to floats once. So is a tile that begins in a shared prompt and
-  // ends behind it: tiles are the same, and so are sums, wherever the prompt lies.
+  // The new token's vectors as slots hold them. In 8 bits they are in their slots from the beginning: a tile of one
+  // slot takes longer there than a store that misses.
+  struct Newest {
+    const T *key, *value;
+  };
+
+  // Calls f(tile, slots in it, slots before it) over an item's kept set. When several query heads share a tile it is
+  // widened to floats once. Tiles in digits are the same, and so are sums, wherever the prompt lies: one that begins in
+  // a shared prompt and ends behind it is copied.
   template <class F>
-  SSD_ALWAYS_INLINE void each_tile(const Slots<T>& slots, const Item& item, F f) {
+  SSD_ALWAYS_INLINE void each_tile(const Slots<T>& slots, const T* newest, const Item& item, F f) {
     const int dim = layer.shape.head_dim;
     int32_t done = 0;
+    const auto visit = [&](const T* tile, int count) __attribute__((always_inline)) {
+      if (group == 1 || kInDigits<T>) {
+        f(tile, count, done);
+      } else {
+        for (int i = 0; i < count; ++i) {
+          touch_ahead(tile + i * dim, dim);
+          widen<T>(tile + i * dim, dim, 1.0f, scratch.tile + i * dim);
+        }
+        f(static_cast<const float*>(scratch.tile), count, done);
+      }
+      done += count;
+    };
     for (int32_t s = 0; s < item.num_segments; ++s) {
       const Segment segment = item.segments[s];
-      for (int32_t first = 0; first < segment.count; first += kTile<T>) {
-        const int count = smaller(kTile<T>, segment.count - first);
-        const int32_t slot = segment.begin + first;
-        const bool together = slot >= slots.apart || slot + count <= slots.apart;
-        if (group == 1 && together) {
-          f(slots.at(slot), count, done, [&](int64_t bytes) __attribute__((always_inline)) { ahead.advance(bytes); });
-        } else {
-          ahead.advance(static_cast<int64_t>(count) * dim * sizeof(T));
-          if constexpr (kInDigits<T>) {
-            T* tile = reinterpret_cast<T*>(scratch.tile);
-            for (int i = 0; i < count && !together; ++i) std::memcpy(tile + i * dim, slots.at(slot + i), dim);
-            f(together ? slots.at(slot) : tile, count, done, [](int64_t) {});
-          } else {
-            for (int i = 0; i < count; ++i) widen<T>(slots.at(slot + i), dim, 1.0f, scratch.tile + i * dim);
-            f(static_cast<const float*>(scratch.tile), count, done, [](int64_t) {});
-          }
+      const bool with_newest = !kScaled<T> && item.newest == segment.begin + segment.count - 1;
+      const int32_t end = segment.begin + segment.count - with_newest;
+      for (int32_t slot = segment.begin; slot < end;) {
+        const int32_t border = slot < slots.apart ? smaller(slots.apart, end) : end;
+        const int count = smaller(kTile<T>, (kInDigits<T> ? end : border) - slot);
+        const T* tile = slots.at(slot);
+        if (slot + count > border) {
+          T* copied = reinterpret_cast<T*>(scratch.tile);
+          for (int i = 0; i < count; ++i) std::memcpy(copied + i * dim, slots.at(slot + i), sizeof(T) * dim);
+          tile = copied;
         }
-        done += count;
+        visit(tile, count);
+        slot += count;
       }
+      if (with_newest) visit(newest, 1);
     }
   }
 
   // logits [group, stride] of the kept set.
   template <int kDim>
-  SSD_ALWAYS_INLINE void scores_of_keys(const Slots<T>& keys, const Item& item, int32_t stride) {
+  SSD_ALWAYS_INLINE void scores_of_keys(const Slots<T>& keys, const T* newest, const Item& item, int32_t stride) {
     const int dim = layer.shape.head_dim;
-    each_tile(keys, item, [&](auto tile, int count, int32_t done, auto pace) __attribute__((always_inline)) {
+    each_tile(keys, newest, item, [&](auto tile, int count, int32_t done) __attribute__((always_inline)) {
       for (int32_t g = 0; g < group; ++g)
-        score_tile<kDim>(scratch.q + g * query_floats(dim), tile, count, dim, scratch.logits + g * stride + done, pace);
+        score_slots<kDim>(scratch.q + g * query_floats(dim), tile, count, dim, scratch.logits + g * stride + done);
     });
   }
 
-  // acc [group, head_dim]: values weighted by what stands in logits.
-  template <int kDim>
-  SSD_ALWAYS_INLINE void weighted_values(const Slots<T>& values, const Item& item, int32_t stride) {
+  // acc [group, head_dim]: values weighted by `weights` [group, stride], of which ready(count) makes the first ones.
+  template <int kDim, class F>
+  SSD_ALWAYS_INLINE void weighted_values(const Slots<T>& values, const T* newest, const Item& item,
+                                         const float* weights, int32_t stride, F ready) {
     const int dim = layer.shape.head_dim;
     std::memset(scratch.acc, 0, sizeof(float) * group * dim);
-    each_tile(values, item, [&](auto tile, int count, int32_t done, auto pace) __attribute__((always_inline)) {
+    each_tile(values, newest, item, [&](auto tile, int count, int32_t done) __attribute__((always_inline)) {
+      ready(done + count);
       for (int32_t g = 0; g < group; ++g)
-        accumulate_tile<kDim>(scratch.logits + g * stride + done, tile, count, dim, scratch.acc + g * dim, pace);
+        accumulate_slots<kDim>(weights + g * stride + done, tile, count, dim, scratch.acc + g * dim);
     });
   }
 
@@ -119,34 +136,35 @@ struct Decoder {
     }
   }
 
-  // A vector of the step into a slot.
+  // A vector of the step as slots hold it: in its slot unless it is so already.
   template <class X>
-  SSD_ALWAYS_INLINE void store_slot(const X* x, const Slots<T>& slots, int32_t slot) {
-    const int dim = layer.shape.head_dim;
+  SSD_ALWAYS_INLINE const T* encode(const X* x, const Slots<T>& slots, const Item& item) {
     if constexpr (kScaled<T>) {
+      const int dim = layer.shape.head_dim;
+      T* slot = slots.writable(item.newest);
       widen<T>(x, dim, 1.0f, scratch.tile);
-      *slots.writable_scale(slot) = quantise(scratch.tile, dim, slots.writable(slot));
+      *slots.writable_scale(item.newest) = quantise(scratch.tile, dim, slot);
+      return slot;
     } else {
-      std::memcpy(slots.writable(slot), x, sizeof(T) * dim);
+      return x;
     }
   }
 
-  // Rule 1. The new token's slot in the slabs; its score starts at 0.
+  // The new token's key, turned in `rotated` if it is to be, and value; its score starts at 0.
   template <class X>
-  SSD_ALWAYS_INLINE void append(const Slots<T>& keys, const Slots<T>& values, const Item& item) {
-    const int32_t slot = next_slot(item.range, item.view);
+  SSD_ALWAYS_INLINE void stage_newest(const Slots<T>& keys, const Slots<T>& values, const Item& item, X* rotated,
+                                      Newest& newest) {
     const X* k = static_cast<const X*>(step.k) + item.row * step.k_row_stride + item.head * step.k_head_stride;
     const X* v = static_cast<const X*>(step.v) + item.row * step.v_row_stride + item.head * step.v_head_stride;
-    X rotated[kMaxHeadDim];
     if (step.cos) {
       rotate(k, item, rotated);
       k = rotated;
     }
-    store_slot(k, keys, slot);
-    store_slot(v, values, slot);
+    newest.key = encode(k, keys, item);
+    newest.value = encode(v, values, item);
     if (item.range.score_offset >= 0) {
-      item_scores(layer, item)[slot - item.view.unscored] = 0.0f;
-      item_positions(layer, item)[slot - item.view.unscored] = item.view.base + item.view.first + item.view.step;
+      item_scores(layer, item)[item.newest - item.view.unscored] = 0.0f;
+      item_positions(layer, item)[item.newest - item.view.unscored] = item.view.base + item.view.first + item.view.step;
     }
   }
 
@@ -179,76 +197,26 @@ struct Decoder {
     }
   }
 
-  // Where the scores and positions of evictable tokens begin.
-  SSD_ALWAYS_INLINE int32_t first_evictable(const Item& item) { return item.view.base - item.view.unscored; }
-
-  // Eviction ranks of the evictable tokens [0, count). The `recent` newest tokens are always the last `recent`
-  // positions, because each of them was protected at every refresh.
-  template <int kRule>
-  SSD_ALWAYS_INLINE void rank(const Item& item, int32_t count, int64_t* __restrict ranks) {
-    const float* __restrict scores = item_scores(layer, item) + first_evictable(item);
-    const int32_t* __restrict positions = item_positions(layer, item) + first_evictable(item);
-    const int32_t prompt_len = item.view.base + item.view.first;
-    const int32_t steps = item.view.step + 1;
-    const int32_t protected_from = prompt_len + steps - item.range.recent;
-    for (int32_t i = 0; i < count; ++i) {
-      float key = scores[i];
-      if (kRule == kMean) key /= static_cast<float>(attended_steps(positions[i], prompt_len, steps));
-      const int64_t value = kRule == kPosition ? positions[i] : eviction_rank(key, positions[i]);
-      ranks[i] = positions[i] >= protected_from ? kProtected : value;
-    }
-  }
-
-  // Lifts the pinned of the tokens [0, count) above the others. A pass of its own, so that heads without pinned tokens
-  // have nothing to do with it.
-  SSD_ALWAYS_INLINE void lift_pinned(const Item& item, int32_t count, const PinMask& mask, int64_t* ranks) {
-    const int32_t* positions = item_positions(layer, item) + first_evictable(item);
-    const int32_t prompt_len = item.view.base + item.view.first;
-    for (int32_t i = 0; i < count; ++i)
-      if (ranks[i] != kProtected && is_pinned(mask, positions[i], prompt_len)) ranks[i] = pinned_rank(positions[i]);
-  }
-
-  SSD_ALWAYS_INLINE void rank_by_rule(const Item& item, int32_t count, int64_t* ranks) {
-    switch (item.range.rule) {
-      case kMean:
-        return rank<kMean>(item, count, ranks);
-      case kPosition:
-        return rank<kPosition>(item, count, ranks);
-      default:
-        return rank<kSum>(item, count, ranks);
-    }
-  }
-
-  // Rule 4: the tokens of lowest rank lose; winners from beyond the first M evictable slots overwrite losers there.
-  SSD_ALWAYS_INLINE void evict(const Slots<T>& keys, const Slots<T>& values, const Item& item) {
+  // Rule 4: the tokens that come first lose; winners from beyond the first M evictable slots overwrite losers there.
+  // The new token is the last slot, which is free then.
+  void evict(const Slots<T>& keys, const Slots<T>& values, const Item& item, const Newest& newest) {
     const int32_t count = item.view.evictable + 1;
     const int32_t keep = item.range.keep;
-    if (count <= keep) return;
-    float* scores = item_scores(layer, item) + first_evictable(item);
-    int32_t* positions = item_positions(layer, item) + first_evictable(item);
-    int64_t* ranks = scratch.ranks;
-    rank_by_rule(item, count, ranks);
-    const PinMask mask = pin_mask(layer.shape, layer.pinned, item.head);
-    int32_t any_pinned = 0;
-    for (int32_t word = 0; word < pin_words(layer.shape); ++word) any_pinned |= mask.words[word];
-    if (any_pinned) lift_pinned(item, count, mask, ranks);
+    float* scores = item_scores(layer, item) + item.view.base - item.view.unscored;
+    int32_t* positions = item_positions(layer, item) + item.view.base - item.view.unscored;
     const auto overwrite = [&](int32_t loser, int32_t winner) {
-      move_slot(keys, item.view.base + winner, item.view.base + loser);
-      move_slot(values, item.view.base + winner, item.view.base + loser);
+      move_slot(keys, newest.key, item, item.view.base + winner, item.view.base + loser);
+      move_slot(values, newest.value, item, item.view.base + winner, item.view.base + loser);
       scores[loser] = scores[winner];
       positions[loser] = positions[winner];
     };
     if (count == keep + 1) {
-      // A loop of its own, which compilers turn into vectors.
-      int64_t lowest = kProtected;
-      for (int32_t i = 0; i < count; ++i) lowest = ranks[i] < lowest ? ranks[i] : lowest;
-      // Ranks end in the token's position, and positions are distinct.
-      const int32_t position = static_cast<int32_t>(lowest);
-      int32_t loser = keep;
-      for (int32_t i = 0; i < keep; ++i) loser = positions[i] == position ? i : loser;
+      const int32_t loser = first_to_go(layer, item, count);
       if (loser < keep) overwrite(loser, keep);
       return;
     }
+    int64_t* ranks = scratch.ranks;
+    rank_tokens(layer, item, count, ranks);
     std::memcpy(ranks + count, ranks, sizeof(int64_t) * count);
     const int64_t losing = losing_rank(ranks + count, count, keep);
     int32_t winner = keep;
@@ -260,9 +228,18 @@ struct Decoder {
     }
   }
 
-  SSD_ALWAYS_INLINE void move_slot(const Slots<T>& slots, int32_t from, int32_t to) {
-    std::memcpy(slots.writable(to), slots.writable(from), sizeof(T) * slots.head_dim);
+  SSD_ALWAYS_INLINE void move_slot(const Slots<T>& slots, const T* newest, const Item& item, int32_t from, int32_t to) {
+    std::memcpy(slots.writable(to), from == item.newest ? newest : slots.writable(from), sizeof(T) * slots.head_dim);
     if (kScaled<T>) *slots.writable_scale(to) = *slots.writable_scale(from);
+  }
+
+  // Rules 1 and 4: the new token takes its slot, or the slot of one that is evicted for it.
+  SSD_ALWAYS_INLINE void store(const Slots<T>& keys, const Slots<T>& values, const Item& item, const Newest& newest) {
+    const bool full = item.view.evictable + 1 > item.range.keep;
+    if (item.range.kind == kHeavy && refresh_due(item.view) && full) return evict(keys, values, item, newest);
+    if (kScaled<T>) return;
+    std::memcpy(keys.writable(item.newest), newest.key, sizeof(T) * keys.head_dim);
+    std::memcpy(values.writable(item.newest), newest.value, sizeof(T) * values.head_dim);
   }
 
   // The queries of an item, in floats. The softmax's scale rides on them.
@@ -289,29 +266,48 @@ struct Decoder {
     const int dim = layer.shape.head_dim;
     const Item item = item_at(layer, items.row_by_row, index);
     const Slots<T> keys = item_keys<T>(layer, item), values = item_values<T>(layer, item);
+    Newest newest;
     with_step_type([&](auto* type) __attribute__((always_inline)) {
       using X = std::remove_pointer_t<decltype(type)>;
-      append<X>(keys, values, item);
+      stage_newest<X>(keys, values, item, reinterpret_cast<X*>(scratch.rotated), newest);
       stage_queries<X>(item);
     });
 
+    touch_beginnings(values, item);
     const int32_t count = item.view.base + item.view.evictable + 1;
     const int32_t stride = padded(count);
-    scores_of_keys<kDim>(keys, item, stride);
+    scores_of_keys<kDim>(keys, newest.key, item, stride);
+    for (int32_t g = 0; kScaled<T> && g < group; ++g)
+      apply_scales(keys, item, scratch.unit[g], scratch.logits + g * stride);
+
+    if (index + 1 < items.end) {
+      const Item next = item_at(layer, items.row_by_row, index + 1);
+      touch_bookkeeping<T>(layer, next);
+      touch_beginnings(item_keys<T>(layer, next), next);
+    }
     float* inverse = scratch.inverse;
-    for (int32_t g = 0; g < group; ++g) {
-      float* logits = scratch.logits + g * stride;
-      if (kScaled<T>) apply_scales(keys, item, scratch.unit[g], logits);
-      inverse[g] = softmax_numerators(logits, count, stride);
+    Softmax softmax(scratch.logits, count, stride);
+    for (int32_t g = 1; g < group; ++g) {
+      Softmax other(scratch.logits + g * stride, count, stride);
+      other.advance(count);
+      inverse[g] = other.inverse();
     }
-    if (item.range.score_offset >= 0) add_scores(item, stride, inverse);
-    if (index + 1 < items.end) touch_bookkeeping<T>(layer, item_at(layer, items.row_by_row, index + 1));
-    for (int32_t g = 0; kScaled<T> && g < group; ++g) {
-      float* weights = scratch.logits + g * stride;
-      apply_scales(values, item, 1.0f, weights);
-      if constexpr (kInDigits<T>) inverse[g] *= cut_weights<T>(weights, count);
+    if constexpr (kScaled<T>) {
+      softmax.advance(count);
+      inverse[0] = softmax.inverse();
+      if (item.range.score_offset >= 0) add_scores(item, stride, inverse);
+      for (int32_t g = 0; g < group; ++g) {
+        float* weights = scratch.logits + g * stride;
+        apply_scales(values, item, 1.0f, weights);
+        if constexpr (kInDigits<T>) inverse[g] *= cut_weights<T>(weights, count);
+      }
     }
-    weighted_values<kDim>(values, item, stride);
+    weighted_values<kDim>(values, newest.value, item, scratch.logits, stride,
+                          [&](int32_t some) __attribute__((always_inline)) { softmax.advance(some); });
+    if constexpr (!kScaled<T>) {
+      inverse[0] = softmax.inverse();
+      if (item.range.score_offset >= 0) add_scores(item, stride, inverse);
+    }
 
     const int64_t head = static_cast<int64_t>(item.row) * step.query_heads + item.head * group;
     with_step_type([&](auto* type) __attribute__((always_inline)) {
@@ -319,13 +315,13 @@ struct Decoder {
       for (int32_t g = 0; g < group; ++g) narrow<T>(scratch.acc + g * dim, dim, inverse[g], out + g * dim);
     });
 
-    if (item.range.kind == kHeavy && refresh_due(item.view)) evict(keys, values, item);
+    store(keys, values, item, newest);
   }
 };
 
 template <class T>
 void decode_as(const CacheLayer& layer, const DecodeStep& step, const Items& items, const Scratch& scratch) {
-  Decoder<T> decoder{layer, step, items, scratch, Prefetcher<T>(layer, items), step.query_heads / layer.shape.heads};
+  Decoder<T> decoder{layer, step, items, scratch, step.query_heads / layer.shape.heads};
   touch_bookkeeping<T>(layer, item_at(layer, items.row_by_row, items.begin));
   switch (layer.shape.head_dim) {
     case 64:

@@ -8,6 +8,7 @@
 // Included by each kernels_*.cpp under its own compiler flags, so everything has internal linkage.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
@@ -63,12 +64,7 @@ SSD_INLINE float to_float(Float16 x) { return float16_to_float(x.bits); }
 SSD_INLINE void from_float(float x, Float16* to) { to->bits = float_to_float16(x); }
 #endif
 
-// Memory is touched kTouchDistance bytes ahead of its use, into the first- (3) or second-level cache (2). What is best
-// was measured (docs/benchmarks.md).
 #if defined(__AVX512F__)
-
-constexpr int64_t kTouchDistance = 16384;
-constexpr int kTouchLevel = 2;
 
 struct Vec {
   static constexpr int kWidth = 16;
@@ -159,9 +155,6 @@ SSD_INLINE float highest(Vec a) { return _mm512_reduce_max_ps(a.x); }
 
 #elif defined(__AVX2__)
 
-constexpr int64_t kTouchDistance = 8192;
-constexpr int kTouchLevel = 2;
-
 struct Vec {
   static constexpr int kWidth = 8;
   __m256 x;
@@ -242,9 +235,6 @@ SSD_INLINE float highest(Vec a) {
 }
 
 #else
-
-constexpr int64_t kTouchDistance = 16384;
-constexpr int kTouchLevel = 2;
 
 struct Vec {
   static constexpr int kWidth = 8;
@@ -339,6 +329,42 @@ SSD_INLINE void store_pair(T* p, Vec a, Vec b) {
   store(p, a);
   store(p + Vec::kWidth, b);
 }
+
+constexpr int64_t kLine = 64;
+
+// How far ahead of its use memory is touched, in bytes: 0, and hardware prefetchers do it all. They run after loops
+// that take a line soon after the other, and longer ones fall behind. What is best was measured (docs/benchmarks.md);
+// multiples of 4096 are up to a tenth worse than others beside them.
+#if defined(__AVX512F__)
+template <class T>
+constexpr int64_t kAhead = sizeof(T) == 4   ? 5120
+                           : sizeof(T) == 2 ? 0
+                                            : 8704;
+#elif defined(__AVX2__)
+template <class T>
+constexpr int64_t kAhead = sizeof(T) == 4   ? 0
+                           : sizeof(T) == 2 ? 9216
+                                            : 8704;
+#else
+template <class T>
+constexpr int64_t kAhead = 9216;
+#endif
+
+// Keys whose dot products are taken together, a vector of each in turn: one, so that memory is read in order, unless
+// widening takes longer than memory does.
+template <class T>
+constexpr int kKeysTogether = sizeof(T) == 1 ? 4 : 1;
+
+// Touches what lies kAhead behind some elements, into the second-level cache: slots of the same head or the next one's.
+template <class T>
+SSD_INLINE void touch_ahead(const T* p, int64_t elements) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + kAhead<T>;
+  for (int64_t byte = 0; kAhead<T> && byte < elements * static_cast<int64_t>(sizeof(T)); byte += kLine)
+    __builtin_prefetch(reinterpret_cast<const void*>(at + byte), 0, 2);
+}
+
+// Compilers move no load across it, so that memory is read in the order in which it is written here.
+SSD_INLINE void keep_order() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
 // exp(x) for x <= 0 to about 1 unit in the last place: 2^n * e^r with |r| <= ln(2) / 2. Exactly 0 below -87, where
 // floats run out: a token that gets no attention must not collect score.

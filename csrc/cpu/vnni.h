@@ -105,51 +105,56 @@ SSD_INLINE float cut_weights(float* weights, int32_t count) {
   return cut.unit;
 }
 
-template <int kCount, int kSlots, class Pace>
-SSD_INLINE void dot_digits(const CutQuery& query, const Int8* keys, int dim, Vec dot[kSlots], Pace pace) {
-  constexpr float kLimit = query_limit(kCount);
-  __m512i sums[kSlots][kMostDigits];
-  for (int u = 0; u < kSlots; ++u)
-    for (int which = 0; which < kMostDigits; ++which)
-      sums[u][which] = which < kCount ? _mm512_loadu_si512(query.start(which)) : _mm512_setzero_si512();
-  for (int block = 0; block < query.blocks; ++block) {
-    pace(kSlots * smaller(kBlock, dim - block * kBlock));
-    __m512i digits[kCount];
-    for (int which = 0; which < kCount; ++which) digits[which] = _mm512_loadu_si512(query.digit(which, block));
+// A query that has been cut, in units of which its dot products are.
+template <int kDim>
+struct DigitQuery {
+  CutQuery query;
+  int dim;
+
+  SSD_ALWAYS_INLINE DigitQuery(const float* q, int head_dim)
+      : query(const_cast<float*>(q), kDim ? kDim : head_dim), dim(kDim ? kDim : head_dim) {}
+
+  // q . key of kSlots consecutive slots, not summed over lanes.
+  template <int kSlots>
+  SSD_ALWAYS_INLINE void dots(const Int8* keys, Vec dot[kSlots]) const {
+    query.count() == kMostDigits ? dots_in<kMostDigits, kSlots>(keys, dot) : dots_in<kDigits, kSlots>(keys, dot);
+  }
+
+  template <int kCount, int kSlots>
+  SSD_ALWAYS_INLINE void dots_in(const Int8* keys, Vec dot[kSlots]) const {
+    constexpr float kLimit = query_limit(kCount);
+    __m512i sums[kSlots][kMostDigits];
+    for (int u = 0; u < kSlots; ++u)
+      for (int which = 0; which < kMostDigits; ++which)
+        sums[u][which] = which < kCount ? _mm512_loadu_si512(query.start(which)) : _mm512_setzero_si512();
+    for (int block = 0; block < query.blocks; ++block) {
+      __m512i digits[kCount];
+      for (int which = 0; which < kCount; ++which) digits[which] = _mm512_loadu_si512(query.digit(which, block));
+      for (int u = 0; u < kSlots; ++u) {
+        touch_ahead(keys + u * dim + block * kBlock, 1);
+        // The instruction takes one factor without a sign: 128 is added here, and taken away by what sums start from.
+        const __m512i key = _mm512_xor_si512(load_block(keys + u * dim, dim, block * kBlock), _mm512_set1_epi8(-128));
+        for (int which = 0; which < kCount; ++which)
+          sums[u][which] = _mm512_dpbusd_epi32(sums[u][which], key, digits[which]);
+      }
+    }
     for (int u = 0; u < kSlots; ++u) {
-      // The instruction takes one factor without a sign: 128 is added here, and taken away by what sums start from.
-      const __m512i key = _mm512_xor_si512(load_block(keys + u * dim, dim, block * kBlock), _mm512_set1_epi8(-128));
-      for (int which = 0; which < kCount; ++which)
-        sums[u][which] = _mm512_dpbusd_epi32(sums[u][which], key, digits[which]);
+      const __m512i low = _mm512_add_epi32(sums[u][0], _mm512_slli_epi32(sums[u][1], 8));
+      const __m512i high = _mm512_add_epi32(sums[u][2], _mm512_slli_epi32(sums[u][3], 8));
+      const __m512 parts = _mm512_mul_ps(_mm512_cvtepi32_ps(low), _mm512_set1_ps(1 / kLimit));
+      dot[u] = {_mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65536 / kLimit), parts)};
     }
   }
-  for (int u = 0; u < kSlots; ++u) {
-    const __m512i low = _mm512_add_epi32(sums[u][0], _mm512_slli_epi32(sums[u][1], 8));
-    const __m512i high = _mm512_add_epi32(sums[u][2], _mm512_slli_epi32(sums[u][3], 8));
-    const __m512 parts = _mm512_mul_ps(_mm512_cvtepi32_ps(low), _mm512_set1_ps(1 / kLimit));
-    dot[u] = {_mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(65536 / kLimit), parts)};
-  }
-}
-
-// dot[u] = q . keys[u] in units of q, which is cut.
-template <int kSlots, class Pace>
-SSD_INLINE void dot_slots(const float* q, const Int8* keys, int dim, Vec dot[kSlots], Pace pace) {
-  const CutQuery query(const_cast<float*>(q), dim);
-  if (query.count() == kMostDigits)
-    dot_digits<kMostDigits, kSlots>(query, keys, dim, dot, pace);
-  else
-    dot_digits<kDigits, kSlots>(query, keys, dim, dot, pace);
-}
+};
 
 // acc[0, 64) += sum over slots of p[slot] * value[slot] from column d on, in units of p, which are cut.
-template <class Pace>
-SSD_INLINE void accumulate_block(const float* p, const Int8* values, int count, int dim, int d, float* acc, Pace pace) {
+SSD_INLINE void accumulate_block(const float* p, const Int8* values, int count, int dim, int d, float* acc) {
   __m512i sums[4][kDigits];
   for (int j = 0; j < 4; ++j)
     for (int which = 0; which < kDigits; ++which) sums[j][which] = _mm512_setzero_si512();
   const auto add_four = [&](const Int8* row, int b_at, int c_at, int e_at,
                             __m128i four) __attribute__((always_inline)) {
-    pace(4 * smaller(kBlock, dim - d));
+    for (int i = 0; i < 4; ++i) touch_ahead(row + i * dim + d, 1);
     const __m512i a = load_block(row, dim, d), b = load_block(row + b_at, dim, d);
     const __m512i c = load_block(row + c_at, dim, d), e = load_block(row + e_at, dim, d);
     const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
@@ -190,16 +195,18 @@ SSD_INLINE void accumulate_block(const float* p, const Int8* values, int count, 
   }
 }
 
-template <int kDim, class Pace>
-SSD_INLINE void accumulate_tile(const float* p, const Int8* values, int count, int head_dim, float* acc, Pace pace) {
+template <int kDim>
+SSD_INLINE void accumulate_slots(const float* p, const Int8* values, int count, int head_dim, float* acc) {
   const int dim = kDim ? kDim : head_dim;
-  for (int d = 0; d < dim; d += kBlock) accumulate_block(p, values, count, dim, d, acc + d, pace);
+  for (int d = 0; d < dim; d += kBlock) accumulate_block(p, values, count, dim, d, acc + d);
 }
 
 #else
 
 template <class T>
 constexpr bool kInDigits = false;
+template <int kDim>
+struct DigitQuery;
 template <class X>
 float cut_query(float* q, int dim);
 template <class T>
