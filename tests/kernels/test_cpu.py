@@ -12,7 +12,7 @@ from ssd_kernels import CachePlan, CompressedCache, HeadSpec, backends, info, na
 from ssd_kernels.kv_format import decoded
 
 from . import test_kv_format
-from .cases import BF16, F16, F32, IN_INT8, Case, each_format_of, mixed, short, uniform
+from .cases import BF16, F16, F32, IN_INT8, Case, each_format_of, mixed, short, uniform, using
 from .pair import Pair, bits
 
 each_format = each_format_of("cpu")
@@ -23,15 +23,9 @@ pytestmark = pytest.mark.skipif(not SETS, reason="the extension is not built")
 
 @pytest.fixture(params=SETS or ["none"])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn; the best one again afterwards."""
-    extension = native.extension()
-    best = extension.instruction_set()
-    try:
-        extension.set_instruction_set(request.param)
-    except ValueError:
-        pytest.skip(f"this machine lacks {request.param}")
-    yield request.param
-    extension.set_instruction_set(best)
+    """Each instruction set in turn."""
+    with using(request.param) as name:
+        yield name
 
 
 @each_format

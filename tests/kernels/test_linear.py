@@ -14,7 +14,7 @@ from torch.nn import functional
 from ssd_kernels import info, native
 from ssd_kernels.linear import Product, reference, unsupported
 
-from .cases import BF16, F16, F32, short
+from .cases import BF16, F16, F32, short, using
 
 SETS = info()["extension"].get("instruction_sets", [])
 pytestmark = pytest.mark.skipif(not SETS, reason="the extension is not built")
@@ -27,15 +27,9 @@ plain_and_int8 = pytest.mark.parametrize("int8", [False, True], ids=["plain", "i
 
 @pytest.fixture(params=SETS or ["none"])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn; the best one again afterwards."""
-    extension = native.extension()
-    best = extension.instruction_set()
-    try:
-        extension.set_instruction_set(request.param)
-    except ValueError:
-        pytest.skip(f"this machine lacks {request.param}")
-    yield request.param
-    extension.set_instruction_set(best)
+    """Each instruction set in turn."""
+    with using(request.param) as name:
+        yield name
 
 
 @pytest.fixture(params=[1, 2])
