@@ -278,7 +278,7 @@ assert sorted(workers.results(sys.argv[1], NoModel(None, "cpu", None, "auto"), p
 
 def test_nothing_is_printed(address: str, tmp_path: Path) -> None:
     """Nothing of the worker that died, either; but for a line of Ray's core, which passes Python by, on actors that
-    restart, as all of Ray Data may (https://github.com/ray-project/ray/issues/57733)."""
+    restart, as all of Ray Data may (https://github.com/ray-project/ray/issues/53727)."""
     result = subprocess.run([sys.executable, "-c", QUIET, address, tmp_path / "mark"], capture_output=True, text=True,
                             timeout=LIMIT)
     assert (tmp_path / "mark").exists()
