@@ -334,7 +334,7 @@ constexpr int64_t kLine = 64;
 
 // How far ahead of its use memory is touched, in bytes: 0, and hardware prefetchers do it all. They run after loops
 // that take a line soon after the other, and longer ones fall behind. What is best was measured (docs/benchmarks.md);
-// multiples of 4096 are up to a tenth worse than others beside them.
+// with AVX-512 multiples of 4096 are up to a tenth worse than others beside them.
 #if defined(__AVX512F__)
 template <class T>
 constexpr int64_t kAhead = sizeof(T) == 4   ? 5120

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from instruction_sets import using
 from safetensors.torch import load_file, save_model
 from test_generate import RAGGED, conditional_tokens
 from transformers import GenerationConfig
@@ -132,16 +133,8 @@ def test_logits_do_not_depend_on_company(dtype: torch.dtype, products: str, kv_h
 
 @pytest.mark.parametrize("instruction_set", native.build_info().get("instruction_sets", [])[1:])
 def test_logits_do_not_depend_on_company_with_other_instructions(instruction_set: str) -> None:
-    extension = native.extension()
-    best = extension.instruction_set()
-    try:
-        extension.set_instruction_set(instruction_set)
-    except ValueError:
-        pytest.skip(f"this machine lacks {instruction_set}")
-    try:
+    with using(instruction_set):
         check_company(torch.bfloat16, "kernel", 2)
-    finally:
-        extension.set_instruction_set(best)
 
 
 @pytest.mark.slow

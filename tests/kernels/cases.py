@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from ssd_kernels import CachePlan, HeadSpec, backends, native
+from ssd_kernels import CachePlan, HeadSpec, backends
 
 from .ptx.cuda import PTXBackend
 from .ptx.triton import PTXTritonBackend
@@ -108,18 +106,3 @@ def mixed(num_heads: int = 4, row_buffer: int = 0, keep_prompt: bool = True, num
 def uniform(spec: HeadSpec, num_heads: int = 2, row_buffer: int = 0, keep_prompt: bool = True) -> CachePlan:
     """One layer of equal heads."""
     return CachePlan.uniform(spec, num_layers=1, num_heads=num_heads, row_buffer=row_buffer, keep_prompt=keep_prompt)
-
-
-@contextmanager
-def using(instruction_set: str) -> Iterator[str]:
-    """Kernels on a CPU are of this instruction set inside the block, of the best one afterwards; skips without it."""
-    extension = native.extension()
-    best = extension.instruction_set()
-    try:
-        extension.set_instruction_set(instruction_set)
-    except ValueError:
-        pytest.skip(f"this machine lacks {instruction_set}")
-    try:
-        yield instruction_set
-    finally:
-        extension.set_instruction_set(best)

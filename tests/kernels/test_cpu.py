@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from instruction_sets import using
 
 from ssd_kernels import CachePlan, CompressedCache, HeadSpec, backends, info, native
 from ssd_kernels.kv_format import decoded
 
 from . import test_kv_format
-from .cases import BF16, F16, F32, IN_INT8, Case, each_format_of, mixed, short, uniform, using
+from .cases import BF16, F16, F32, IN_INT8, Case, each_format_of, mixed, short, uniform
 from .pair import Pair, bits
 
 each_format = each_format_of("cpu")

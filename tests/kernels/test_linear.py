@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from instruction_sets import using
 from torch.nn import functional
 
 from ssd_kernels import info, native
 from ssd_kernels.linear import Product, reference, unsupported
 
-from .cases import BF16, F16, F32, short, using
+from .cases import BF16, F16, F32, short
 
 SETS = info()["extension"].get("instruction_sets", [])
 pytestmark = pytest.mark.skipif(not SETS, reason="the extension is not built")
