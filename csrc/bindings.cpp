@@ -7,10 +7,12 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/decode.h"
 #include "cpu/instruction_sets.h"
+#include "cpu/layers.h"
 #include "cpu/linear.h"
 #include "cpu/threads.h"
 #if SSD_KERNELS_HAVE_CUDA
@@ -67,6 +69,8 @@ class Layer : public ssd::BoundLayer {
     raise_if_refused(error, layer_.shape);
   }
 
+  const ssd::CacheLayer& layer() const { return layer_; }
+
   int decode_threads(int32_t query_heads, int threads) const {
     return ssd::decode_threads(layer_, query_heads, threads);
   }
@@ -120,8 +124,42 @@ class Linear {
     ssd::linear(product, threads);
   }
 
+  const ssd::Linear& product() const { return product_; }
+
  private:
   ssd::Linear product_;
+};
+
+// Decoder layers over one token of every row.
+class Layers {
+ public:
+  void add(const Linear& qkv, const Linear& out, const Linear& gated, const Linear& down) {
+    layers_.push_back({qkv.product(), out.product(), gated.product(), down.product()});
+  }
+
+  // Seconds of products and of attention.
+  std::pair<double, double> run(uintptr_t hidden, int32_t rows, const std::vector<std::vector<const Layer*>>& caches,
+                                int32_t query_heads, float scale, uintptr_t cos, uintptr_t sin, int threads) const {
+    std::vector<ssd::CacheLayers> all;
+    for (const auto& cache : caches) {
+      all.emplace_back();
+      for (const Layer* layer : cache) all.back().push_back(&layer->layer());
+    }
+    double seconds[2] = {0.0, 0.0};
+    const ssd::LayersStep step{pointer<void>(hidden),     rows,   query_heads, scale, pointer<const float>(cos),
+                               pointer<const float>(sin), seconds};
+    ssd::Error error;
+    const ssd::CacheLayer* refusing = nullptr;
+    {
+      py::gil_scoped_release unlocked;
+      error = ssd::step_layers(layers_, all, step, threads, refusing);
+    }
+    if (refusing) raise_if_refused(error, refusing->shape);
+    return {seconds[0], seconds[1]};
+  }
+
+ private:
+  std::vector<ssd::DecoderLayer> layers_;
 };
 
 py::dict build_info() {
@@ -147,6 +185,10 @@ PYBIND11_MODULE(_C, module) {
            py::arg("dtype"), py::arg("weight"), py::arg("scale"), py::arg("bias"), py::arg("norm"), py::arg("epsilon"),
            py::arg("silu"), py::arg("gated"), py::arg("inputs"), py::arg("outputs"))
       .def("run", &Linear::run);
+  py::class_<Layers>(module, "Layers", py::module_local())
+      .def(py::init<>())
+      .def("add", &Layers::add)
+      .def("run", &Layers::run);
 #if SSD_KERNELS_HAVE_CUDA
   ssd::bind_cuda(module);
 #endif

@@ -16,6 +16,7 @@ from .plan import CachePlan
 from .reading import shown
 from .sharing import PromptShares, checked_share
 from .state import LayerState, Rotary, physical_memory
+from .steps import StepCounts
 
 __all__ = ["CompressedCache"]
 
@@ -29,6 +30,9 @@ class CompressedCache:
 
     Inference only: results carry no gradient. Steps past the end raise here; inside torch.compile and CUDA graphs
     Python does not count, and the kernels leave a finished row untouched.
+
+    Attributes:
+        steps: the rows' steps, counted on the host.
     """
 
     def __init__(self, plan: CachePlan, batch_size: int, num_query_heads: int, head_dim: int, max_prompt: int,
@@ -86,11 +90,7 @@ class CompressedCache:
         self._q_shape = (batch_size, num_query_heads, head_dim)
         self._kv_shape = (batch_size, plan.num_heads, head_dim)
         self._alignment = dtype.itemsize
-        # Host-side count, so that running past the end raises without reading the device: decode calls per layer,
-        # and the call at which each row last restarted.
-        self._calls = [0] * plan.num_layers
-        self._started = [[0] * batch_size for _ in range(plan.num_layers)]
-        self._last_call = [num_visual_tokens] * plan.num_layers
+        self.steps = StepCounts(plan.num_layers, batch_size, num_visual_tokens)
         self._shares = [PromptShares(layout.shared_prompts, batch_size) for layout in layouts]
 
     def _allocate(self, layouts: Sequence[LayerLayout]) -> list[LayerState]:
@@ -120,6 +120,11 @@ class CompressedCache:
     def nbytes(self) -> int:
         """Bytes allocated: slabs, their scales, scores, positions, cursors, head tables and pin masks of all layers."""
         return sum(state.nbytes for state in self._layers)
+
+    @property
+    def states(self) -> Sequence[LayerState]:
+        """The layers' tensors, as backends receive them."""
+        return self._layers
 
     def prefill(self, layer: int, k: torch.Tensor, v: torch.Tensor, prompt_lens: Sequence[int] | torch.Tensor,
                 scores: torch.Tensor | None = None, rows: Sequence[int] | torch.Tensor | None = None,
@@ -177,7 +182,7 @@ class CompressedCache:
                 k, v, scores = k[entries], v[entries], None if scores is None else scores[entries]
                 lengths = [lengths[entry] for entry in entries]
             self._backend.prefill(state, k, v, lengths, scores, indices)
-        self._restart(layer, indices)
+        self.steps.restart(layer, indices)
 
     def decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                scale: float | None = None, rotary: Rotary | None = None) -> torch.Tensor:
@@ -227,11 +232,9 @@ class CompressedCache:
                 q, k, v, *state.tensors, *ops.layout_arguments(state.layout), scale, self._backend.name,
                 *(rotary or (None, None)), *ops.shared_arguments(state), **ops.scale_arguments(state))
             return out
-        if self._calls[layer] >= self._last_call[layer]:
-            raise ValueError(f"layer {layer} has taken all num_visual_tokens = {self.num_visual_tokens} steps of a "
-                             "row; call prefill or reset to start over")
+        self.steps.check(layer)
         result = self._backend.decode(state, q, k, v, scale, rotary)
-        self._calls[layer] += 1
+        self.steps.count(layer)
         return result
 
     def warmup(self, rotary: bool = False) -> float:
@@ -280,7 +283,7 @@ class CompressedCache:
         heavy = [spec.kind == "heavy" for spec in self.plan.layers[layer]]
         sizes = [spec.size or 0 for spec in self.plan.layers[layer]]
         smallest = min((size for size, is_heavy in zip(sizes, heavy, strict=True) if is_heavy), default=0)
-        steps = self._calls[layer] - min(self._started[layer])
+        steps = self.steps.most(layer)
         if any(heavy) and (steps > smallest or not self.plan.keep_prompt):
             raise ValueError(f"set_recent must come before a heavy head evicts, within {smallest} steps and with "
                              f"keep_prompt, got {steps} steps and keep_prompt={self.plan.keep_prompt}")
@@ -329,7 +332,7 @@ class CompressedCache:
         for layer, state in enumerate(self._layers):
             state.cursors[torch.tensor(indices, dtype=torch.long, device=self.device)] = 0
             self._shares[layer].release(indices)
-            self._restart(layer, indices)
+            self.steps.restart(layer, indices)
 
     def finish(self, rows: Sequence[int] | torch.Tensor) -> None:
         """Let all layers of ``rows`` take no more steps until they restart: GPU backends leave them as they are from
@@ -345,7 +348,7 @@ class CompressedCache:
         for layer, state in enumerate(self._layers):
             state.cursors[:, 1].index_fill_(0, at, self.num_visual_tokens)
             self._shares[layer].release(indices)
-            self._restart(layer, indices, finished=True)
+            self.steps.restart(layer, indices, finished=True)
 
     @staticmethod
     def _view(state: LayerState, head: int, row: int) -> RowView:
@@ -361,11 +364,6 @@ class CompressedCache:
         stored = state.positions[row, view.score_origin + view.unscored:view.score_origin + view.head.capacity]
         positions = [*range(view.unscored), *stored.tolist()]
         return {positions[slot]: slot for slot in slots}
-
-    def _restart(self, layer: int, rows: Sequence[int], finished: bool = False) -> None:
-        for row in rows:
-            self._started[layer][row] = KEEP_ALL if finished else self._calls[layer]
-        self._last_call[layer] = min(self._started[layer]) + self.num_visual_tokens
 
     def _layer(self, layer: int) -> LayerState:
         self._check_index("layer", layer, len(self._layers))

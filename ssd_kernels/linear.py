@@ -40,6 +40,10 @@ class Product:
     """A matrix of weights to multiply rows with, and what comes before and after that.
 
     Weights, scale, bias and norm are read where they are at every call: changes in place are seen.
+
+    Attributes:
+        dtype: of rows and results; ``inputs``, ``outputs``: of a row.
+        native: the extension's view of it.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, norm: torch.Tensor | None = None,
@@ -84,10 +88,11 @@ class Product:
             None if tensor is None else _vector(name, tensor, size, kind) for name, tensor, size, kind in
             (("scale", scale, rows, torch.float32), ("bias", bias, rows, self.dtype),
              ("norm", norm, self.inputs, self.dtype)))
-        self._run: Callable[..., None] = native.extension().Linear(
+        self.native = native.extension().Linear(
             DTYPE_CODES[self.dtype], self.weight.data_ptr(),
             *(0 if tensor is None else tensor.data_ptr() for tensor in (self.scale, self.bias, self.norm)),
-            epsilon, activation != "none", gated, self.inputs, self.outputs).run
+            epsilon, activation != "none", gated, self.inputs, self.outputs)
+        self._run: Callable[..., None] = self.native.run
 
     def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         """

@@ -60,8 +60,30 @@ struct Error {
 // Whether every range of the head table lies inside the slab and can hold what its head may keep.
 Error check_table(const CacheLayer& layer);
 
+// Whether every row can take a step; and counting one that all rows have taken.
+Error check_step(const CacheLayer& layer);
+void count_step(const CacheLayer& layer);
+
 // How many of `threads` threads the next decode step is worth, by what its rows keep.
 int decode_threads(const CacheLayer& layer, int32_t query_heads, int threads);
+
+// A decode step of every row cut into pieces, one of every row's heads each.
+class DecodePieces {
+ public:
+  DecodePieces(const CacheLayer& layer, const DecodeStep& step, int threads);
+
+  int64_t count() const { return int64_t{layer_.shape.batch} * layer_.shape.heads; }
+  void operator()(int64_t begin, int64_t end) const;
+
+ private:
+  const CacheLayer& layer_;
+  const DecodeStep step_;
+  const bool row_by_row_;
+  int64_t longest_ = 0;
+};
+// How long the pieces are that threads take (Pieces): long enough for prefetching to run across items, short enough to
+// even out unequal heads.
+constexpr int kDecodeShare = 16;
 
 // One decode step of every row on at most `threads` threads.
 Error decode(const CacheLayer& layer, const DecodeStep& step, int threads);

@@ -1,9 +1,10 @@
-// Shares the outputs of a product out to threads.
+// What a thread does of a product.
 #include "cpu/linear.h"
 
 #include <algorithm>
 #include <vector>
 
+#include "cpu/instruction_sets.h"
 #include "cpu/threads.h"
 
 namespace ssd {
@@ -23,25 +24,37 @@ class Buffer {
   std::vector<float> floats_;
 };
 
-thread_local Buffer rows_buffer, thread_buffer;
+thread_local Buffer rows_buffer, sums_buffer;
 
 }  // namespace
 
-void linear(const Linear& product, const LinearKernel& kernel, int threads) {
-  const int64_t stride = staged_stride(product.in);
-  const int64_t weights = int64_t{product.in} * product.outputs * (product.gated ? 2 : 1);
-  threads = worthwhile_threads(weights * (product.scale ? 1 : item_size(product.dtype)),
-                               weights * std::min(product.rows, kLinearRows), threads);
-  const int64_t pieces = (product.outputs + kLinearOutputs - 1) / kLinearOutputs;
-  for (int32_t first = 0; first < product.rows; first += kLinearRows) {
+int LinearPieces::threads(int threads) const {
+  const int64_t weights = int64_t{product_.in} * product_.outputs * (product_.gated ? 2 : 1);
+  return worthwhile_threads(weights * (product_.scale ? 1 : item_size(product_.dtype)),
+                            weights * std::min(product_.rows, kLinearRows), threads);
+}
+
+void LinearPieces::Thread::operator()(int64_t begin, int64_t end) {
+  const Linear& product = pieces_.product_;
+  const int64_t stride = staged_stride(product.in), per_rows = pieces_.per_rows();
+  while (begin < end) {
+    const int64_t block = begin / per_rows, next = std::min(end, (block + 1) * per_rows);
+    const int32_t first = static_cast<int32_t>(block) * kLinearRows;
     const int32_t rows = std::min(kLinearRows, product.rows - first);
     float* staged = rows_buffer.of((rows + 1) * stride);
-    kernel.stage(product, first, rows, staged, staged + rows * stride);
-    const int64_t chunk = std::max<int64_t>(1, pieces / (int64_t{threads} * 8));
-    parallel_for(threads, pieces, chunk, [&](int64_t begin, int64_t end) {
-      kernel.pieces(product, first, rows, staged, begin, end, thread_buffer.of(pieces_buffer(product.in, rows)));
-    });
+    if (block != staged_) pieces_.kernel_.stage(product, first, rows, staged, staged + rows * stride);
+    staged_ = block;
+    pieces_.kernel_.pieces(product, first, rows, staged, begin - block * per_rows, next - block * per_rows,
+                           sums_buffer.of(pieces_buffer(product.in, rows)));
+    begin = next;
   }
+}
+
+void linear(const Linear& product, int threads) {
+  const LinearPieces pieces(product, *kernels().linear);
+  threads = pieces.threads(threads);
+  Pieces shared(pieces.count(), threads, kLinearShare);
+  in_parallel(threads, [&] { shared.take(LinearPieces::Thread(pieces)); });
 }
 
 }  // namespace ssd

@@ -61,8 +61,37 @@ namespace avx512_bf16 {
 extern const LinearKernel linear_kernel;
 }
 
-// On up to `threads` threads: by a kernel, or by that of the instruction set in use.
-void linear(const Linear& product, const LinearKernel& kernel, int threads);
+// A product cut into pieces of kLinearOutputs outputs, kLinearRows rows after another.
+class LinearPieces {
+ public:
+  LinearPieces(const Linear& product, const LinearKernel& kernel) : product_(product), kernel_(kernel) {}
+
+  // How many of `threads` threads it is worth.
+  int threads(int threads) const;
+  int64_t count() const { return (product_.rows + kLinearRows - 1) / kLinearRows * per_rows(); }
+
+  // What one thread does of it. Rows of x are staged by every thread for itself, which takes as long as waiting for one
+  // that does.
+  class Thread {
+   public:
+    explicit Thread(const LinearPieces& pieces) : pieces_(pieces) {}
+    void operator()(int64_t begin, int64_t end);
+
+   private:
+    const LinearPieces& pieces_;
+    int64_t staged_ = -1;
+  };
+
+ private:
+  int64_t per_rows() const { return (product_.outputs + kLinearOutputs - 1) / kLinearOutputs; }
+
+  const Linear product_;
+  const LinearKernel& kernel_;
+};
+// How long the pieces are that threads take (Pieces): a matrix is read in long runs.
+constexpr int kLinearShare = 2;
+
+// On up to `threads` threads, by the kernel of the instruction set in use.
 void linear(const Linear& product, int threads);
 
 }  // namespace ssd

@@ -71,7 +71,7 @@ void prefill(const CacheLayer& layer, const Prefill& prompts, int threads) {
     layer.cursors[prompts.rows[entry]] = {prompts.prompt_lens[entry], 0};
   const int64_t items = int64_t{prompts.count} * shape.heads;
 
-  parallel_for(threads, items, std::max<int64_t>(1, (items + threads - 1) / threads), [&](int64_t begin, int64_t end) {
+  parallel_for(threads, items, 1, [&](int64_t begin, int64_t end) {
     std::vector<int32_t> kept;
     std::vector<int64_t> ranks;
     for (int64_t index = begin; index < end; ++index) {

@@ -31,7 +31,7 @@ class CPUBackend(Backend):
     def decode(self, state: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                scale: float, rotary: Rotary | None = None) -> torch.Tensor:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        _layer(state).decode(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q.shape[1],
+        native_layer(state).decode(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q.shape[1],
                              *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], scale,
                              *((0, 0) if rotary is None else (table.data_ptr() for table in rotary)),
                              torch.get_num_threads())
@@ -41,7 +41,7 @@ class CPUBackend(Backend):
                 scores: torch.Tensor | None, rows: Sequence[int]) -> None:
         k, v = k.contiguous(), v.contiguous()
         scores = None if scores is None else scores.contiguous()
-        _layer(state).prefill(k.data_ptr(), v.data_ptr(), 0 if scores is None else scores.data_ptr(), k.shape[2],
+        native_layer(state).prefill(k.data_ptr(), v.data_ptr(), 0 if scores is None else scores.data_ptr(), k.shape[2],
                               list(prompt_lens), list(rows), torch.get_num_threads())
 
 
@@ -61,7 +61,7 @@ def _scale_addresses(state: LayerState) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in every]
 
 
-def _layer(state: LayerState) -> Any:
+def native_layer(state: LayerState) -> Any:
     """The extension's view of the layer's tensors, made once: their addresses never change."""
     if state.native is None:
         state.native = native.extension().Layer(*layer_arguments(state))
