@@ -51,7 +51,7 @@ class DecoderLayers:
     def __init__(self, layers: Sequence[LayerProducts], num_query_heads: int, num_heads: int, head_dim: int) -> None:
         """
         Args:
-            layers: all of one shape and dtype, and with weights of one kind.
+            layers: all of one shape and dtype; weights may be bytes in some of them.
             num_query_heads, num_heads, head_dim: Hq, H and D of the attention.
 
         Raises:
@@ -61,18 +61,16 @@ class DecoderLayers:
             raise ValueError("layers must not be empty")
         self._heads = num_query_heads, num_heads, head_dim
         self.dtype, self.hidden = layers[0].qkv.dtype, layers[0].qkv.inputs
-        middle, quantized = layers[0].down.inputs, layers[0].qkv.scale is not None
-        wanted = LayerProducts(*((inputs, outputs, self.dtype, quantized) for inputs, outputs in (
-            (self.hidden, (num_query_heads + 2 * num_heads) * head_dim), (num_query_heads * head_dim, self.hidden),
-            (self.hidden, middle), (middle, self.hidden))))
+        middle = layers[0].down.inputs
+        shapes = ((self.hidden, (num_query_heads + 2 * num_heads) * head_dim),
+                  (num_query_heads * head_dim, self.hidden), (self.hidden, middle), (middle, self.hidden))
         self._layers = tuple(layers)  # which keeps their weights alive
         self._native = native.extension().Layers()
         for index, layer in enumerate(layers):
-            for name, product, expected in zip(LayerProducts._fields, layer, wanted, strict=True):
-                found = product.inputs, product.outputs, product.dtype, product.scale is not None
-                if found != expected:
-                    raise ValueError(f"layers[{index}].{name} must be (inputs, outputs, dtype, with a scale) = "
-                                     f"{expected}, got {found}")
+            for name, product, shape in zip(LayerProducts._fields, layer, shapes, strict=True):
+                wanted, found = (*shape, self.dtype), (product.inputs, product.outputs, product.dtype)
+                if found != wanted:
+                    raise ValueError(f"layers[{index}].{name} must be (inputs, outputs, dtype) = {wanted}, got {found}")
             self._native.add(*(product.native for product in layer))
 
     def __call__(self, x: torch.Tensor, caches: Sequence[CompressedCache], scale: float,
@@ -128,10 +126,10 @@ def reference(layers: Sequence[LayerProducts], x: torch.Tensor, caches: Sequence
     sizes = [cache.batch_size for cache in caches]
     for index, layer in enumerate(layers):
         attended = []
-        for cache, rows in zip(caches, layer.qkv(x).split(sizes), strict=True):
-            heads = rows.unflatten(1, (-1, cache.head_dim)).split(
-                (cache.num_query_heads, cache.plan.num_heads, cache.plan.num_heads), 1)
-            attended.append(cache.decode(index, *heads, scale, rotary).flatten(1))
+        for cache, rows in zip(caches, torch.split(layer.qkv(x), sizes), strict=True):
+            q, k, v = torch.split(rows.view(len(rows), -1, cache.head_dim), [
+                cache.num_query_heads, cache.plan.num_heads, cache.plan.num_heads], 1)
+            attended.append(cache.decode(index, q, k, v, scale, rotary).flatten(1))
         x = layer.out(torch.cat(attended), x)
         x = layer.down(layer.gated(x), x)
     return x

@@ -96,7 +96,8 @@ class Clock {
   now_t began_{};
 };
 
-int64_t reads(const Linear& product) { return int64_t{product.in} * product.outputs * (product.gated ? 2 : 1); }
+int64_t elements(const Linear& product) { return int64_t{product.in} * product.outputs * (product.gated ? 2 : 1); }
+int64_t bytes(const Linear& product) { return elements(product) * (product.scale ? 1 : item_size(product.dtype)); }
 
 }  // namespace
 
@@ -121,10 +122,12 @@ Error step_layers(const std::vector<DecoderLayer>& layers, const std::vector<Cac
   char* const attention_out = projection + step.rows * projected * item;
   char* const middle = attention_out + step.rows * attended * item;
 
-  const int64_t weights = static_cast<int64_t>(layers.size()) *
-                          (reads(first.qkv) + reads(first.out) + reads(first.gated) + reads(first.down));
-  threads =
-      worthwhile_threads(weights * (first.qkv.scale ? 1 : item), weights * std::min(step.rows, kLinearRows), threads);
+  int64_t read = 0, multiplied = 0;
+  for (const DecoderLayer& layer : layers) {
+    read += bytes(layer.qkv) + bytes(layer.out) + bytes(layer.gated) + bytes(layer.down);
+    multiplied += elements(layer.qkv) + elements(layer.out) + elements(layer.gated) + elements(layer.down);
+  }
+  threads = worthwhile_threads(read, multiplied * std::min(step.rows, kLinearRows), threads);
 
   std::deque<Work> work;
   for (size_t l = 0; l < layers.size(); ++l) {

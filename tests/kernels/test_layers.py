@@ -187,7 +187,7 @@ def test_the_same_cache_twice_is_refused() -> None:
 
 def test_layers_that_do_not_fit_are_refused() -> None:
     layers = made(F32)
-    with pytest.raises(ValueError, match=r"layers\[1\]\.down must be \(inputs, outputs, dtype, with a scale\)"):
+    with pytest.raises(ValueError, match=r"layers\[1\]\.down must be \(inputs, outputs, dtype\)"):
         DecoderLayers([layers[0], layers[0]._replace(down=made(F32, middle=48)[0].down)], QUERY_HEADS, HEADS, DIM)
     with pytest.raises(ValueError, match=r"layers\[0\]\.qkv must be"):
         DecoderLayers(layers, QUERY_HEADS + 1, HEADS, DIM)

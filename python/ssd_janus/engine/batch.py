@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,14 +53,12 @@ class Batch:
             logits_processor: called with the logits before guidance [rows, codes], the conditional rows first.
             timing: takes the time of every step.
         """
-        if timing is not None:
-            weights = weights.timed(functools.partial(timing.timed, "linear"))
-        self.weights, self.cache, self.sampling, self.noise = weights, cache, sampling, noise
+        self.layers = Layers(weights, row_multiple=row_multiple, compiled=compiled, timing=timing)
+        self.weights, self.cache, self.sampling, self.noise = self.layers.weights, cache, sampling, noise
         self.observer, self.logits_processor, self.timing = observer, logits_processor, timing
         self.pictures, self.guided = len(guidance), sum(scale > 1 for scale in guidance)
         self.rows = self.pictures + self.guided
         device, dtype = weights.device, weights.dtype
-        self.layers = Layers(weights, row_multiple=row_multiple, compiled=compiled, plain=timing is not None)
         padded = self.layers.padded(self.rows)
         self.scale = torch.tensor(guidance[:self.guided], dtype=torch.float32, device=device)
         pictures = [*range(self.pictures), *range(self.guided)] + [0] * (padded - self.rows)
@@ -120,11 +117,17 @@ class Batch:
     @torch.no_grad()
     def advance(self) -> None:
         """The step proper: layers, head, guidance, sampling, and the input of the next step."""
-        self._choose(self.layers.step(self.inputs, self.rows, self.attended, self._attend))
+        caches = () if self._watched else (self.cache,)
+        self._choose(self.layers.step(self.inputs, self.rows, self.attended, self._attend, caches))
+
+    @property
+    def _watched(self) -> bool:
+        """Whether somebody wants to see what is attended to, or will be compared with who does."""
+        return self.observer is not None or bool(self.logits_processor)
 
     def _attend(self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Attention of one layer over the cache; query, keys and values [rows, heads, D], unrotated."""
-        if self.observer is None and not self.logits_processor:
+        if not self._watched:
             return self._decode(layer, query, keys, values, self.weights.scale, self.weights.rotary)
         # An observer wants them rotated, and who compares runs, some of them observed, wants the same bits in all.
         positions = self.lengths + (self.column - 1)

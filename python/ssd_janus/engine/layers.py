@@ -10,8 +10,11 @@ import torch
 from torch.nn import functional
 
 from ssd_kernels import CompressedCache
+from ssd_kernels.layers import DecoderLayers, LayerProducts
 from ssd_kernels.reference import rotate
 
+from .linear import KernelLinear
+from .timing import StepTiming
 from .weights import Layer, Weights
 
 # torch's float32 products on a CPU give a row the same bits in every batch whose size is a multiple of this, and other
@@ -97,15 +100,19 @@ class Layers:
         chunk: tokens of prompts that go through a layer's products at once, always; None: as many as there are.
     """
 
-    def __init__(self, weights: Weights, *, row_multiple: int = 1, compiled: bool = False, plain: bool = False) -> None:
+    def __init__(self, weights: Weights, *, row_multiple: int = 1, compiled: bool = False,
+                 timing: StepTiming | None = None) -> None:
         """
         Args:
             weights: of the model.
             row_multiple: pad the rows of every product to a multiple of this.
             compiled: run what lies between two attentions through torch.compile; its prompts go in chunks then.
-            plain: not through torch.compile after all.
+            timing: takes the time of products, and nothing goes through torch.compile.
         """
-        self.weights, self.row_multiple = weights, row_multiple
+        plain = timing is not None
+        self.weights = weights if timing is None else weights.timed(functools.partial(timing.timed, "linear"))
+        self.row_multiple, self._timing = row_multiple, timing
+        self._together = None if compiled and not plain else _together(weights)
         self.chunk = PREFILL_CHUNK if compiled or weights.device.type == "cuda" else None
         self._project = _compiled(project) if compiled and not plain else project
         self._mix = _compiled(mix) if compiled and not plain else mix
@@ -114,8 +121,8 @@ class Layers:
         """Rows of products of so many."""
         return -(-rows // self.row_multiple) * self.row_multiple
 
-    def step(self, hidden: torch.Tensor, rows: int, attended: torch.Tensor,
-             attend: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def step(self, hidden: torch.Tensor, rows: int, attended: torch.Tensor, attend: Callable[..., torch.Tensor],
+             caches: Sequence[CompressedCache] = ()) -> torch.Tensor:
         """One token of every row.
 
         Args:
@@ -124,10 +131,17 @@ class Layers:
             attended: buffer [padded rows, Hq D].
             attend: from a layer's number, queries [rows, Hq, D], keys and values [rows, H, D], which are not rotated,
                 to what the queries attend to.
+            caches: if ``attend`` does nothing but step these, whose rows follow one another.
 
         Returns:
             last hidden states [padded rows, hidden].
         """
+        if caches and self._together is not None and self._together.take(rows, caches):
+            out = self._together.layers(hidden, caches, self.weights.scale, self.weights.rotary)
+            if self._timing is not None:
+                self._timing.add("linear", out.linear_seconds)
+                self._timing.add("attention", out.attention_seconds)
+            return out.hidden
         for index, layer in enumerate(self.weights.layers):
             heads = self._heads(self._project(hidden, layer)[:rows])
             out = attend(index, *heads).flatten(1)
@@ -191,6 +205,39 @@ class Layers:
         weights = self.weights
         heads = projected.view(len(projected), -1, weights.head_dim)
         return heads.split((weights.num_query_heads, weights.num_heads, weights.num_heads), 1)
+
+
+@dataclass(frozen=True)
+class Together:
+    """All layers in one call.
+
+    Attributes:
+        layers: that call. most_rows: that it takes; None: any number.
+    """
+
+    layers: DecoderLayers
+    most_rows: int | None
+
+    def take(self, rows: int, caches: Sequence[CompressedCache]) -> bool:
+        """Whether it takes so many rows of these caches."""
+        return ((self.most_rows is None or rows <= self.most_rows)
+                and all(cache.backend == "cpu" and cache.dtype == self.layers.dtype for cache in caches))
+
+
+def _together(weights: Weights) -> Together | None:
+    """The layers in one call, where our kernel makes all of their products."""
+    products, limits = list[LayerProducts](), list[int]()
+    for layer in weights.layers:
+        linears = layer.qkv, layer.out, layer.gated, layer.down
+        found = [linear.product for linear in linears if isinstance(linear, KernelLinear)]
+        whole = [product for product in found if product is not None]
+        if len(whole) < len(linears):
+            return None
+        products.append(LayerProducts(*whole))
+        limits += [linear.most_rows for linear in linears
+                   if isinstance(linear, KernelLinear) and linear.most_rows is not None]
+    layers = DecoderLayers(products, weights.num_query_heads, weights.num_heads, weights.head_dim)
+    return Together(layers, min(limits, default=None))
 
 
 def prefill_width(length: int, chunk: int | None) -> int:

@@ -98,6 +98,7 @@ class KernelLinear:
 
     Attributes:
         stored: the matrix as it lies in memory.
+        most_rows: rows up to which the kernel multiplies; None: any number.
     """
 
     def __init__(self, linear: Linear, most_rows: int | None) -> None:
@@ -113,16 +114,21 @@ class KernelLinear:
                 raise ValueError("linear must hold plain weights or bytes, got others of torchao's")
             self.stored, scale, bias, most_rows = linear.digits, linear.scale.view(-1), linear.biases, None
         in_huge_pages(self.stored)
-        self._linear, self._most_rows = linear, most_rows
+        self._linear, self.most_rows = linear, most_rows
         self._fused = linear.activation is None or isinstance(linear.activation, SILU)
         activation = "none" if linear.activation is None or not self._fused else "swiglu" if linear.gated else "silu"
         norm = {} if linear.norm is None else {"norm": linear.norm.weight, "epsilon": linear.norm.epsilon}
         self._product = Product(self.stored, bias, activation=activation, scale=scale, dtype=linear.weight.dtype,
                                 **norm)
 
+    @property
+    def product(self) -> Product | None:
+        """All of it, or None where something follows that the kernel does not know."""
+        return self._product if self._fused else None
+
     def __call__(self, inputs: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
         """As `Linear`."""
-        if self._most_rows is not None and len(inputs) > self._most_rows:
+        if self.most_rows is not None and len(inputs) > self.most_rows:
             return self._linear(inputs, plus)
         if self._fused:
             return self._product(inputs, plus)

@@ -55,32 +55,36 @@ class OwnCaches(Slots):
             self._arrange()
         lineup = self._lineup
         assert lineup is not None
-        hidden = self.layers.step(self._inputs, lineup.rows, self._attended, self._attend)
-        token = self._token(lineup, self.layers.logits(hidden, lineup.rows))
+        hidden = self.layers.step(self._inputs, lineup.rows, self._attended, self._attend, self._caches)
+        token = self._token(lineup, self.layers.logits(hidden.index_select(0, self._rows), lineup.rows))
         self._write(lineup, token)
-        self._inputs = self.weights.following(token.index_select(0, lineup.picture_of_row))
+        self._inputs = self.weights.following(token.index_select(0, self._picture_of_row))
 
     def _arrange(self) -> None:
         """After pictures have joined or left."""
         weights = self.weights
         self._lineup = lineup = Lineup.of(list(self.running.values()), self.layers)
-        padded = len(lineup.picture_of_row)
+        padded, pictures = len(lineup.picture_of_row), len(lineup.pictures)
+        self._caches = [picture.cache for picture in lineup.pictures if picture.cache is not None]
+        # Rows go through the layers cache by cache: a picture's row, and its unconditional one if there is one.
+        order = torch.tensor([row for index in range(pictures) for row in range(index, lineup.rows, pictures)]
+                             + list(range(lineup.rows, padded)), device=weights.device)
+        self._rows = order.argsort()
+        self._picture_of_row = lineup.picture_of_row[order]
         self._attended = torch.zeros(padded, weights.num_query_heads * weights.head_dim, device=weights.device,
                                      dtype=weights.dtype)
         self._out = torch.empty(lineup.rows, weights.num_query_heads, weights.head_dim, device=weights.device,
                                 dtype=self.dtype)
         columns = torch.tensor([picture.done - 1 for picture in lineup.pictures], device=weights.device)
         token = self.tokens[lineup.slots, columns]
-        self._inputs = weights.following(token.index_select(0, lineup.picture_of_row))
+        self._inputs = weights.following(token.index_select(0, self._picture_of_row))
 
     def _attend(self, layer: int, *heads: torch.Tensor) -> torch.Tensor:
-        assert self._lineup is not None
-        pictures, weights = self._lineup.pictures, self.weights
-        for index, picture in enumerate(pictures):
-            own = slice(index, None, len(pictures))  # its row, and the unconditional one if there is one
-            assert picture.cache is not None
-            self._out[own] = picture.cache.decode(layer, *(tensor[own] for tensor in heads), weights.scale,
-                                                  weights.rotary)
+        weights, first = self.weights, 0
+        for cache in self._caches:
+            own = slice(first, first + cache.batch_size)
+            self._out[own] = cache.decode(layer, *(tensor[own] for tensor in heads), weights.scale, weights.rotary)
+            first = own.stop
         return self._out
 
     def _token(self, lineup: Lineup, logits: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,10 @@ class StepTiming:
 
         return run
 
+    def add(self, part: str, seconds: float) -> None:
+        """A part has taken so long in a step on a CPU."""
+        self._parts[part].append((0.0, seconds))
+
     def _now(self) -> Any:
         if self._device.type != "cuda":
             return time.perf_counter()
