@@ -40,7 +40,7 @@ def test_one_openmp_runtime():
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
-@pytest.mark.parametrize("source", ["dispatch", "linear", "prefill"])
+@pytest.mark.parametrize("source", ["decode", "instruction_sets", "layers", "linear", "prefill"])
 def test_builds_without_openmp(source):
     """Where there is no libgomp to link with."""
     subprocess.run(["c++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DSSD_KERNELS_HAVE_GOMP=0",
