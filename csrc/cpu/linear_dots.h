@@ -9,8 +9,9 @@
 namespace ssd {
 namespace {
 
-// A Dot says how weights are multiplied: kStep at a time, with a tile of up to kRows rows of x, staged as `Staged`; up
-// to kStreamed of them are faster streamed (linear_kernels.h).
+// A Dot says how weights are multiplied: kStep at a time, with a tile of up to kRows rows of x, staged as `Staged`, and
+// whether so many rows, at most kStreamed, of `in` elements are faster streamed (linear_kernels.h), as measured on a
+// Zen 4.
 //
 // This one makes floats of weights of any type, one vector at a time.
 struct FloatDot {
@@ -19,9 +20,13 @@ struct FloatDot {
   using Sum = Vec;
   static constexpr int kStep = Vec::kWidth;
   static constexpr int kRows = Vec::kWidth == 16 ? 6 : 3;
-  static constexpr int kStreamed = Vec::kWidth == 16 ? 2 : 1;
+  static constexpr int kStreamed = 2;
   static constexpr bool kWidens = false;
 
+  template <class W>
+  static bool streams(int32_t rows, int32_t) {
+    return rows == 1 || (rows == 2 && Vec::kWidth == 16 && sizeof(W) == sizeof(float));
+  }
   template <class W>
   SSD_ALWAYS_INLINE static Loaded loaded(const W* w) {
     return load(w);
@@ -49,6 +54,10 @@ struct Dot<BFloat16, BFloat16> {
   static constexpr int kStreamed = 3;
   static constexpr bool kWidens = false;
 
+  template <class W>
+  static bool streams(int32_t rows, int32_t in) {
+    return rows <= 2 || (rows == 3 && in <= 2560);
+  }
   SSD_ALWAYS_INLINE static Loaded loaded(const BFloat16* w) {
     return (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
   }
@@ -94,6 +103,10 @@ struct Dot<BFloat16, Int8> {
   static constexpr int kStreamed = 2;
   static constexpr bool kWidens = true;
 
+  template <class W>
+  static bool streams(int32_t rows, int32_t in) {
+    return rows <= 2 && in <= 3072;
+  }
   SSD_ALWAYS_INLINE static __m512i bits(const void* p) { return _mm512_loadu_si512(p); }
   // a: the first eight of every 16 weights; b: the others.
   SSD_ALWAYS_INLINE static Loaded loaded(const Int8* w) {

@@ -132,10 +132,11 @@ SSD_ALWAYS_INLINE void normed(const Linear& product, const T* x, float* row) {
   }
 }
 
-template <class T, class D>
+template <class T, class W>
 void stage_rows(const Linear& product, int32_t first, int32_t rows, float* staged, float* row) {
+  using D = Dot<T, W>;
   const int64_t stride = staged_stride(product.in);
-  const int32_t tiles = tiles_of<D>(rows), run = rows <= D::kStreamed ? kTogether : D::kStep;
+  const int32_t tiles = tiles_of<D>(rows), run = D::template streams<W>(rows, product.in) ? kTogether : D::kStep;
   const T* x = static_cast<const T*>(product.x) + first * product.x_stride;
   auto* to = reinterpret_cast<typename D::Staged*>(staged);
   for (int32_t tile = 0; tile < tiles; ++tile) {
@@ -243,7 +244,7 @@ void tiled_pieces(const Linear& product, int32_t first, int32_t rows, const floa
   }
 }
 
-// For up to kStreamed rows of x: the pieces' rows of the matrix are read as four streams, each in the order of
+// For as few rows of x as stream: the pieces' rows of the matrix are read as four streams, each in the order of
 // addresses and so long that hardware prefetchers run ahead in all of them.
 template <class T, class W>
 void streamed_pieces(const Linear& product, int32_t first, int32_t rows, const float* staged, int64_t begin,
@@ -308,7 +309,7 @@ using Pointed = std::remove_pointer_t<P>;
 void stage(const Linear& product, int32_t first, int32_t rows, float* staged, float* row) {
   with_types(product, [&](auto* x, auto* w) {
     using T = Pointed<decltype(x)>;
-    stage_rows<T, Dot<T, Pointed<decltype(w)>>>(product, first, rows, staged, row);
+    stage_rows<T, Pointed<decltype(w)>>(product, first, rows, staged, row);
   });
 }
 
@@ -317,7 +318,7 @@ void pieces(const Linear& product, int32_t first, int32_t rows, const float* sta
   with_types(product, [&](auto* x, auto* w) {
     using T = Pointed<decltype(x)>;
     using W = Pointed<decltype(w)>;
-    const auto by = rows <= Dot<T, W>::kStreamed ? streamed_pieces<T, W> : tiled_pieces<T, W>;
+    const auto by = Dot<T, W>::template streams<W>(rows, product.in) ? streamed_pieces<T, W> : tiled_pieces<T, W>;
     by(product, first, rows, staged, begin, end, buffer);
   });
 }
