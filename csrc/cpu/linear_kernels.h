@@ -58,14 +58,17 @@ SSD_ALWAYS_INLINE void dot_block(const W* weight, int64_t apart, const Tile<D>& 
       for (int r = 0; r < kCount; ++r) sum[r][i] = D::add(loaded, x + r * kRun, sum[r][i]);
     }
   };
-  constexpr bool kInRuns = kRun > kStep;
   int32_t k = 0;
-  while (k + kStep <= tile.in) {
-    const typename D::Staged* x = tile.x + static_cast<int64_t>(k) * kCount;
-    const int32_t end = kInRuns ? smaller(k + kRun, tile.in) : tile.in;
-    for (; k + kStep <= end; k += kStep, x += kInRuns ? kStep : kStep * kCount) {
-      if (!kInRuns) ahead.touch(lines);
-      step(weight + k, apart, x);
+  if constexpr (kRun == kStep) {
+    for (; k + kStep <= tile.in; k += kStep) {
+      ahead.touch(lines);
+      step(weight + k, apart, tile.x + static_cast<int64_t>(k) * kCount);
+    }
+  } else {
+    while (k + kStep <= tile.in) {
+      const typename D::Staged* x = tile.x + static_cast<int64_t>(k) * kCount;
+      for (const int32_t end = smaller(k + kRun, tile.in); k + kStep <= end; k += kStep, x += kStep)
+        step(weight + k, apart, x);
     }
   }
   if (k < tile.in) {  // what lies behind the last row is not ours to read
