@@ -33,12 +33,11 @@ struct Linear {
   bool gated;  // f: SiLU of the gates, times the others
 };
 
-// Elements that a staged row takes: whole steps of the widest instruction set.
-SSD_INLINE int64_t staged_stride(int32_t in) { return (in + 63) / 64 * 64; }
-// Floats that a thread needs for the pieces of so many rows: a block of weights, and sums, of which blocks write four
-// at a time, also where fewer are left.
+// Elements that a staged row takes: whole runs of what lies together (linear_kernels.h).
+SSD_INLINE int64_t staged_stride(int32_t in) { return (in + 255) / 256 * 256; }
+// Floats that a thread needs for the pieces of so many rows: a block of weights, and sums of four pieces.
 SSD_INLINE int64_t pieces_buffer(int32_t in, int32_t rows) {
-  return kLinearBlock * staged_stride(in) + 2 * kLinearOutputs * rows + kLinearBlock;
+  return kLinearBlock * (staged_stride(in) + 2 * kLinearOutputs * rows);
 }
 
 // Per instruction set: rows [first, first + rows) of x, normed and as the kernel reads them; and the outputs of the

@@ -2,134 +2,18 @@
 // once and compiled once per instruction set, as kernels.h.
 //
 // Four rows of the matrix are multiplied with a few rows of x at a time, each of these pairs with a vector of sums of
-// its own, while the next four are fetched. A pair's products are added up in the same order whatever else is computed.
+// its own. A pair's products are added up in the same order whatever else is computed. With the fewest rows of x these
+// four are streams far from each other, which hardware prefetchers follow; otherwise they are neighbours, and the next
+// four are prefetched meanwhile.
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
 #include "cpu/linear.h"
-#include "cpu/simd.h"
+#include "cpu/linear_dots.h"
 
 namespace ssd {
 namespace {
-
-// A Dot says how weights are multiplied: kStep at a time, with a tile of up to kRows rows of x, staged as `Staged`.
-//
-// This one makes floats of weights of any type, one vector at a time.
-struct FloatDot {
-  using Staged = float;
-  using Loaded = Vec;
-  using Sum = Vec;
-  static constexpr int kStep = Vec::kWidth;
-  static constexpr int kRows = Vec::kWidth == 16 ? 6 : 3;
-  static constexpr bool kWidens = false;
-
-  template <class W>
-  SSD_ALWAYS_INLINE static Loaded loaded(const W* w) {
-    return load(w);
-  }
-  SSD_ALWAYS_INLINE static Sum none() { return zero(); }
-  SSD_ALWAYS_INLINE static Sum add(Loaded w, const float* x, Sum sum) { return fma(w, load(x), sum); }
-  SSD_ALWAYS_INLINE static void total_four(const Sum sums[4], float* to) { sum_four(sums, to); }
-  SSD_ALWAYS_INLINE static void stage(const float* from, float* to) { store(to, load(from)); }
-};
-
-// How x of type T is multiplied with weights of type W.
-template <class T, class W>
-struct Dot : FloatDot {};
-
-#if defined(__AVX512BF16__)
-// In vectors of half the width: on a Zen 4 as many products in a cycle, and with 4 and 8 rows 1.2 and 1.3 times as fast
-// as in whole ones.
-template <>
-struct Dot<BFloat16, BFloat16> {
-  using Staged = BFloat16;
-  using Loaded = __m256bh;
-  using Sum = __m256;
-  static constexpr int kStep = 16;
-  static constexpr int kRows = 6;
-  static constexpr bool kWidens = false;
-
-  SSD_ALWAYS_INLINE static Loaded loaded(const BFloat16* w) {
-    return (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-  }
-  SSD_ALWAYS_INLINE static Sum none() { return _mm256_setzero_ps(); }
-  SSD_ALWAYS_INLINE static Sum add(Loaded w, const BFloat16* x, Sum sum) { return _mm256_dpbf16_ps(sum, w, loaded(x)); }
-  SSD_ALWAYS_INLINE static void total_four(const Sum v[4], float* to) {
-    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
-    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3]));
-    const __m256 abcd = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
-  }
-  SSD_ALWAYS_INLINE static void stage(const float* from, BFloat16* to) { store(to, load(from)); }
-};
-
-// Upper bytes of bfloat16, which holds a signed byte exactly, and lower ones, for magnitudes of bytes.
-struct ByteTables {
-  uint8_t low[128] = {};   // of m; 128 has that of 0
-  uint8_t high[128] = {};  // of 2 m and of 2 m + 1; of 1 for m = 0
-
-  static constexpr int bits(int whole) {
-    int exponent = 0;
-    while (whole >> exponent > 1) ++exponent;
-    return whole == 0 ? 0 : (127 + exponent) << 7 | ((whole << (7 - exponent)) & 0x7F);
-  }
-  constexpr ByteTables() {
-    for (int m = 0; m < 128; ++m) low[m] = static_cast<uint8_t>(bits(m) & 0xFF);
-    for (int m = 0; m <= 64; ++m) high[m] = static_cast<uint8_t>(bits(m == 0 ? 1 : 2 * m) >> 8);
-  }
-};
-alignas(64) constexpr ByteTables kByteTables;
-
-// Bytes become bfloat16 by two look-ups: with 2 rows that takes 0.8 times as long as the fastest way by floats. For
-// several tiles they are widened once.
-template <>
-struct Dot<BFloat16, Int8> {
-  using Staged = BFloat16;
-  struct Loaded {
-    __m512bh a, b;
-  };
-  using Sum = __m512;
-  static constexpr int kStep = 64;
-  static constexpr int kRows = 6;
-  static constexpr bool kWidens = true;
-
-  SSD_ALWAYS_INLINE static __m512i bits(const void* p) { return _mm512_loadu_si512(p); }
-  // a: the first eight of every 16 weights; b: the others.
-  SSD_ALWAYS_INLINE static Loaded loaded(const Int8* w) {
-    const __m512i value = bits(w), size = _mm512_abs_epi8(value);
-    const __m512i low = _mm512_permutex2var_epi8(bits(kByteTables.low), size, bits(kByteTables.low + 64));
-    const __m512i high = _mm512_maskz_permutex2var_epi8(_mm512_test_epi8_mask(value, value), bits(kByteTables.high),
-                                                        _mm512_srli_epi16(size, 1), bits(kByteTables.high + 64));
-    const __m512i sign = _mm512_and_si512(value, _mm512_set1_epi8(-128));
-    const __m512i signed_high = _mm512_or_si512(high, sign);
-    return {(__m512bh)_mm512_unpacklo_epi8(low, signed_high), (__m512bh)_mm512_unpackhi_epi8(low, signed_high)};
-  }
-  SSD_ALWAYS_INLINE static Loaded loaded(const BFloat16* w) { return {(__m512bh)bits(w), (__m512bh)bits(w + 32)}; }
-  SSD_ALWAYS_INLINE static void widen(const Int8* from, BFloat16* to) {
-    const Loaded both = loaded(from);
-    _mm512_storeu_si512(to, (__m512i)both.a);
-    _mm512_storeu_si512(to + 32, (__m512i)both.b);
-  }
-  SSD_ALWAYS_INLINE static Sum none() { return _mm512_setzero_ps(); }
-  SSD_ALWAYS_INLINE static Sum add(Loaded w, const BFloat16* x, Sum sum) {
-    const Loaded both = loaded(x);
-    return _mm512_dpbf16_ps(_mm512_dpbf16_ps(sum, w.a, both.a), w.b, both.b);
-  }
-  SSD_ALWAYS_INLINE static void total_four(const Sum v[4], float* to) {
-    const Vec sums[4] = {{v[0]}, {v[1]}, {v[2]}, {v[3]}};
-    sum_four(sums, to);
-  }
-  SSD_ALWAYS_INLINE static void stage(const float* from, BFloat16* to) {
-    for (int i = 0; i < 4; ++i) {
-      BFloat16 some[16];
-      store(some, load(from + 16 * i));
-      std::memcpy(to + 8 * i, some, sizeof some / 2);
-      std::memcpy(to + 32 + 8 * i, some + 8, sizeof some / 2);
-    }
-  }
-};
-#endif
 
 // Memory that is touched before it is needed, some lines at a time, into the second-level cache: the first has no room
 // for four rows beside x.
@@ -149,7 +33,11 @@ SSD_INLINE int32_t tiles_of(int32_t rows) {
 }
 SSD_INLINE int32_t tile_rows(int32_t rows, int32_t tiles, int32_t tile) { return (rows + tiles - 1 - tile) / tiles; }
 
-// A tile, staged: kStep elements of each row in turn, then the next ones.
+// Elements of each row of x that lie together where the matrix is streamed. With kStep, as in blocks, two to four rows
+// took up to 1.2 times as long on a Zen 4; why is not known.
+constexpr int kTogether = 256;
+
+// A tile, staged: kRun elements of each row in turn, then the next ones.
 template <class D>
 struct Tile {
   const typename D::Staged* x;
@@ -157,40 +45,47 @@ struct Tile {
 };
 
 // sums[r * sum_stride + i] = row i of the weights . row r of x, for kLinearBlock rows of weights that lie `apart`.
-template <class D, class W, int kCount>
+template <class D, int kRun, int kCount, class W>
 SSD_ALWAYS_INLINE void dot_block(const W* weight, int64_t apart, const Tile<D>& tile, Ahead& ahead, int lines,
                                  float* sums, int64_t sum_stride) {
   constexpr int kStep = D::kStep;
   typename D::Sum sum[kCount][kLinearBlock];
   for (int r = 0; r < kCount; ++r)
     for (int i = 0; i < kLinearBlock; ++i) sum[r][i] = D::none();
-  const auto step = [&](const W* w, int64_t w_apart, int32_t k) __attribute__((always_inline)) {
-    const typename D::Staged* x = tile.x + static_cast<int64_t>(k) * kCount;
+  const auto step = [&](const W* w, int64_t w_apart, const typename D::Staged* x) __attribute__((always_inline)) {
     for (int i = 0; i < kLinearBlock; ++i) {
       const typename D::Loaded loaded = D::loaded(w + i * w_apart);
-      for (int r = 0; r < kCount; ++r) sum[r][i] = D::add(loaded, x + r * kStep, sum[r][i]);
+      for (int r = 0; r < kCount; ++r) sum[r][i] = D::add(loaded, x + r * kRun, sum[r][i]);
     }
   };
   int32_t k = 0;
-  for (; k + kStep <= tile.in; k += kStep) {
-    ahead.touch(lines);
-    step(weight + k, apart, k);
+  if constexpr (kRun == kStep) {
+    for (; k + kStep <= tile.in; k += kStep) {
+      ahead.touch(lines);
+      step(weight + k, apart, tile.x + static_cast<int64_t>(k) * kCount);
+    }
+  } else {
+    while (k + kStep <= tile.in) {
+      const typename D::Staged* x = tile.x + static_cast<int64_t>(k) * kCount;
+      for (const int32_t end = smaller(k + kRun, tile.in); k + kStep <= end; k += kStep, x += kStep)
+        step(weight + k, apart, x);
+    }
   }
   if (k < tile.in) {  // what lies behind the last row is not ours to read
     W last[kLinearBlock * kStep];
     std::memset(static_cast<void*>(last), 0, sizeof last);
     for (int i = 0; i < kLinearBlock; ++i)
       std::memcpy(last + i * kStep, weight + i * apart + k, sizeof(W) * (tile.in - k));
-    step(last, kStep, k);
+    step(last, kStep, tile.x + static_cast<int64_t>(k - k % kRun) * kCount + k % kRun);
   }
   for (int r = 0; r < kCount; ++r) D::total_four(sum[r], sums + r * sum_stride);
 }
 
-template <class D, class W, int kCount = D::kRows>
+template <class D, int kRun, int kCount = D::kRows, class W>
 SSD_ALWAYS_INLINE void dot_rows(int count, const W* weight, int64_t apart, const Tile<D>& tile, Ahead& ahead, int lines,
                                 float* sums, int64_t sum_stride) {
-  if (count == kCount) return dot_block<D, W, kCount>(weight, apart, tile, ahead, lines, sums, sum_stride);
-  if constexpr (kCount > 1) dot_rows<D, W, kCount - 1>(count, weight, apart, tile, ahead, lines, sums, sum_stride);
+  if (count == kCount) return dot_block<D, kRun, kCount>(weight, apart, tile, ahead, lines, sums, sum_stride);
+  if constexpr (kCount > 1) dot_rows<D, kRun, kCount - 1>(count, weight, apart, tile, ahead, lines, sums, sum_stride);
 }
 
 // The first `count` of a vector's elements; zeros behind them.
@@ -240,17 +135,19 @@ SSD_ALWAYS_INLINE void normed(const Linear& product, const T* x, float* row) {
   }
 }
 
-template <class T, class D>
+template <class T, class W>
 void stage_rows(const Linear& product, int32_t first, int32_t rows, float* staged, float* row) {
+  using D = Dot<T, W>;
   const int64_t stride = staged_stride(product.in);
-  const int32_t tiles = tiles_of<D>(rows);
+  const int32_t tiles = tiles_of<D>(rows), run = D::template streams<W>(rows, product.in) ? kTogether : D::kStep;
   const T* x = static_cast<const T*>(product.x) + first * product.x_stride;
   auto* to = reinterpret_cast<typename D::Staged*>(staged);
   for (int32_t tile = 0; tile < tiles; ++tile) {
     const int32_t size = tile_rows(rows, tiles, tile);
     for (int32_t r = 0; r < size; ++r, x += product.x_stride) {
       normed(product, x, row);
-      for (int32_t k = 0; k < stride; k += D::kStep) D::stage(row + k, to + int64_t{k} * size + r * D::kStep);
+      for (int32_t k = 0; k < stride; k += D::kStep)
+        D::stage(row + k, to + int64_t{k - k % run} * size + r * run + k % run);
     }
     to += size * stride;
   }
@@ -267,9 +164,10 @@ SSD_ALWAYS_INLINE void widen_row(const Int8* from, int32_t in, typename D::Stage
   D::widen(last, to + k);
 }
 
-// What follows the products, for `count` outputs of a row from `output` on.
+// What follows the products, for `count` outputs of a row from `output` on; those of the other half lie `half` behind.
 template <class T>
-SSD_ALWAYS_INLINE void finish(const Linear& product, int32_t row, int32_t output, int32_t count, const float* sums) {
+SSD_ALWAYS_INLINE void finish(const Linear& product, int32_t row, int32_t output, int32_t count, const float* sums,
+                              int64_t half) {
   const T* bias = static_cast<const T*>(product.bias);
   const T* plus = static_cast<const T*>(product.plus) + row * product.plus_stride + output;
   T* out = static_cast<T*>(product.out) + static_cast<int64_t>(row) * product.outputs + output;
@@ -280,7 +178,7 @@ SSD_ALWAYS_INLINE void finish(const Linear& product, int32_t row, int32_t output
     if (bias) value = add(value, load_some(bias + output + i, some));
     if (product.silu) value = silu(value);
     if (product.gated) {
-      Vec other = load(sums + kLinearOutputs + i);
+      Vec other = load(sums + half + i);
       if (product.scale) other = mul(other, load_some(product.scale + product.outputs + output + i, some));
       if (bias) other = add(other, load_some(bias + product.outputs + output + i, some));
       value = mul(value, other);
@@ -290,9 +188,10 @@ SSD_ALWAYS_INLINE void finish(const Linear& product, int32_t row, int32_t output
   }
 }
 
+// Blocks of four neighbours, while the next block is fetched.
 template <class T, class W>
-void linear_pieces(const Linear& product, int32_t first, int32_t rows, const float* staged, int64_t begin, int64_t end,
-                   float* buffer) {
+void tiled_pieces(const Linear& product, int32_t first, int32_t rows, const float* staged, int64_t begin, int64_t end,
+                  float* buffer) {
   using D = Dot<T, W>;
   const int64_t in = product.in, stride = staged_stride(product.in);
   const int32_t halves = product.gated ? 2 : 1;
@@ -317,13 +216,13 @@ void linear_pieces(const Linear& product, int32_t first, int32_t rows, const flo
                                    : weights + (static_cast<int64_t>(output) + kLinearOutputs) * in;
         Ahead ahead{reinterpret_cast<const char*>(next),
                     reinterpret_cast<const char*>(next + kLinearBlock * in < last ? next + kLinearBlock * in : last)};
-        const auto multiply = [&](const auto* block_weights, int64_t apart,
-                                  int32_t width) __attribute__((always_inline)) {
+        const auto multiply = [&](const auto* rows_of_it, int64_t apart, int32_t width) __attribute__((always_inline)) {
           const auto* x = reinterpret_cast<const typename D::Staged*>(staged);
           float* to = sums + half * kLinearOutputs + i;
+          if (block == 1) apart = 0;
           for (int32_t tile = 0; tile < tiles; ++tile) {
             const int32_t size = tile_rows(rows, tiles, tile);
-            dot_rows<D>(size, block_weights, block == 1 ? 0 : apart, Tile<D>{x, width}, ahead, lines, to, sum_stride);
+            dot_rows<D, D::kStep>(size, rows_of_it, apart, Tile<D>{x, width}, ahead, lines, to, sum_stride);
             x += size * stride;
             to += size * sum_stride;
           }
@@ -332,7 +231,8 @@ void linear_pieces(const Linear& product, int32_t first, int32_t rows, const flo
           if (tiles > 1) {
             auto* wide = reinterpret_cast<typename D::Staged*>(buffer);
             for (int32_t b = 0; b < block; ++b) widen_row<D>(weight + (i + b) * in, product.in, wide + b * stride);
-            multiply(wide, stride, static_cast<int32_t>(stride));  // zeros behind, in the order of a step
+            const int32_t whole = (product.in + D::kStep - 1) / D::kStep * D::kStep;
+            multiply(wide, stride, whole);  // zeros behind, in the order of a step
           } else {
             multiply(weight + i * in, in, product.in);
           }
@@ -342,8 +242,48 @@ void linear_pieces(const Linear& product, int32_t first, int32_t rows, const flo
         i += block;
       }
     }
-    for (int32_t row = 0; row < rows; ++row) finish<T>(product, first + row, output, count, sums + row * sum_stride);
+    for (int32_t row = 0; row < rows; ++row)
+      finish<T>(product, first + row, output, count, sums + row * sum_stride, kLinearOutputs);
   }
+}
+
+// For as few rows of x as stream: the pieces' rows of the matrix are read as four streams, each in the order of
+// addresses and so long that hardware prefetchers run ahead in all of them.
+template <class T, class W>
+void streamed_pieces(const Linear& product, int32_t first, int32_t rows, const float* staged, int64_t begin,
+                     int64_t end, float* buffer) {
+  using D = Dot<T, W>;
+  const int64_t in = product.in;
+  const int32_t halves = product.gated ? 2 : 1;
+  constexpr int64_t kHalf = kLinearBlock * kLinearOutputs;
+  const int64_t sum_stride = halves * kHalf;
+  const W* weights = static_cast<const W*>(product.weight);
+  const Tile<D> tile{reinterpret_cast<const typename D::Staged*>(staged), product.in};
+  Ahead none{nullptr, nullptr};
+
+  // `count` outputs of each of so many streams, `apart` outputs from each other.
+  const auto run = [&](int32_t output, int32_t count, int32_t streams, int32_t apart) __attribute__((always_inline)) {
+    for (int32_t half = 0; half < halves; ++half)
+      for (int32_t i = 0; i < count; ++i) {
+        const W* weight = weights + (static_cast<int64_t>(half) * product.outputs + output + i) * in;
+        float four[D::kStreamed][kLinearBlock];
+        dot_rows<D, kTogether, D::kStreamed>(rows, weight, apart * in, tile, none, 0, four[0], kLinearBlock);
+        for (int32_t row = 0; row < rows; ++row)
+          for (int s = 0; s < kLinearBlock; ++s)
+            buffer[row * sum_stride + half * kHalf + s * kLinearOutputs + i] = four[row][s];
+      }
+    for (int32_t row = 0; row < rows; ++row)
+      for (int32_t s = 0; s < streams; ++s)
+        finish<T>(product, first + row, output + s * apart, count, buffer + row * sum_stride + s * kLinearOutputs,
+                  kHalf);
+  };
+  const int32_t from = static_cast<int32_t>(begin) * kLinearOutputs;
+  const int32_t to = smaller(static_cast<int32_t>(end) * kLinearOutputs, product.outputs);
+  const int32_t length = (to - from) / kLinearBlock;
+  for (int32_t i = 0; i < length; i += kLinearOutputs)
+    run(from + i, smaller(kLinearOutputs, length - i), kLinearBlock, length);
+  const int32_t done = from + kLinearBlock * length;
+  if (done < to) run(done, to - done, 1, 0);
 }
 
 // Calls f with null pointers of the types of x and of the weights.
@@ -372,14 +312,17 @@ using Pointed = std::remove_pointer_t<P>;
 void stage(const Linear& product, int32_t first, int32_t rows, float* staged, float* row) {
   with_types(product, [&](auto* x, auto* w) {
     using T = Pointed<decltype(x)>;
-    stage_rows<T, Dot<T, Pointed<decltype(w)>>>(product, first, rows, staged, row);
+    stage_rows<T, Pointed<decltype(w)>>(product, first, rows, staged, row);
   });
 }
 
 void pieces(const Linear& product, int32_t first, int32_t rows, const float* staged, int64_t begin, int64_t end,
             float* buffer) {
   with_types(product, [&](auto* x, auto* w) {
-    linear_pieces<Pointed<decltype(x)>, Pointed<decltype(w)>>(product, first, rows, staged, begin, end, buffer);
+    using T = Pointed<decltype(x)>;
+    using W = Pointed<decltype(w)>;
+    const auto by = Dot<T, W>::template streams<W>(rows, product.in) ? streamed_pieces<T, W> : tiled_pieces<T, W>;
+    by(product, first, rows, staged, begin, end, buffer);
   });
 }
 
