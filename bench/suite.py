@@ -92,13 +92,16 @@ def _kernel_job(point: Point, options: Options) -> Job:
     return Job("kernel", point.to_dict() | where, run)
 
 
+STEP_PATIENCE = 8  # times a layer's: a trial of whole steps takes seconds
+
+
 def _decoder(setting: Setting, patience: float, report: Callable[[str], None]) -> list[Record]:
     from . import decoder, models
 
     model, prompt = models.load(setting.model, getattr(torch, setting.dtype), torch.device("cpu"))
     kinds = {} if setting.model == models.INCLUDED else {"budgets": (0.2,), "row_buffers": (24,)}
-    return decoder.measure(model, list(decoder.loops(model, prompt, **kinds)), replace(setting, patience=patience),
-                           report)
+    return decoder.measure(model, list(decoder.loops(model, prompt, **kinds)),
+                           replace(setting, patience=STEP_PATIENCE * patience), report)
 
 
 # Steps first: the kernel's jobs leave gigabytes in the process, which would count as a step's peak of memory.
