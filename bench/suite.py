@@ -30,6 +30,7 @@ MAIN = Point.of_lengths()  # of the table in the README
 SWEPT = ("cpu: heavy", "mean length", "SDPA padded", "SDPA full")
 BATCHES, MEANS = (1, 4, 64), (30, 80, 200)
 PICTURES = (1, 8, 32)
+STEP_PATIENCE = 8  # times a layer's: a trial of whole steps takes seconds
 # What the goals are for (`goals`): ours with scores, evicting at every step, and the rivals beside it.
 AIMED = ("float32", "bfloat16", "float16"), (2, 16, 64), ("skewed", "uniform")
 JUDGED = ("cpu: heavy", "mean length", "SDPA padded")
@@ -90,9 +91,6 @@ def _kernel_job(point: Point, options: Options) -> Job:
         return measure(point, replace(options, patience=patience), report)
 
     return Job("kernel", point.to_dict() | where, run)
-
-
-STEP_PATIENCE = 8  # times a layer's: a trial of whole steps takes seconds
 
 
 def _decoder(setting: Setting, patience: float, report: Callable[[str], None]) -> list[Record]:

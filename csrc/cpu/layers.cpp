@@ -86,14 +86,14 @@ class Clock {
   void lap(int part) {
     if (!seconds_) return;
     const auto now = std::chrono::steady_clock::now();
-    if (began_ != now_t{}) seconds_[part] += std::chrono::duration<double>(now - began_).count();
+    if (began_ != Time{}) seconds_[part] += std::chrono::duration<double>(now - began_).count();
     began_ = now;
   }
 
  private:
-  using now_t = std::chrono::steady_clock::time_point;
+  using Time = std::chrono::steady_clock::time_point;
   double* const seconds_;
-  now_t began_{};
+  Time began_{};
 };
 
 int64_t elements(const Linear& product) { return int64_t{product.in} * product.outputs * (product.gated ? 2 : 1); }

@@ -33,10 +33,6 @@ SSD_INLINE int32_t tiles_of(int32_t rows) {
 }
 SSD_INLINE int32_t tile_rows(int32_t rows, int32_t tiles, int32_t tile) { return (rows + tiles - 1 - tile) / tiles; }
 
-// Elements of each row of x that lie together where the matrix is streamed. With kStep, as in blocks, two to four rows
-// took up to 1.2 times as long on a Zen 4; why is not known.
-constexpr int kTogether = 256;
-
 // A tile, staged: kRun elements of each row in turn, then the next ones.
 template <class D>
 struct Tile {
@@ -139,7 +135,7 @@ template <class T, class W>
 void stage_rows(const Linear& product, int32_t first, int32_t rows, float* staged, float* row) {
   using D = Dot<T, W>;
   const int64_t stride = staged_stride(product.in);
-  const int32_t tiles = tiles_of<D>(rows), run = D::template streams<W>(rows, product.in) ? kTogether : D::kStep;
+  const int32_t tiles = tiles_of<D>(rows), run = D::template streams<W>(rows, product.in) ? kLinearRun : D::kStep;
   const T* x = static_cast<const T*>(product.x) + first * product.x_stride;
   auto* to = reinterpret_cast<typename D::Staged*>(staged);
   for (int32_t tile = 0; tile < tiles; ++tile) {
@@ -267,7 +263,7 @@ void streamed_pieces(const Linear& product, int32_t first, int32_t rows, const f
       for (int32_t i = 0; i < count; ++i) {
         const W* weight = weights + (static_cast<int64_t>(half) * product.outputs + output + i) * in;
         float four[D::kStreamed][kLinearBlock];
-        dot_rows<D, kTogether, D::kStreamed>(rows, weight, apart * in, tile, none, 0, four[0], kLinearBlock);
+        dot_rows<D, kLinearRun, D::kStreamed>(rows, weight, apart * in, tile, none, 0, four[0], kLinearBlock);
         for (int32_t row = 0; row < rows; ++row)
           for (int s = 0; s < kLinearBlock; ++s)
             buffer[row * sum_stride + half * kHalf + s * kLinearOutputs + i] = four[row][s];

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from ssd_kernels import CompressedCache
 from ssd_kernels.layers import DecoderLayers, LayerProducts
+from ssd_kernels.linear import Product
 from ssd_kernels.reference import rotate
 
 from .linear import KernelLinear
@@ -109,13 +110,13 @@ class Layers:
             compiled: run what lies between two attentions through torch.compile; its prompts go in chunks then.
             timing: takes the time of products, and nothing goes through torch.compile.
         """
-        plain = timing is not None
         self.weights = weights if timing is None else weights.timed(functools.partial(timing.timed, "linear"))
         self.row_multiple, self._timing = row_multiple, timing
-        self._together = None if compiled and not plain else _together(weights)
+        compiles = compiled and timing is None
+        self._together = None if compiles else _together(weights)
         self.chunk = PREFILL_CHUNK if compiled or weights.device.type == "cuda" else None
-        self._project = _compiled(project) if compiled and not plain else project
-        self._mix = _compiled(mix) if compiled and not plain else mix
+        self._project = _compiled(project) if compiles else project
+        self._mix = _compiled(mix) if compiles else mix
 
     def padded(self, rows: int) -> int:
         """Rows of products of so many."""
@@ -228,14 +229,14 @@ def _together(weights: Weights) -> Together | None:
     """The layers in one call, where our kernel makes all of their products."""
     products, limits = list[LayerProducts](), list[int]()
     for layer in weights.layers:
-        linears = layer.qkv, layer.out, layer.gated, layer.down
-        found = [linear.product for linear in linears if isinstance(linear, KernelLinear)]
-        whole = [product for product in found if product is not None]
-        if len(whole) < len(linears):
-            return None
-        products.append(LayerProducts(*whole))
-        limits += [linear.most_rows for linear in linears
-                   if isinstance(linear, KernelLinear) and linear.most_rows is not None]
+        fused = list[Product]()
+        for linear in (layer.qkv, layer.out, layer.gated, layer.down):
+            if not isinstance(linear, KernelLinear) or linear.fused is None:
+                return None
+            fused.append(linear.fused)
+            if linear.most_rows is not None:
+                limits.append(linear.most_rows)
+        products.append(LayerProducts(*fused))
     layers = DecoderLayers(products, weights.num_query_heads, weights.num_heads, weights.head_dim)
     return Together(layers, min(limits, default=None))
 

@@ -122,8 +122,8 @@ class KernelLinear:
                                 **norm)
 
     @property
-    def product(self) -> Product | None:
-        """All of it, or None where something follows that the kernel does not know."""
+    def fused(self) -> Product | None:
+        """The one call that is all of it, or None where something follows that the kernel does not know."""
         return self._product if self._fused else None
 
     def __call__(self, inputs: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
